@@ -1,0 +1,40 @@
+"""UniHyperLoRA: one small adapter file that works on any encoder."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .errors import (
+    AdapterFileError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    HostError,
+    MergeError,
+    UniHyperLoraError,
+)
+from .modeling_unihyperlora import (
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+    UniHyperLoraModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register("unihyperlora", UniHyperLoraConfig, exist_ok=True)
+AutoModel.register(UniHyperLoraConfig, UniHyperLoraModel, exist_ok=True)
+AutoModelForTokenClassification.register(UniHyperLoraConfig, UniHyperLoraForTokenClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(UniHyperLoraConfig, UniHyperLoraForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "AdapterFileError",
+    "BudgetError",
+    "ConfigError",
+    "DataError",
+    "HostError",
+    "MergeError",
+    "UniHyperLoraConfig",
+    "UniHyperLoraError",
+    "UniHyperLoraForSequenceClassification",
+    "UniHyperLoraForTokenClassification",
+    "UniHyperLoraModel",
+]

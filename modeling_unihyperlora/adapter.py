@@ -1,0 +1,238 @@
+"""The adapter itself, and the way of one token through it.
+
+Letters in shapes: B batch, T tokens of a sentence, N tokens of a batch (B·T), w width of a host vector, D canonical
+width d0, M atoms, k active atoms, L blocks, S = 6 module types, C labels.
+
+A token with state x at the input of a block is routed once (``route``): scores of all atoms, of which at most k that
+beat the null choice stay. At each of the block's six linear layers ``update`` adds
+
+    ΔW x = Σ_{j in top-k} gate_j · (g_θ + δθ)(ℓ/L, type)_j · P_out u_j (v_jᵀ P_in x)
+
+The atoms are projected into the host's width once a forward pass (``UniHyperLoraAdapter.project``), so a token costs
+one product with M rows a block and 2k short vectors a layer.
+"""
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .hosts import MODULE_TYPES
+from .projectors import DimensionProjector
+from .quantization import Grid, Half, RowInteger, StoredTensor
+
+DICTIONARY_BITS = 8
+ROUTER_BITS = 8
+HEAD_BITS = 8
+MIXER_BITS = 4
+MEAN_GATE_MOMENTUM = 0.01
+KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths whose states the head reads
+
+
+class Routing(NamedTuple):
+    """The atoms that each token uses in one block.
+
+    ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
+    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token.
+    """
+
+    atoms: torch.Tensor | None
+    gates: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+
+class ProjectedAtoms(NamedTuple):
+    """The adapter in the coordinates of one host, for one task."""
+
+    read: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows v_jᵀ P_in
+    write: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows P_out u_j
+    router_rows: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M, w)
+    router_bias: torch.Tensor  # (M,)
+    mean_gate: torch.Tensor  # (M,)
+    coefficients: torch.Tensor  # (L, S, M): (g_θ + δθ)(ℓ/L, type)
+
+
+def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: int) -> Routing:
+    """Choose at most ``top_k`` atoms a token.
+
+    Score s_j of an atom is r_jᵀ P_in x / rms(x) + bias_j; that of the null choice is 0. Under logistic noise on their
+    difference atom j beats the null choice with probability σ(s_j); these sum to E[k] over the ``top_k`` best. The
+    probability is the atom's gate, 0 below the null choice, where its gradient still is that of the probability, so
+    that an atom can come back.
+
+    Args:
+        state: (N, w) states at the input of a block.
+        rows: (M, w) router rows in host coordinates.
+        bias: (M,) bias and task term.
+    """
+    rms = state.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+    scores = F.linear(state, rows.to(state.dtype)).float() / rms + bias
+    best, atoms = scores.topk(top_k, dim=-1)
+    probability = torch.sigmoid(best)
+    return Routing(atoms, probability - (probability * (best <= 0)).detach(), probability)
+
+
+def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """v_jᵀ P_in x for the routed atoms: (N, w), (M, w) → (N, k), or (N, M) with the static router."""
+    rows = rows.to(x.dtype)
+    if routing.atoms is None:
+        return F.linear(x, rows)
+    return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
+
+
+def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, coefficients: torch.Tensor) -> torch.Tensor:
+    """Σ_j gate_j c_j P_out u_j dot_j.
+
+    Args:
+        dots: (N, k) from ``read_atoms``.
+        rows: (M, w) written atoms in host coordinates.
+        coefficients: (M,) of this block and module type.
+
+    Returns:
+        (N, w) in the dtype of ``dots``.
+    """
+    rows = rows.to(dots.dtype)
+    if routing.atoms is None:
+        return F.linear(dots * (routing.gates * coefficients).to(dots.dtype), rows.T)
+    weights = dots * (routing.gates * coefficients[routing.atoms]).to(dots.dtype)
+    return F.embedding_bag(routing.atoms, rows, per_sample_weights=weights, mode="sum")
+
+
+class Mixer(nn.Module):
+    """g_θ: (relative depth, one-hot of the module type) → weights of the M atoms; two layers with a sine between."""
+
+    def __init__(self, hidden: int, atoms: int):
+        super().__init__()
+        self.hidden = StoredTensor(torch.randn(hidden, 1 + len(MODULE_TYPES) + 1) * 1.5, RowInteger(MIXER_BITS))
+        self.output = StoredTensor(torch.randn(atoms, hidden + 1) / math.sqrt(hidden + 1), RowInteger(MIXER_BITS))
+
+    def forward(self, depths: torch.Tensor) -> torch.Tensor:
+        """(L,) depths in (0, 1] → (L, S, M)."""
+        features = place_features(depths)  # (L, S, 1 + 1 + S): one, depth, type
+        wave = torch.sin(features @ self.hidden().T)
+        return append_one(wave) @ self.output().T
+
+
+def place_features(depths: torch.Tensor) -> torch.Tensor:
+    """[1, ℓ/L, one-hot of the type] for every place: (L,) → (L, S, 8)."""
+    types = torch.eye(len(MODULE_TYPES), device=depths.device).expand(len(depths), -1, -1)
+    depth = depths.view(-1, 1, 1).expand(-1, len(MODULE_TYPES), 1)
+    return torch.cat([torch.ones_like(depth), depth, types], dim=-1)
+
+
+def append_one(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+
+
+class TaskParameters(nn.Module):
+    """What one task adds: δθ (8, M), its embedding for the router, a head on the canonical state, its mean gate."""
+
+    def __init__(self, config: UniHyperLoraConfig, labels: int):
+        super().__init__()
+        width = config.anchor_dim
+        self.delta = StoredTensor(torch.zeros(2 + len(MODULE_TYPES), config.atoms), Grid(config.delta_step))
+        self.embedding = StoredTensor(torch.zeros(width), Half())
+        self.head_weight = StoredTensor(torch.zeros(labels, len(KNOTS) * width), RowInteger(HEAD_BITS))
+        self.head_bias = StoredTensor(torch.zeros(labels), Half())
+        self.register_buffer("mean_gate", torch.full((config.atoms,), config.router_top_k / config.atoms))
+
+    @torch.no_grad()
+    def track_mean_gate(self, routing: Routing, real: torch.Tensor) -> None:
+        """Move the running mean of the gates towards that of the ``real`` (N,) tokens of one block."""
+        total = torch.zeros_like(self.mean_gate, dtype=routing.gates.dtype)
+        total.index_add_(0, routing.atoms.reshape(-1), (routing.gates * real.unsqueeze(-1)).reshape(-1))
+        self.mean_gate.lerp_((total / real.sum().clamp_min(1)).to(self.mean_gate.dtype), MEAN_GATE_MOMENTUM)
+
+
+class UniHyperLoraAdapter(nn.Module):
+    """Dictionary U, V; projector ψ; mixer θ; router φ; and the parameters of each task."""
+
+    def __init__(self, config: UniHyperLoraConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.atoms, config.anchor_dim)
+        scale = 1 / math.sqrt(config.anchor_dim)
+        self.atoms_in = StoredTensor(torch.randn(shape) * scale, RowInteger(DICTIONARY_BITS))  # V
+        # U starts at zero, so a fresh adapter leaves its host's function unchanged.
+        self.atoms_out = StoredTensor(torch.zeros(shape), RowInteger(DICTIONARY_BITS))
+        self.projector = DimensionProjector(config.anchor_dim)
+        self.mixer = Mixer(config.mixer_hidden, config.atoms)
+        self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
+        self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
+        self.tasks = nn.ModuleDict(
+            {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
+        )
+        self._projected: tuple[object, ProjectedAtoms] | None = None
+
+    def project(
+        self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
+    ) -> ProjectedAtoms:
+        """Bring the atoms into host coordinates; kept between forward passes that need no gradient.
+
+        Args:
+            reads, writes, routes: projector keys that the host's sites and block inputs need.
+            depths: relative depth of each block.
+            task: whose δθ and embedding apply.
+        """
+        tensors = (*self.parameters(), *self.buffers())
+        may_keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)  # those have no version
+        state = may_keep and (task, tuple(depths), *((t._version, t.device, id(t)) for t in tensors))
+        if may_keep and self._projected is not None and self._projected[0] == state:
+            return self._projected[1]
+        own = self.tasks[task]
+        inward = {key: self.projector.inward(key) for key in {*reads, *routes}}
+        atoms_in, atoms_out, router = self.atoms_in(), self.atoms_out(), self.router_weight()
+        places = torch.tensor(depths, device=atoms_in.device)
+        projected = ProjectedAtoms(
+            read={key: atoms_in @ inward[key] for key in reads},
+            write={key: atoms_out @ self.projector.outward(key).T for key in writes},
+            router_rows={key: router @ inward[key] for key in routes},
+            router_bias=self.router_bias() + router @ own.embedding(),
+            mean_gate=own.mean_gate.half().float(),  # as its file holds it
+            coefficients=self.mixer(places) + place_features(places) @ own.delta(),
+        )
+        self._projected = (state, projected) if may_keep else None
+        return projected
+
+    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
+        """A linear head on the canonical states P_in h / rms(h) of the knots.
+
+        Args:
+            states: one (…, w) host state for each knot.
+            keys: the projector key of each.
+
+        Returns:
+            (…, C) float32.
+        """
+        own = self.tasks[task]
+        logits = own.head_bias()
+        for state, key, weight in zip(states, keys, own.head_weight().chunk(len(KNOTS), dim=-1), strict=True):
+            state = state.float()
+            rms = state.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+            logits = logits + F.linear(state / rms, weight @ self.projector.inward(key))
+        return logits
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Part name → its stored tensors and buffers' owners; the names of learning rates and byte tables."""
+        stored = {name: module for name, module in self.named_modules() if isinstance(module, StoredTensor)}
+        parts: dict[str, list[nn.Module]] = {name: [] for name in PARTS}
+        for name, module in stored.items():
+            parts[part_of(name)].append(module)
+        return parts
+
+
+PARTS = ("dictionary", "projector", "mixer", "router", "delta", "head")
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor of the adapter belongs to, by its name in the file or in the state dict."""
+    if name.startswith("atoms_"):
+        return "dictionary"
+    if name.startswith("tasks."):
+        leaf = name.split(".")[2]
+        return {"delta": "delta", "head_weight": "head", "head_bias": "head"}.get(leaf, "router")
+    return name.split(".")[0].split("_")[0]

@@ -1,0 +1,141 @@
+"""Configuration of a UniHyperLoRA adapter."""
+
+import dataclasses
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+TASK_TYPES = ("token_classification", "sequence_classification")
+
+_ALLOWED = {
+    "pathway": ("inject",),
+    "projector": ("dimension",),
+    "router": ("token", "static"),
+    "router_top_k": (1, 2, 3),
+}
+_LARGEST_SIZE = 4096  # far over any budget; keeps a damaged config.json from asking for all memory
+
+
+class UniHyperLoraConfig(PreTrainedConfig):
+    """Shapes and choices of an adapter; the host is named here but none of its numbers are.
+
+    Args:
+        pathway: where the atoms act; "inject" adds the update to the host's linear layers.
+        projector: "dimension": one wave network maps any width to the canonical space and back.
+        router: "token" chooses atoms for each token; "static" uses one fixed mask and can be merged.
+        router_top_k: atoms a token may use in a block, 1 to 3.
+        atoms: M, number of rank-one atoms.
+        anchor_dim: d0, width of the canonical space.
+        mixer_hidden: width of the mixer's sine layer.
+        delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps.
+        tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}.
+        active_task: the task that a forward pass uses unless told otherwise.
+        base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
+        base_model_revision: commit, tag or branch of that host.
+        source_hosts: what is recorded of the hosts that the adapter was trained on.
+        format_version: version of the file layout.
+
+    Raises:
+        ConfigError: a value or a name is not allowed, or the file is of a newer format.
+    """
+
+    model_type = "unihyperlora"
+    keys_to_ignore_at_inference = ["expected_atoms", "active_atoms", "hidden_states", "attentions"]
+
+    pathway: str = "inject"
+    projector: str = "dimension"
+    router: str = "token"
+    router_top_k: int = 2
+    atoms: int = 128
+    anchor_dim: int = 256
+    mixer_hidden: int = 14
+    delta_step: float = 0.125
+    tasks: dict[str, dict[str, Any]] | None = None
+    active_task: str | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    source_hosts: list[dict[str, Any]] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        self._reject_unknown(kwargs)
+        self.check()
+        super().__post_init__(**kwargs)
+        if self.active_task is not None:
+            self.activate(self.active_task)
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless every value is allowed; needed again after one was set by hand."""
+        if type(self.format_version) is not int or self.format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"This adapter has format_version {self.format_version!r}, this package reads up to {FORMAT_VERSION}. "
+                "Update the package: pip install -U unihyperlora."
+            )
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {allowed}.")
+        for name in ("atoms", "anchor_dim", "mixer_hidden"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer from 1 to {_LARGEST_SIZE}.")
+        if self.router_top_k > self.atoms:
+            raise ConfigError(f"router_top_k={self.router_top_k} exceeds atoms={self.atoms}.")
+        if type(self.delta_step) not in (int, float) or not 1e-6 <= self.delta_step <= 1e6:
+            raise ConfigError(f"delta_step={self.delta_step!r} is not allowed; it must be a number from 1e-6 to 1e6.")
+        if not isinstance(self.tasks or {}, dict) or not isinstance(self.source_hosts or [], list):
+            raise ConfigError("tasks must be a dict of task name → type and labels, source_hosts a list.")
+        self.tasks = dict(self.tasks or {})
+        self.source_hosts = list(self.source_hosts or [])
+        for name, task in self.tasks.items():
+            if not isinstance(task, dict):
+                raise ConfigError(f"Task {name!r} must be a dict with 'type' and 'labels'; got {task!r}.")
+            check_task(name, task.get("type"), task.get("labels"))
+        if self.active_task is not None and self.active_task not in self.tasks:
+            raise ConfigError(f"active_task={self.active_task!r} is not among the tasks {sorted(self.tasks)}.")
+
+    def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
+        """transformers lets any keyword pass into a configuration; a misspelt option must not."""
+        known = {"num_labels", "name_or_path", "torch_dtype", "auto_map", "custom_pipelines", "model_type"}
+        known |= {"attn_implementation", "experts_implementation", "output_attentions"}
+        known |= {
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "use_cache",
+        }  # a Trainer sets them
+        unknown = [key for key in kwargs if key not in known and not key.startswith("_")]
+        if unknown:
+            fields = sorted(f.name for f in dataclasses.fields(UniHyperLoraConfig) if f.name in _OWN_FIELDS)
+            raise ConfigError(f"Unknown configuration key {unknown[0]!r}. Known keys: {', '.join(fields)}.")
+
+    def activate(self, task: str) -> None:
+        """Make ``task`` the active one; ``id2label`` and ``label2id`` become its own."""
+        if task not in self.tasks:
+            raise ConfigError(f"No task {task!r} in this adapter; it has {sorted(self.tasks)}.")
+        self.active_task = task
+        labels = self.tasks[task]["labels"]
+        self.id2label = dict(enumerate(labels))
+        self.label2id = {label: index for index, label in enumerate(labels)}
+
+
+_OWN_FIELDS = set(UniHyperLoraConfig.__annotations__)
+
+
+def check_task(name: str, task_type: str | None, labels: list[str] | None) -> None:
+    """Raise ``ConfigError`` unless the three make a usable task."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise ConfigError(f"Task name {name!r} is not allowed; use up to 64 letters, digits, '-' and '_'.")
+    if hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"Task name {name!r} is taken by PyTorch; choose another, such as {name + '-1'!r}.")
+    if task_type not in TASK_TYPES:
+        raise ConfigError(f"Task {name!r} has type {task_type!r}; choose one of {TASK_TYPES}.")
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(labels) < 2:
+        raise ConfigError(f"Task {name!r} needs a list of at least two label names; got {labels!r}.")
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"Task {name!r} names a label twice: {labels}.")

@@ -1,0 +1,29 @@
+"""The errors of the package: one base class, one sub-class for each thing a user can put right."""
+
+
+class UniHyperLoraError(Exception):
+    """Base of every error raised on purpose; the message says what was given, what is allowed, what to do."""
+
+
+class ConfigError(UniHyperLoraError, ValueError):
+    """A setting or a run configuration is not usable."""
+
+
+class HostError(UniHyperLoraError):
+    """The host model cannot carry the adapter."""
+
+
+class AdapterFileError(UniHyperLoraError):
+    """An adapter file is missing, damaged, or does not fit its configuration."""
+
+
+class DataError(UniHyperLoraError):
+    """A data set cannot be used as it is."""
+
+
+class BudgetError(UniHyperLoraError):
+    """The adapter would not stay inside its budget of bytes or of multiply-adds."""
+
+
+class MergeError(UniHyperLoraError):
+    """The update cannot be folded into the host's weights without changing what the model computes."""

@@ -1,0 +1,167 @@
+"""The injected update: hooks that add ΔW x to a host's linear layers during a forward pass of the adapter.
+
+The hooks act only inside ``Injection.running``; a host that is called on its own computes what it always did.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, read_atoms, route, write_atoms
+from .errors import HostError
+from .hosts import MODULE_TYPES, HostMap, Site
+
+
+class Pass:
+    """State of one forward pass: projected atoms, the current block's routing, counts of active atoms.
+
+    ``expected_atoms`` and ``active_atoms`` are (N,) sums over the blocks.
+    """
+
+    def __init__(self, atoms: ProjectedAtoms, task: str, real: torch.Tensor | None):
+        self.atoms = atoms
+        self.task = task
+        self.real = real  # (N,) 1.0 for tokens, 0.0 for padding; None: all are tokens
+        self.routing: Routing | None = None
+        self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
+        self.expected_atoms: torch.Tensor | float = 0.0
+        self.active_atoms: torch.Tensor | float = 0.0
+        self._read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def read(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``read_atoms``, shared by layers that take the very same input (query, key and value)."""
+        if self._read is None or self._read[0] is not x or self._read[1] is not rows:
+            self._read = (x, rows, read_atoms(x.flatten(0, -2), rows, self.routing))
+        return self._read[2]
+
+
+class Injection:
+    """Binds an adapter to the sites of one host.
+
+    Raises:
+        HostError: the host's family has no layout.
+    """
+
+    def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
+        self.adapter = adapter
+        self.map = HostMap(host)
+        self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
+        self.plans = {site: self._plan(site) for site in self.map.sites}
+        self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
+        self.knot_layers = [int(knot * self.map.num_layers + 0.5) for knot in KNOTS]
+        self.current: Pass | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._originals: dict[Site, torch.Tensor] = {}
+        self.merged_task: str | None = None
+
+    def _plan(self, site: Site) -> tuple[str, object, str, object]:
+        """Side and projector key for reading, then for writing."""
+        width = {"input": site.linear.in_features, "output": site.linear.out_features}
+        read, write = self.adapter.projector.sides(site.module_type)
+        depth = self.depths[site.block]
+        key = self.adapter.projector.key
+        return read, key(width[read], depth), write, key(width[write], depth)
+
+    # ---- hooks ----
+
+    def attach(self) -> None:
+        """Hooks are partials of bound methods, not closures, so that a deep copy of the model uses its own adapter."""
+        for block, module in enumerate(self.map.blocks):
+            self._handles.append(module.register_forward_pre_hook(partial(self._route, block), with_kwargs=True))
+        for site in self.map.sites:
+            self._handles.append(site.linear.register_forward_hook(partial(self._update, site)))
+
+    def remove(self) -> None:
+        self.unmerge()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
+        """Within it the host computes with the update; yields the counts of active atoms."""
+        real = None if attention_mask is None else (attention_mask.reshape(-1) > 0).float()
+        self.current = Pass(self.project(task), task, real)
+        try:
+            yield self.current
+        finally:
+            self.current = None
+
+    def project(self, task: str) -> ProjectedAtoms:
+        reads = {plan[1] for plan in self.plans.values()}
+        writes = {plan[3] for plan in self.plans.values()}
+        device = self.adapter.atoms_in.latent.device.type
+        with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
+            return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
+
+    def _route(self, block: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        run, config = self.current, self.adapter.config
+        if run is None:
+            return
+        state = args[0] if args else kwargs["hidden_states"]
+        if block in self.knot_layers:
+            run.knot_states[block] = state
+        if config.router == "static":
+            run.routing = Routing(None, run.atoms.mean_gate)
+            run.expected_atoms = run.expected_atoms + float(config.atoms)
+            run.active_atoms = run.active_atoms + float(config.atoms)
+            return
+        rows = run.atoms.router_rows[self.route_keys[block]]
+        run.routing = route(state.flatten(0, -2), rows, run.atoms.router_bias, config.router_top_k)
+        run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1)
+        run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1)
+        own = self.adapter.tasks[run.task]
+        if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
+            real = run.real if run.real is not None else torch.ones_like(run.routing.gates[:, 0])
+            own.track_mean_gate(run.routing, real)
+
+    def _update(self, site: Site, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        run = self.current
+        if run is None or self.merged:
+            return None
+        read_side, read_key, _, write_key = self.plans[site]
+        dots = run.read(args[0] if read_side == "input" else output, run.atoms.read[read_key])
+        coefficients = run.atoms.coefficients[site.block, MODULE_TYPES.index(site.module_type)]
+        update = write_atoms(dots, run.atoms.write[write_key], run.routing, coefficients)
+        return output + update.view_as(output).to(output.dtype)
+
+    # ---- merging ----
+
+    def delta_weight(self, site: Site, task: str) -> torch.Tensor:
+        """ΔW (out, in) of one site in float64, with the static router's fixed mask."""
+        atoms = self.project(task)
+        _, read_key, _, write_key = self.plans[site]
+        coefficients = atoms.coefficients[site.block, MODULE_TYPES.index(site.module_type)]
+        weights = (atoms.mean_gate * coefficients).double()
+        return (atoms.write[write_key].double().T * weights) @ atoms.read[read_key].double()
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._originals)
+
+    @torch.no_grad()
+    def merge(self, task: str) -> None:
+        """Add ΔW to each site's weight; the original weights are kept for ``unmerge``."""
+        updated = {}
+        for site in self.map.sites:
+            weight = site.linear.weight
+            updated[site] = (weight.double() + self.delta_weight(site, task)).to(weight.dtype)
+            if not torch.isfinite(updated[site]).all():
+                raise HostError(
+                    f"Merging would make block {site.block} {site.module_type} not finite; nothing merged."
+                )
+        for site, weight in updated.items():
+            self._originals[site] = site.linear.weight.detach().clone()
+            site.linear.weight.copy_(weight)
+        self.merged_task = task
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give every site its own weight back, bit for bit."""
+        for site, weight in self._originals.items():
+            site.linear.weight.copy_(weight)
+        self._originals.clear()
+        self.merged_task = None

@@ -1,0 +1,63 @@
+"""Projectors: the maps between a host's vectors and the canonical space.
+
+One interface for every kind (``DimensionProjector`` here; a calibrated kind shares it):
+
+- ``sides(module_type)`` says on which side of a linear layer the update reads and writes: its input or its output;
+- ``key(width, depth)`` names the map that serves a vector of that width at that relative depth, so that equal maps
+  are computed once;
+- ``inward(key)`` is P_in, shape (D, width); ``outward(key)`` is P_out, shape (width, D).
+"""
+
+import math
+from collections.abc import Hashable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .quantization import Half, StoredTensor
+
+Side = Literal["input", "output"]
+
+
+class DimensionProjector(nn.Module):
+    """h_ψ: a map for any width w from a wave network of (log10 w, i/w), 4·D half-precision numbers a direction.
+
+    Row i of P(w) is the paper's factored form, a sine network of the width and the relative position times a shared
+    factor, with as many sine features as canonical coordinates and a diagonal factor a:
+
+        P(w)[i, m] = a_m · sqrt(2/w) · sin(π (m + f_m)(i + ½)/w + p_m + s_m log10 w)
+
+    With f = s = 0 and p = π/2 the columns are the orthogonal DCT-II basis, which is where training starts: a narrow
+    shared factor would limit every update on every host to a subspace of its rank.
+    """
+
+    def __init__(self, canonical_dim: int):
+        super().__init__()
+        self.canonical_dim = canonical_dim
+        initial = torch.zeros(4, canonical_dim)  # amplitude a, frequency offset f, phase p, width slope s
+        initial[0] = 1.0
+        initial[2] = math.pi / 2
+        self.inward_waves = StoredTensor(initial.clone(), Half())
+        self.outward_waves = StoredTensor(initial.clone(), Half())
+
+    def sides(self, module_type: str) -> tuple[Side, Side]:
+        """Read at the layer's input, write at its output, as ΔW x does."""
+        return "input", "output"
+
+    def key(self, width: int, depth: float) -> Hashable:
+        return width
+
+    def inward(self, key: Hashable) -> torch.Tensor:
+        return self._waves(self.inward_waves(), key).T
+
+    def outward(self, key: Hashable) -> torch.Tensor:
+        return self._waves(self.outward_waves(), key)
+
+    def _waves(self, waves: torch.Tensor, width: int) -> torch.Tensor:
+        """(width, D) float32 from the four rows of wave parameters."""
+        amplitude, frequency, phase, slope = waves
+        position = (torch.arange(width, device=waves.device, dtype=torch.float32) + 0.5) / width
+        harmonic = torch.arange(self.canonical_dim, device=waves.device, dtype=torch.float32) + frequency
+        angle = math.pi * position[:, None] * harmonic + phase + slope * math.log10(width)
+        return amplitude * math.sqrt(2 / width) * torch.sin(angle)

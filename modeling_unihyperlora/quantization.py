@@ -1,0 +1,127 @@
+"""Tensors that are trained in the precision in which they are saved.
+
+A ``StoredTensor`` keeps a float latent for the optimiser and hands out the value that its file would hold. The
+gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432), so that the saved adapter scores
+what the trained one scored. Every codec is idempotent: encoding a decoded tensor gives the same codes, bit for bit.
+"""
+
+import torch
+from torch import nn
+
+
+class RowInteger:
+    """Signed integers of ``bits`` bits with one bfloat16 scale a row: value = code * scale.
+
+    The scale has 8 significant bits and codes at most 8, so their product is exact in float32, and the largest code
+    of a row is always ``2**(bits-1) - 1``: this is what makes the codec idempotent. A scale so small that it would
+    lose bits (below about 1e-38) counts as zero.
+    """
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.largest = 2 ** (bits - 1) - 1
+
+    def codes(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rows, columns)`` float32 → float codes of the same shape and scales ``(rows, 1)``."""
+        scale = (value.abs().amax(dim=-1, keepdim=True) / self.largest).bfloat16().float()
+        scale = torch.where(scale < torch.finfo(torch.bfloat16).tiny, 0.0, scale)
+        divisor = torch.where(scale > 0, scale, 1.0)
+        return (value / divisor).round().clamp(-self.largest, self.largest), scale
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        codes, scale = self.codes(value)
+        return codes * scale
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes, scale = self.codes(value)
+        packed = pack_nibbles(codes) if self.bits == 4 else codes.to(torch.int8)
+        return {"": packed, ".scale": scale.bfloat16()}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        codes = unpack_nibbles(stored[""], shape) if self.bits == 4 else stored[""].float()
+        return codes * stored[".scale"].float()
+
+
+class Grid:
+    """4-bit integers -8…7 times one fixed ``step``: exactly half a byte a value and nothing else."""
+
+    def __init__(self, step: float):
+        self.step = step
+
+    def codes(self, value: torch.Tensor) -> torch.Tensor:
+        return (value / self.step).round().clamp(-8, 7)
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return self.codes(value) * self.step
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": pack_nibbles(self.codes(value))}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return unpack_nibbles(stored[""], shape) * self.step
+
+
+class Half:
+    """IEEE half precision, for small tensors of mixed range (biases, waves, embeddings)."""
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return value.half().float()
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": value.half()}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return stored[""].float()
+
+
+Codec = RowInteger | Grid | Half
+
+
+class StoredTensor(nn.Module):
+    """One tensor of the adapter: a trainable float32 ``latent`` and the codec of its file.
+
+    Calling it returns the value as the file holds it, in float32, with the shape of the latent.
+    """
+
+    def __init__(self, initial: torch.Tensor, codec: Codec):
+        super().__init__()
+        self.codec = codec
+        self.latent = nn.Parameter(initial.float())
+
+    def forward(self) -> torch.Tensor:
+        return _StraightThrough.apply(self.latent, self.codec.round(self.latent.detach().float()))
+
+    def encode(self) -> dict[str, torch.Tensor]:
+        """File tensors by suffix ("" for the codes, ".scale" for the row scales), on the CPU, contiguous."""
+        return {k: v.contiguous() for k, v in self.codec.encode(self.latent.detach().float().cpu()).items()}
+
+    def decode(self, stored: dict[str, torch.Tensor]) -> None:
+        """Take over what ``encode`` gave; the caller has checked dtypes and shapes."""
+        with torch.no_grad():
+            self.latent.copy_(self.codec.decode(stored, self.latent.shape))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the rounded value. Backward: the gradient of the latent is that of the rounded value."""
+
+    @staticmethod
+    def forward(ctx, latent: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes -8…7 of any shape → uint8 of half as many bytes (the first code of a pair in the low nibble)."""
+    flat = codes.reshape(-1).to(torch.int16) + 8
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_full((1,), 8)])
+    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Inverse of ``pack_nibbles``: float32 codes of ``shape``."""
+    pairs = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(-1)
+    return (pairs.float() - 8)[: torch.Size(shape).numel()].reshape(shape)
