@@ -1,0 +1,150 @@
+"""The Trainer of UniHyperLoRA: budget loss, learning rates by part, checkpoints that hold the adapter alone."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from modeling_unihyperlora.accounting import check_budget
+from modeling_unihyperlora.adapter import PARTS, part_of
+from modeling_unihyperlora.errors import AdapterFileError
+from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
+
+from .training_args import UniHyperLoraTrainingArguments
+
+
+class UniHyperLoraTrainer(Trainer):
+    """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
+
+    E[k] is the mean over the labelled tokens (sentences for sequence classification) of the batch; with gradient
+    accumulation and several processes every term is normalised over the whole batch, so that the loss does not depend
+    on how a batch is cut. ``task_loss``, ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
+
+    Raises:
+        BudgetError: before anything is trained, if the file or the multiply-adds would be over budget.
+    """
+
+    args: UniHyperLoraTrainingArguments
+
+    def __init__(self, model, args: UniHyperLoraTrainingArguments, **kwargs):
+        check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
+        model.set_train_scope(args.train_scope)
+        super().__init__(model=model, args=args, **kwargs)
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_updates, self._noted_update = 0, -1
+        self._active = [0.0, 0]
+
+    # ---- loss ----
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        labelled = inputs["labels"] != -100  # with label smoothing the Trainer takes the labels out
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
+        if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
+            real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
+            atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
+        items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        items = items.to(atoms.device).clamp_min(1)
+        across = self._processes_in(num_items_in_batch)
+        delta = self.unwrapped.adapter.tasks[self.unwrapped.config.active_task].delta()
+        terms = {
+            "lambda_f_loss": self.args.lambda_f * across * (atoms * labelled).sum() / items,
+            "lambda_q_loss": self.args.lambda_q * across * delta.square().sum() * labelled.sum() / items,
+        }
+        if model.training:
+            self._note_losses({"task_loss": loss, **terms})
+        else:
+            self._active[0] += float((active * labelled).sum())
+            self._active[1] += int(labelled.sum())
+        loss = loss + sum(terms.values())
+        return (loss, outputs) if return_outputs else loss
+
+    def _processes_in(self, num_items_in_batch) -> int:
+        """Processes whose losses the launcher averages although ``num_items_in_batch`` counts the items of all."""
+        counted_over_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if counted_over_all else 1
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # ---- logging ----
+
+    def _note_losses(self, terms: dict[str, torch.Tensor]) -> None:
+        for name, value in terms.items():
+            self._loss_sums[name] = self._loss_sums.get(name, 0.0) + value.detach()
+        if self.state.global_step != self._noted_update:  # several micro-batches may make one update
+            self._loss_updates, self._noted_update = self._loss_updates + 1, self.state.global_step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._loss_updates:
+            for name, total in self._loss_sums.items():
+                logs[name] = float(self.accelerator.gather(total).mean()) / self._loss_updates
+            self._loss_sums, self._loss_updates = {}, 0
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Adds ``<prefix>_active_atoms_per_token``, the hard count averaged over labelled tokens and blocks."""
+        self._active = [0.0, 0]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor(self._active, device=self.args.device)
+        active, items = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if items:
+            output.metrics[f"{metric_key_prefix}_active_atoms_per_token"] = active / items
+        return output
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group a part and a kind of decay; only what the train scope trains is in any of them."""
+        if self.optimizer is None:
+            adapter = self.unwrapped.adapter
+            prefix = "adapter."
+            decayed = set(self.get_decay_parameter_names(self.unwrapped))
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in adapter.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((part_of(name), prefix + name in decayed), []).append(parameter)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.unwrapped)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": groups[part, decay],
+                        "lr": self.args.learning_rate_of(part),
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for part, decay in sorted(groups, key=lambda group: (PARTS.index(group[0]), group[1]))
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+    # ---- checkpoints ----
+
+    def train(self, *args, **kwargs):
+        config = self.unwrapped.config
+        config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
+        self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
+        return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter's two files; a checkpoint also gets the float latents that a resumed run continues from."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        self.unwrapped.save_pretrained(folder)
+        if folder.name.startswith("checkpoint-"):
+            save_latents(self.unwrapped.adapter, folder / LATENTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / LATENTS_NAME
+        if not path.is_file():
+            raise AdapterFileError(
+                f"{resume_from_checkpoint} is no checkpoint to resume from: it has no {LATENTS_NAME}. Give a "
+                "checkpoint-<step> folder that training wrote."
+            )
+        load_latents(self.unwrapped.adapter, path)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

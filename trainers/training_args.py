@@ -1,0 +1,64 @@
+"""Training arguments of UniHyperLoRA: those of transformers, the scope, the budget loss, learning rates by part.
+
+The parts learn at very different rates (the atoms of a zero-initialised dictionary fast, waves and router slowly), so
+one ``learning_rate`` sets all of them through ``LEARNING_RATE_FACTORS`` and each can be set on its own.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from modeling_unihyperlora.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
+from modeling_unihyperlora.errors import ConfigError
+
+LEARNING_RATE_FACTORS = {"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2, "delta": 1.0, "head": 1.0}
+
+
+@dataclass
+class UniHyperLoraTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` and what the adapter adds.
+
+    A part's learning rate of None means ``learning_rate`` times its factor in ``LEARNING_RATE_FACTORS``.
+    """
+
+    learning_rate: float = field(
+        default=5e-3, metadata={"help": "Learning rate of the atoms, from which the parts' follow."}
+    )
+    train_scope: str = field(
+        default="source",
+        metadata={
+            "help": "What is trained: 'source' (dictionary, projector, mixer, router, head) or 'delta' (δθ alone, "
+            "and the head of a new task).",
+            "choices": ["source", "delta"],
+        },
+    )
+    lambda_f: float = field(default=1e-3, metadata={"help": "Weight λ_F of the expected atoms a token, E[k]."})
+    lambda_q: float = field(default=1e-5, metadata={"help": "Weight λ_Q of the squared norm of δθ."})
+    dictionary_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the atoms."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    mixer_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the mixer."})
+    router_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the router."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
+    delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
+    max_adapter_bytes: int = field(
+        default=MAX_ADAPTER_BYTES, metadata={"help": "Largest weights file; over it training does not start."}
+    )
+    max_flops_overhead_pct: float = field(
+        default=MAX_FLOPS_OVERHEAD_PCT,
+        metadata={
+            "help": "Most extra multiply-adds a token, in per cent of the host's; over it training does not start."
+        },
+    )
+
+    def __post_init__(self):
+        if self.train_scope not in ("source", "delta"):
+            raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'source' or 'delta'.")
+        for name in ("lambda_f", "lambda_q"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
+        super().__post_init__()
+
+    def learning_rate_of(self, part: str) -> float:
+        """Learning rate of a part of the adapter, one of ``modeling_unihyperlora.adapter.PARTS``."""
+        own = getattr(self, f"{part}_learning_rate")
+        return self.learning_rate * LEARNING_RATE_FACTORS[part] if own is None else own
