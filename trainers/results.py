@@ -1,0 +1,51 @@
+"""The folder of a run: checked before the run starts, and its ``all_results.json`` at the end."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from modeling_unihyperlora.errors import ConfigError
+from modeling_unihyperlora.storage import write_json
+
+RESULT_KEYS = (
+    "zero_shot_f1",
+    "eval_f1",
+    "eval_accuracy",
+    "adapter_bytes",
+    "head_bytes",
+    "delta_bytes",
+    "extra_ram_mb",
+    "flops_overhead_pct",
+    "active_atoms_per_token",
+    "trainable_parameters",
+    "train_runtime",
+    "budget_ok",
+)
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raise ``ConfigError`` if ``folder`` cannot be written or made; nothing is made yet."""
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"The output folder {folder} cannot be made: {existing} is a file. Choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"The output folder {folder} cannot be written: no permission at {existing}. Choose another."
+        )
+
+
+def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str, object]:
+    """Write ``all_results.json``: ``metrics``, and None for each of ``RESULT_KEYS`` that is not among them.
+
+    A figure that is not finite becomes None too, since JSON has no word for it.
+    """
+    results = dict.fromkeys(RESULT_KEYS) | {name: _finite(value) for name, value in metrics.items()}
+    write_json(Path(folder) / "all_results.json", results)
+    return results
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,308 @@
+"""Run configurations: one YAML a run, in the schema of the paper, turned into arguments of the script.
+
+Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py``, in front of what
+the user typed, so that the command line wins.
+"""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from modeling_unihyperlora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BYTES_A_MEGABYTE = 1_000_000
+DELTA_GROUP = "adapter.bias_delta"  # the paper's name of δθ among the parameter groups
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run-config file says.
+
+    Attributes:
+        run_id: name of the run.
+        arguments: argument of the script → value.
+        method_settings: what only the file's method reads and no flag carries.
+        search: the ``optuna`` block as written, checked; None where there is none.
+    """
+
+    run_id: str
+    arguments: dict[str, Any]
+    method_settings: dict[str, Any]
+    search: dict[str, Any] | None
+
+    def to_command_line(self) -> list[str]:
+        """The arguments as they would be typed."""
+        typed: list[str] = []
+        for name, value in self.arguments.items():
+            values = value if isinstance(value, list) else [value]
+            typed += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        return typed
+
+
+@dataclass(frozen=True)
+class Key:
+    """One allowed key: the type of its value, the argument that it becomes, and the values it may have."""
+
+    kind: type
+    flag: str | None = None
+    allowed: tuple = ()
+    convert: Callable[[Any], Any] | None = None
+
+
+_NAME = {"name": Key(str, "hub_model_id")}
+
+ADAPTER_KEYS = {
+    "unihyperlora": {
+        **_NAME,
+        "pathway": Key(str, "pathway"),
+        "projector": Key(str, "projector"),
+        "router": Key(str, "router"),
+        "atoms": Key(int, "atoms"),
+        "anchor_dim": Key(int, "anchor_dim"),
+        "router_top_k": Key(int, "router_top_k"),
+        "quant_bits": Key(int, allowed=(4,)),  # the mixer's; the file format has no other
+        "bias_bits": Key(int, allowed=(4,)),  # of δθ, likewise
+        "freeze_base_adapter": Key(bool),  # these two become train_scope, see _train_scope
+        "train_bias_delta_only": Key(bool),
+        "lambda_F": Key(float, "lambda_f"),
+        "lambda_Q": Key(float, "lambda_q"),
+    },
+    "sat_lora": {
+        **_NAME,
+        "lora_rank": Key(int),
+        "lora_alpha": Key(int),
+        "target_modules": Key(list),
+        "share_across_layers": Key(bool),
+        "precision": Key(str, allowed=("int8",)),
+    },
+    "probe": _NAME,
+}
+
+SECTIONS: dict[str, Any] = {
+    "run_id": Key(str, "output_dir", convert=lambda name: f"runs/{name}"),
+    "method": Key(str, "method", allowed=tuple(ADAPTER_KEYS)),
+    "model": {
+        "host_model_name": Key(str, "model_name_or_path"),
+        "revision": Key(str, "model_revision"),
+        "hidden_size": Key(int, "hidden_size"),
+        "num_layers": Key(int, "num_layers"),
+    },
+    "dataset": {
+        "name": Key(str, "task_name"),
+        "hf_id": Key(str, "dataset_name"),
+        "config": Key(str, "dataset_config_name"),
+        "splits": {
+            "train": Key(str, "train_split"),
+            "validation": Key(str, "validation_split"),
+            "test": Key(str, "test_split"),
+        },
+        "max_length": Key(int, "max_seq_length"),
+    },
+    "training": {
+        "optimizer": Key(str, "optim", allowed=("adamw",), convert=lambda _: "adamw_torch"),
+        "learning_rate": Key(float, "learning_rate"),
+        "weight_decay": Key(float, "weight_decay"),
+        "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
+        "max_steps": Key(int, "max_steps"),
+        "num_train_epochs": Key(float, "num_train_epochs"),
+        "lr_scheduler": Key(str, "lr_scheduler_type"),
+        "warmup_steps": Key(int, "warmup_steps"),
+        "seed": Key(int, "seed"),
+        "update_param_groups": Key(list),
+    },
+    "evaluation": {"eval_steps": Key(int, "eval_steps"), "metric": Key(str, allowed=("seqeval",))},
+    "budget_constraints": {
+        "max_extra_params_mb": Key(float, "max_adapter_bytes", convert=lambda mb: round(mb * BYTES_A_MEGABYTE)),
+        "max_flop_overhead_pct": Key(float, "max_flops_overhead_pct"),
+    },
+    "optuna": {
+        "n_trials": Key(int),
+        "direction": Key(str, allowed=("maximize", "minimize")),
+        "search_space": Key(dict),
+    },
+    "hardware": {
+        "accelerator": Key(str, allowed=("auto", "cpu", "gpu")),
+        "precision": Key(str, allowed=("bf16", "fp16", "fp32")),
+        "devices": Key(int),
+    },
+}
+
+_SEARCH_KEYS = {
+    "uniform": {"low", "high"},
+    "loguniform": {"low", "high"},
+    "int": {"low", "high", "log", "step"},
+    "categorical": {"choices"},
+}
+
+
+def read_run_config(path: str | Path) -> RunConfig:
+    """Read and check a run-config file.
+
+    Raises:
+        ConfigError: the file is unreadable, a key is unknown, a value has the wrong type or contradicts another.
+    """
+    content = _load(Path(path))
+    where = str(path)
+    for required in ("run_id", "method"):
+        if required not in content:
+            raise ConfigError(f"{where}: the key '{required}' is missing. Every run needs it.")
+    method = content["method"]
+    _check_value(method, SECTIONS["method"], f"{where}: 'method'")  # it decides which adapter keys there are
+    adapter_keys = ADAPTER_KEYS[method]
+    arguments: dict[str, Any] = {}
+    _read_section(content, SECTIONS | {"adapter": adapter_keys}, where, "", arguments)
+
+    adapter = content.get("adapter", {})
+    if method == "unihyperlora":
+        arguments["train_scope"] = _train_scope(adapter, content.get("training", {}), where)
+    if "eval_steps" in arguments:
+        arguments["eval_strategy"] = "steps"
+    arguments |= _hardware(content.get("hardware", {}), where)
+    if "optuna" in content:
+        _check_search(content["optuna"], adapter_keys, where)
+    return RunConfig(
+        run_id=content["run_id"],
+        arguments=arguments,
+        method_settings={name: adapter[name] for name in adapter if method == "sat_lora" and name != "name"},
+        search=content.get("optuna"),
+    )
+
+
+def _read_section(content: Mapping, keys: Mapping, where: str, path: str, arguments: dict[str, Any]) -> None:
+    """Check ``content`` against ``keys``, nested alike; collect what becomes an argument."""
+    for name, value in content.items():
+        full = f"{path}.{name}" if path else str(name)
+        if name not in keys:
+            nearest = difflib.get_close_matches(str(name), list(keys), n=1, cutoff=0)
+            hint = f" The nearest key is '{nearest[0]}'; allowed here: {', '.join(keys)}." if nearest else ""
+            raise ConfigError(f"{where}: unknown key '{full}'.{hint}")
+        key = keys[name]
+        if isinstance(key, Mapping):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: '{full}' must be a block of keys ({', '.join(key)}), not {value!r}.")
+            _read_section(value, key, where, full, arguments)
+            continue
+        _check_value(value, key, f"{where}: '{full}'")
+        if key.flag is not None:
+            arguments[key.flag] = key.convert(value) if key.convert else value
+
+
+def _check_value(value: Any, key: Key, what: str) -> None:
+    fits = isinstance(value, int | float) if key.kind is float else isinstance(value, key.kind)
+    if not fits or (isinstance(value, bool) and key.kind is not bool):
+        raise ConfigError(f"{what} must be of type {key.kind.__name__}, not {value!r}.")
+    if key.allowed and value not in key.allowed:
+        raise ConfigError(f"{what} is {value!r}; allowed: {', '.join(map(str, key.allowed))}.")
+
+
+def _train_scope(adapter: Mapping, training: Mapping, where: str) -> str:
+    """The paper says it three times over; all three must agree."""
+    frozen = adapter.get("freeze_base_adapter", False)
+    delta_only = adapter.get("train_bias_delta_only", False)
+    groups = training.get("update_param_groups")
+    if frozen != delta_only:
+        raise ConfigError(
+            f"{where}: adapter.freeze_base_adapter is {frozen} and adapter.train_bias_delta_only is {delta_only}. "
+            "Both are true (only δθ is trained) or both are false (the adapter is trained)."
+        )
+    if groups is not None and groups != ([DELTA_GROUP] if delta_only else ["adapter"]):
+        raise ConfigError(
+            f"{where}: training.update_param_groups is {groups}, but train_bias_delta_only is {delta_only}. It must "
+            f"be [{DELTA_GROUP}] where only δθ is trained and [adapter] otherwise."
+        )
+    return "delta" if delta_only else "source"
+
+
+def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:
+    accelerator = hardware.get("accelerator", "auto")
+    if accelerator == "gpu" and not torch.accelerator.is_available():
+        raise ConfigError(f"{where}: hardware.accelerator is gpu and there is none here. Set it to auto or cpu.")
+    if "devices" in hardware and hardware["devices"] != _processes():
+        logger.warning(
+            "%s is written for %d device(s), this launch has %d: accelerate launch --num_processes sets it.",
+            where,
+            hardware["devices"],
+            _processes(),
+        )
+    on_cpu = accelerator == "cpu" or not torch.accelerator.is_available()
+    arguments: dict[str, Any] = {"use_cpu": True} if on_cpu else {}
+    if hardware.get("precision") in ("bf16", "fp16"):
+        arguments[hardware["precision"]] = True
+    return arguments
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _per_process(batch_size: int) -> int:
+    """The file's batch is that of a whole step; every process of a launch takes an equal part."""
+    if batch_size % _processes():
+        raise ConfigError(f"training.batch_size={batch_size} cannot be split evenly over {_processes()} processes.")
+    return batch_size // _processes()
+
+
+def _check_search(optuna: Mapping, adapter_keys: Mapping, where: str) -> None:
+    """Every searched name must be a key of the adapter or the training block, with a usable range."""
+    searchable = [*SECTIONS["training"], *adapter_keys]
+    for name, space in optuna.get("search_space", {}).items():
+        what = f"{where}: 'optuna.search_space.{name}'"
+        if name not in searchable:
+            nearest = difflib.get_close_matches(str(name), searchable, n=1, cutoff=0)[0]
+            raise ConfigError(f"{what} is nothing that a run reads. The nearest key is '{nearest}'.")
+        kind = space.get("type") if isinstance(space, dict) else None
+        if kind not in _SEARCH_KEYS:
+            raise ConfigError(f"{what} needs a type, one of {', '.join(_SEARCH_KEYS)}; got {space!r}.")
+        unknown = set(space) - _SEARCH_KEYS[kind] - {"type"}
+        if unknown:
+            raise ConfigError(f"{what}: unknown key '{min(unknown)}'; {kind} takes {sorted(_SEARCH_KEYS[kind])}.")
+        if kind == "categorical":
+            usable = isinstance(space.get("choices"), list) and len(space["choices"]) > 0
+        else:
+            low, high = space.get("low"), space.get("high")
+            usable = isinstance(low, int | float) and isinstance(high, int | float) and low < high
+            usable = usable and (kind != "loguniform" or low > 0)
+        if not usable:
+            raise ConfigError(f"{what} has no usable range: {space!r}. Give low < high (above 0 for loguniform).")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a block of keys ({', '.join(SECTIONS)}, adapter), not {content!r}.")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{name}' is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
+)
