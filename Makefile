@@ -1,0 +1,33 @@
+# make demo    train and score on the embedded host and tweets, then tag a sentence: make demo SENTENCE="..."
+# make test    lint, format check and the quick tests
+# Each target sets up what it needs in .venv; PYTHON=python3.12 chooses another interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export SENTENCE ?=
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed-demo
+	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
+
+test: lint
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# The stamp makes pip run again only when what it read has changed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
