@@ -42,7 +42,7 @@ from trainers.ner_data import (
     read_hub_dataset,
 )
 from trainers.ner_windows import SentenceWindows, entity_scores, load_tokenizer
-from trainers.results import write_results
+from trainers.results import write_arguments, write_results
 
 logger = logging.getLogger("run_ner")
 
@@ -86,6 +86,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
+        arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
+        write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
         metrics = write_results(training_args.output_dir, metrics)
     return metrics
 

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -93,6 +94,11 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+
+    def name(self) -> str:
+        """What results call this data: the data set's id, or the folder of the files."""
+        files = (self.train_file, self.validation_file, self.test_file)
+        return self.dataset_name or next((Path(file).absolute().parent.name for file in files if file), "")
 
     def file_of(self, split: str) -> str | None:
         """The file given for "train", "validation" or "test"."""

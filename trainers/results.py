@@ -1,12 +1,16 @@
 """The folder of a run: checked before the run starts, and its ``all_results.json`` at the end."""
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modeling_unihyperlora.errors import ConfigError
 from modeling_unihyperlora.storage import write_json
+
+from .ner_data import Sentence
 
 RESULT_KEYS = (
     "zero_shot_f1",
@@ -45,6 +49,28 @@ def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str
     results = dict.fromkeys(RESULT_KEYS) | {name: _finite(value) for name, value in metrics.items()}
     write_json(Path(folder) / "all_results.json", results)
     return results
+
+
+def write_arguments(
+    folder: str | Path, arguments: Mapping[str, object], name: str, splits: Mapping[str, Sequence[Sentence]]
+) -> None:
+    """Write ``run_arguments.json``: every argument but secrets, and which sentences the run read.
+
+    Args:
+        arguments: flat, argument → value.
+        name: of the data set.
+        splits: split → its sentences; kept as their number and a SHA-256 over words and tags.
+    """
+    kept = {key: value for key, value in arguments.items() if not key.endswith("token")}
+    data = {split: {"sentences": len(rows), "sha256": _digest(rows)} for split, rows in splits.items()}
+    write_json(Path(folder) / "run_arguments.json", kept | {"data": {"name": name, "splits": data}})
+
+
+def _digest(sentences: Sequence[Sentence]) -> str:
+    digest = hashlib.sha256()
+    for sentence in sentences:
+        digest.update(json.dumps([sentence.tokens, sentence.tags], ensure_ascii=False).encode())
+    return digest.hexdigest()
 
 
 def _finite(value: object) -> object:

@@ -1,0 +1,147 @@
+"""Keep what a run measured, and draw the tables of the documents from what was kept.
+
+    python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
+    python scripts/benchmark.py render
+
+``record`` writes results/NAME.json from the folder that run_ner.py wrote: scores and costs, settings, host, data,
+versions, hardware. ``render`` writes results/README.md, and nothing in it comes from anywhere else.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from modeling_unihyperlora import ConfigError, UniHyperLoraError
+from modeling_unihyperlora.storage import replacing, write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+SETTINGS = (
+    "method pathway projector router train_scope max_steps per_device_train_batch_size learning_rate "
+    "lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
+).split()
+COLUMNS = (
+    *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
+    *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
+)
+VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    record = commands.add_parser("record", help="keep the results of one run")
+    record.add_argument("folder", type=Path)
+    record.add_argument("--name", required=True)
+    commands.add_parser("render", help="write results/README.md")
+    args = parser.parse_args(command_line)
+    if args.command == "record":
+        write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
+    else:
+        text = rendered(read_records(RESULTS))
+        with replacing(RESULTS / "README.md") as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
+
+
+def record_of(folder: Path) -> dict[str, object]:
+    """All that is worth keeping of a finished run; folders on the machine are not.
+
+    Raises:
+        ConfigError: the folder is not one that run_ner.py finished.
+    """
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run_arguments.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of run_ner.py.") from error
+    config = folder / "config.json"
+    adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
+    return {
+        "settings": {name: run.get(name) for name in SETTINGS},
+        "host": Path(run.get("model_name_or_path") or "").name,
+        "adapter": Path(run["adapter"]).name if run.get("adapter") else None,
+        "source_hosts": hosts,
+        "data": run["data"],
+        "results": results,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def rendered(records: dict[str, dict]) -> str:
+    """The tables as Markdown: runs that differ in nothing but their seed share a row."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `python scripts/benchmark.py render` from the JSON files beside this page, one a run.",
+        "F1 is seqeval's micro F1 on the whole validation split, mean ± standard deviation over the seeds.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    rows: dict[tuple, list[dict]] = {}
+    for record in records.values():
+        rows.setdefault(_row_key(record), []).append(record)
+    for key, runs in sorted(rows.items(), key=lambda item: str(item[0])):
+        first, settings = runs[0]["results"], runs[0]["settings"]
+        seeds = ", ".join(str(seed) for seed in sorted(run["settings"]["seed"] for run in runs))
+        cells = [
+            *key[:4],
+            f"{settings['max_steps']} × {settings['per_device_train_batch_size']}",
+            f"{settings['learning_rate']:g}",
+            "–" if settings["method"] == "probe" else f"{settings['lambda_f']:g}",
+            seeds,
+            mean_and_deviation(run["results"]["eval_f1"] for run in runs),
+            *(_count(first[name]) for name in ("adapter_bytes", "head_bytes", "delta_bytes")),
+            "–" if first["flops_overhead_pct"] is None else f"{first['flops_overhead_pct']:.2f} %",
+            mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    parts = next((run["results"] for run in records.values() if "bytes_of_delta" in run["results"]), None)
+    if parts is not None:
+        lines += ["", "Bytes of one adapter file, by part:", "", "| part | bytes |", "|---|---|"]
+        lines += [
+            f"| {name.removeprefix('bytes_of_')} | {value:,} |"
+            for name, value in sorted(parts.items())
+            if name.startswith("bytes_of_")
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row_key(record: dict) -> tuple[str, ...]:
+    settings = record["settings"]
+    kind = [settings["method"]]
+    if settings["method"] == "unihyperlora":
+        kind += [settings["pathway"] or "inject", settings["projector"] or "dimension"]
+    rest = sorted((name, str(value)) for name, value in settings.items() if name != "seed")
+    scope = "–" if settings["method"] == "probe" else settings["train_scope"]
+    return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest), str(record["adapter"]))
+
+
+def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"benchmark: {error}")

@@ -1,0 +1,42 @@
+"""Records of runs and the tables drawn from them."""
+
+import json
+
+import pytest
+
+import benchmark
+from modeling_unihyperlora import ConfigError
+
+
+def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
+    folder.mkdir(parents=True)
+    settings = {name: None for name in benchmark.SETTINGS} | {"method": method, "seed": seed, "lambda_f": 0.001}
+    settings |= {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.01, "train_scope": "source"}
+    data = {"name": "tweets", "splits": {"validation": {"sentences": 3, "sha256": "ab"}}}
+    arguments = settings | {"model_name_or_path": "/somewhere/private/host-a", "adapter": None, "data": data}
+    (folder / "run_arguments.json").write_text(json.dumps(arguments))
+    costs = {"adapter_bytes": 118000, "head_bytes": 11556, "delta_bytes": 512, "flops_overhead_pct": 3.4}
+    results = costs | {"eval_f1": f1, "active_atoms_per_token": 1.5, "bytes_of_delta": 512}
+    (folder / "all_results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps({"source_hosts": [{"name": "/somewhere/private/host-a"}]}))
+    return folder
+
+
+def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
+    runs = [a_run(tmp_path / "0", 0, 0.8), a_run(tmp_path / "1", 1, 0.9), a_run(tmp_path / "p", 0, 0.5, "probe")]
+    text = benchmark.rendered({str(i): benchmark.record_of(run) for i, run in enumerate(runs)})
+    rows = [line for line in text.splitlines() if line.startswith("| tweets")]
+    assert len(rows) == 2
+    assert any("0.8500 ± 0.0707" in row and "| 0, 1 |" in row and "118,000" in row for row in rows)
+    assert any("probe" in row and "0.5000" in row and "±" not in row for row in rows)
+    assert "| delta | 512 |" in text
+
+
+def test_a_record_names_no_folder_of_the_machine(tmp_path):
+    kept = json.dumps(benchmark.record_of(a_run(tmp_path / "0", 0, 0.8)))
+    assert "host-a" in kept and "private" not in kept and str(tmp_path) not in kept
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        benchmark.record_of(tmp_path)
