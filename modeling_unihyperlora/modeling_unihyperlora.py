@@ -257,7 +257,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
     def _task(self, name: str | None) -> str:
         name = self.config.active_task if name is None else name
         if name is None:
-            raise ConfigError("The adapter has no task yet; call add_task(name, labels).")
+            raise ConfigError(
+                "The adapter has no task yet. Call add_task(name, labels) of a …ForTokenClassification or "
+                "…ForSequenceClassification."
+            )
         self._check_type(self.config, name)
         if self.injection.merged_task not in (None, name):
             raise MergeError("The update of another task is merged into the host; call unmerge() first.")
