@@ -45,7 +45,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentence", help="what to tag at the end; asked for at a terminal")
     parser.add_argument("--output_dir", default="runs/demo")
-    parser.add_argument("--max_steps", type=int, default=400)
+    parser.add_argument("--max_steps", type=int, default=250)
     args = parser.parse_args(command_line)
     console = Console()
 
@@ -55,7 +55,7 @@ def main(command_line: list[str] | None = None) -> None:
     results = run_ner.main(
         f"""
         --pathway inject --projector dimension --task_name tweets
-        --do_train --do_eval --eval_strategy steps --eval_steps 150 --save_strategy no
+        --do_train --do_eval --eval_strategy steps --eval_steps 100 --save_strategy no
         --max_steps {args.max_steps} --per_device_train_batch_size 16 --per_device_eval_batch_size 64
         --max_seq_length 64
         --warmup_steps 40 --lr_scheduler_type linear --logging_steps 20 --seed 42
