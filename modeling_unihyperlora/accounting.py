@@ -2,54 +2,37 @@
 
 from pathlib import Path
 
-from .adapter import KNOTS
 from .errors import BudgetError
 from .injection import Injection
 from .storage import WEIGHTS_NAME, bytes_of_parts, file_bytes
+from .stream import Stream
 
 MAX_ADAPTER_BYTES = 1_000_000
 MAX_FLOPS_OVERHEAD_PCT = 10.0
 
 
-def host_multiply_adds(injection: Injection, sequence_length: int) -> int:
-    """Multiply-adds a token of the host's blocks: its linear layers, QKᵀ and the weighted sum of V."""
-    linear = sum(site.linear.in_features * site.linear.out_features for site in injection.map.sites)
-    attention = sum(
-        2 * sequence_length * site.linear.out_features for site in injection.map.sites if site.module_type == "query"
-    )
-    return linear + attention
+def host_multiply_adds(path: Injection | Stream, sequence_length: int) -> int:
+    """Multiply-adds a token of the host's own blocks: its linear layers, QKᵀ and the weighted sum of V."""
+    return path.host_multiply_adds(sequence_length)
 
 
-def added_multiply_adds(injection: Injection, labels: int) -> int:
-    """Multiply-adds a token that the adapter and its head add; nothing but the head when merged.
-
-    A block scores M atoms once; each layer then reads and writes k atoms (all M with the static router), and layers
-    that share an input share the reading. The squares of the norms and the division by them count as well.
-    """
-    config = injection.adapter.config
-    total = (labels + 2) * len(KNOTS) * injection.map.hidden_size
-    if injection.merged:
-        return total
-    used = config.atoms if config.router == "static" else config.router_top_k
-    if config.router == "token":
-        total += injection.map.num_layers * (config.atoms + 1) * injection.map.hidden_size
-    for site, (read_side, _, write_side, _) in injection.plans.items():
-        width = {"input": site.linear.in_features, "output": site.linear.out_features}
-        shares_reading = read_side == "input" and site.module_type in ("key", "value")
-        total += used * (width[write_side] + (0 if shares_reading else width[read_side]))
-    return total
+def added_multiply_adds(path: Injection | Stream, labels: int) -> int:
+    """Multiply-adds a token that the adapter and its head add."""
+    return path.added_multiply_adds(labels)
 
 
-def flops_overhead_pct(injection: Injection, labels: int, sequence_length: int = 128) -> float:
+def flops_overhead_pct(path: Injection | Stream, labels: int, sequence_length: int = 128) -> float:
     """Added multiply-adds a token over the host's own, in per cent, at a given sentence length."""
-    return 100 * added_multiply_adds(injection, labels) / host_multiply_adds(injection, sequence_length)
+    return 100 * added_multiply_adds(path, labels) / host_multiply_adds(path, sequence_length)
 
 
 def held_megabytes(model) -> float:
-    """Megabytes of tensors that the adapter keeps beside its host: parameters, buffers and projected atoms."""
-    tensors = [*model.adapter.parameters(), *model.adapter.buffers()]
-    atoms = model.injection.project(model.config.active_task)
-    tensors += [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
+    """Megabytes of tensors that the adapter keeps beside its host: parameters, buffers, what is made for this host."""
+    tensors = [
+        *model.adapter.parameters(),
+        *model.adapter.buffers(),
+        *model.path.held_tensors(model.config.active_task),
+    ]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
@@ -68,7 +51,7 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
     own = model.adapter.tasks[model.config.active_task]
     size = None if folder is None else (Path(folder) / WEIGHTS_NAME).stat().st_size
     parts = bytes_of_parts(model.adapter)
-    overhead = flops_overhead_pct(model.injection, len(model.labels))
+    overhead = flops_overhead_pct(model.path, len(model.labels))
     stored = size if size is not None else file_bytes(model.adapter)
     return {
         "adapter_bytes": size,
@@ -87,7 +70,7 @@ def check_budget(
 ) -> None:
     """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds would be over budget."""
     size = file_bytes(model.adapter)
-    overhead = flops_overhead_pct(model.injection, len(model.labels))
+    overhead = flops_overhead_pct(model.path, len(model.labels))
     if size > max_bytes or overhead > max_flops_overhead_pct:
         raise BudgetError(
             f"Over budget: {size:,} bytes of {max_bytes:,} allowed, {overhead:.2f} % extra multiply-adds of "

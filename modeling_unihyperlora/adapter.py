@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .anchors import Anchors
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .hosts import MODULE_TYPES
 from .projectors import DimensionProjector
 from .quantization import Grid, Half, RowInteger, StoredTensor
+from .token_mixer import TokenMixer
 
 DICTIONARY_BITS = 8
 ROUTER_BITS = 8
@@ -110,9 +112,8 @@ class Mixer(nn.Module):
         self.hidden = StoredTensor(torch.randn(hidden, 1 + len(MODULE_TYPES) + 1) * 1.5, RowInteger(MIXER_BITS))
         self.output = StoredTensor(torch.randn(atoms, hidden + 1) / math.sqrt(hidden + 1), RowInteger(MIXER_BITS))
 
-    def forward(self, depths: torch.Tensor) -> torch.Tensor:
-        """(L,) depths in (0, 1] → (L, S, M)."""
-        features = place_features(depths)  # (L, S, 1 + 1 + S): one, depth, type
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(…, 8) place features → (…, M)."""
         wave = torch.sin(features @ self.hidden().T)
         return append_one(wave) @ self.output().T
 
@@ -124,8 +125,19 @@ def place_features(depths: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.ones_like(depth), depth, types], dim=-1)
 
 
+def knot_features(knots: torch.Tensor) -> torch.Tensor:
+    """The same for the stream, where a place is a depth and no module type: (K,) → (K, 8)."""
+    types = torch.zeros(len(knots), len(MODULE_TYPES), device=knots.device)
+    return torch.cat([torch.ones_like(knots)[:, None], knots[:, None], types], dim=-1)
+
+
 def append_one(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def head_inputs(config: UniHyperLoraConfig) -> int:
+    """Numbers that a head reads: the canonical states of all knots, or the features of the stream."""
+    return len(KNOTS) * config.anchor_dim if config.pathway == "inject" else 2 * config.stream_hidden
 
 
 class TaskParameters(nn.Module):
@@ -136,7 +148,7 @@ class TaskParameters(nn.Module):
         width = config.anchor_dim
         self.delta = StoredTensor(torch.zeros(2 + len(MODULE_TYPES), config.atoms), Grid(config.delta_step))
         self.embedding = StoredTensor(torch.zeros(width), Half())
-        self.head_weight = StoredTensor(torch.zeros(labels, len(KNOTS) * width), RowInteger(HEAD_BITS))
+        self.head_weight = StoredTensor(torch.zeros(labels, head_inputs(config)), RowInteger(HEAD_BITS))
         self.head_bias = StoredTensor(torch.zeros(labels), Half())
         self.register_buffer("mean_gate", torch.full((config.atoms,), config.router_top_k / config.atoms))
 
@@ -159,7 +171,11 @@ class UniHyperLoraAdapter(nn.Module):
         self.atoms_in = StoredTensor(torch.randn(shape) * scale, RowInteger(DICTIONARY_BITS))  # V
         # U starts at zero, so a fresh adapter leaves its host's function unchanged.
         self.atoms_out = StoredTensor(torch.zeros(shape), RowInteger(DICTIONARY_BITS))
-        self.projector = DimensionProjector(config.anchor_dim)
+        if config.pathway == "inject":
+            self.projector = DimensionProjector(config.anchor_dim)
+        else:
+            self.anchors = Anchors(config, len(KNOTS))
+            self.token_mixer = TokenMixer(len(KNOTS) * config.stream_dim, config.stream_width, config.stream_hidden)
         self.mixer = Mixer(config.mixer_hidden, config.atoms)
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
@@ -193,7 +209,7 @@ class UniHyperLoraAdapter(nn.Module):
             router_rows={key: router @ inward[key] for key in routes},
             router_bias=self.router_bias() + router @ own.embedding(),
             mean_gate=own.mean_gate.half().float(),  # as its file holds it
-            coefficients=self.mixer(places) + place_features(places) @ own.delta(),
+            coefficients=self.mixer(place_features(places)) + place_features(places) @ own.delta(),
         )
         self._projected = (state, projected) if may_keep else None
         return projected
@@ -225,7 +241,7 @@ class UniHyperLoraAdapter(nn.Module):
         return parts
 
 
-PARTS = ("dictionary", "projector", "mixer", "router", "delta", "head")
+PARTS = ("dictionary", "projector", "mixer", "router", "anchors", "stream", "delta", "head")
 
 
 def part_of(name: str) -> str:
@@ -235,4 +251,5 @@ def part_of(name: str) -> str:
     if name.startswith("tasks."):
         leaf = name.split(".")[2]
         return {"delta": "delta", "head_weight": "head", "head_bias": "head"}.get(leaf, "router")
-    return name.split(".")[0].split("_")[0]
+    part = name.split(".")[0].split("_")[0]
+    return "stream" if part == "token" else part

@@ -13,11 +13,12 @@ FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
 
 _ALLOWED = {
-    "pathway": ("inject",),
-    "projector": ("dimension",),
+    "pathway": ("inject", "stream"),
+    "projector": ("dimension", "anchored"),
     "router": ("token", "static"),
     "router_top_k": (1, 2, 3),
 }
+_MOST_ANCHOR_BYTES = 1_000_000
 _LARGEST_SIZE = 4096  # far over any budget; keeps a damaged config.json from asking for all memory
 
 
@@ -25,14 +26,25 @@ class UniHyperLoraConfig(PreTrainedConfig):
     """Shapes and choices of an adapter; the host is named here but none of its numbers are.
 
     Args:
-        pathway: where the atoms act; "inject" adds the update to the host's linear layers.
-        projector: "dimension": one wave network maps any width to the canonical space and back.
+        pathway: where the atoms act; "inject" adds the update to the host's linear layers, "stream" computes beside
+            the host on its states and works on hosts that it was not trained on.
+        projector: "dimension": one wave network maps any width to the canonical space and back (for "inject");
+            "anchored": a closed-form map from each host's states on the anchors (for "stream"). None: the one that
+            goes with the pathway.
         router: "token" chooses atoms for each token; "static" uses one fixed mask and can be merged.
         router_top_k: atoms a token may use in a block, 1 to 3.
         atoms: M, number of rank-one atoms.
         anchor_dim: d0, width of the canonical space.
         mixer_hidden: width of the mixer's sine layer.
-        delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps.
+        stream_dim: canonical coordinates that the stream uses at each knot.
+        stream_width: width of the token mixer's input map.
+        stream_hidden: width of each direction of its recurrent layer.
+        stream_noise: standard deviation of the noise on the coordinates in training.
+        stream_knot_dropout: probability that a sentence loses a knot in training.
+        anchor_words: N, words of the anchor text.
+        anchor_text_bytes: its length.
+        delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps. A larger step than twice the way
+            that the optimiser goes (at most learning rate × steps) would never be taken.
         tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}.
         active_task: the task that a forward pass uses unless told otherwise.
         base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
@@ -48,13 +60,20 @@ class UniHyperLoraConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["expected_atoms", "active_atoms", "hidden_states", "attentions"]
 
     pathway: str = "inject"
-    projector: str = "dimension"
+    projector: str | None = None
     router: str = "token"
     router_top_k: int = 2
     atoms: int = 128
     anchor_dim: int = 256
     mixer_hidden: int = 14
-    delta_step: float = 0.125
+    stream_dim: int = 96
+    stream_width: int = 128
+    stream_hidden: int = 96
+    stream_noise: float = 0.5
+    stream_knot_dropout: float = 0.1
+    anchor_words: int = 0
+    anchor_text_bytes: int = 0
+    delta_step: float = 1 / 32
     tasks: dict[str, dict[str, Any]] | None = None
     active_task: str | None = None
     base_model_name_or_path: str | None = None
@@ -76,14 +95,31 @@ class UniHyperLoraConfig(PreTrainedConfig):
                 f"This adapter has format_version {self.format_version!r}, this package reads up to {FORMAT_VERSION}. "
                 "Update the package: pip install -U unihyperlora."
             )
+        if self.projector is None:
+            self.projector = "dimension" if self.pathway == "inject" else "anchored"
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed or isinstance(value, bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; choose one of {allowed}.")
-        for name in ("atoms", "anchor_dim", "mixer_hidden"):
+        for name in ("atoms", "anchor_dim", "mixer_hidden", "stream_dim", "stream_width", "stream_hidden"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer from 1 to {_LARGEST_SIZE}.")
+        if (self.pathway == "inject") != (self.projector == "dimension"):
+            raise ConfigError(
+                f"pathway={self.pathway!r} does not go with projector={self.projector!r}: the injected update uses "
+                "the 'dimension' projector, the stream the 'anchored' one."
+            )
+        if self.pathway == "stream" and self.stream_dim > self.anchor_dim:
+            raise ConfigError(f"stream_dim={self.stream_dim} exceeds the atoms' anchor_dim={self.anchor_dim}.")
+        for name, most in (("stream_noise", 10), ("stream_knot_dropout", 0.9)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be a number from 0 to {most}.")
+        for name in ("anchor_words", "anchor_text_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= _MOST_ANCHOR_BYTES:
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be at most {_MOST_ANCHOR_BYTES}.")
         if self.router_top_k > self.atoms:
             raise ConfigError(f"router_top_k={self.router_top_k} exceeds atoms={self.atoms}.")
         if type(self.delta_step) not in (int, float) or not 1e-6 <= self.delta_step <= 1e6:

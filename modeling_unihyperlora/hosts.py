@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from .errors import HostError
 
@@ -158,6 +158,21 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             f"The host '{name_or_path}' cannot be loaded ({reason}). Pass "
             "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder; a host whose repository needs "
             "its own code has to be loaded by you and passed as host=."
+        ) from error
+
+
+def load_host_tokenizer(name_or_path: str | None):
+    """The fast tokenizer in a host's folder or repository; its own code is never run.
+
+    Raises:
+        HostError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path or "", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"The tokenizer of the host '{name_or_path}' cannot be loaded ({str(error).strip().splitlines()[0]}). "
+            "Pass tokenizer=."
         ) from error
 
 

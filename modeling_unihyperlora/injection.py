@@ -3,8 +3,9 @@
 The hooks act only inside ``Injection.running``; a host that is called on its own computes what it always did.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,6 +39,33 @@ class Pass:
         return self._read[2]
 
 
+@dataclass
+class InjectedRun:
+    """One forward pass of a host with the update in it, and what the heads read of it."""
+
+    adapter: UniHyperLoraAdapter
+    task: str
+    last_hidden_state: torch.Tensor  # (B, T, d)
+    hidden_states: tuple[torch.Tensor, ...] | None
+    knot_states: list[torch.Tensor]  # (B, T, d) for each knot
+    knot_keys: list[Hashable]
+    expected_atoms: torch.Tensor  # (B, T) mean over the blocks
+    active_atoms: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor | None
+
+    def token_logits(self) -> torch.Tensor:
+        """(B, T, C)."""
+        return self.adapter.logits(self.knot_states, self.knot_keys, self.task)
+
+    def sentence_logits(self) -> torch.Tensor:
+        """(B, C) from the mean state of a sentence's tokens at each knot."""
+        hidden, mask = self.last_hidden_state, self.attention_mask
+        mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
+        means = [(state * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1) for state in self.knot_states]
+        return self.adapter.logits(means, self.knot_keys, self.task)
+
+
 class Injection:
     """Binds an adapter to the sites of one host.
 
@@ -47,6 +75,7 @@ class Injection:
 
     def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
         self.adapter = adapter
+        self.host = host
         self.map = HostMap(host)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         self.plans = {site: self._plan(site) for site in self.map.sites}
@@ -90,6 +119,33 @@ class Injection:
         finally:
             self.current = None
 
+    def run(
+        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+    ) -> InjectedRun:
+        """The host's own forward with the update of ``task`` in it."""
+        if output_hidden_states is not None:
+            inputs = inputs | {"output_hidden_states": output_hidden_states}
+        with self.running(task, attention_mask) as current:
+            out = self.host(attention_mask=attention_mask, return_dict=True, **inputs)
+        last = out.last_hidden_state
+        states = current.knot_states | {self.map.num_layers: last}
+
+        def mean(total: torch.Tensor | float) -> torch.Tensor:
+            total = torch.as_tensor(total, device=last.device).float() / self.map.num_layers
+            return total.expand(last.shape[:2].numel()).view(last.shape[:2])
+
+        return InjectedRun(
+            self.adapter,
+            task,
+            last,
+            out.hidden_states,
+            [states[layer] for layer in self.knot_layers],
+            [self.adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS],
+            mean(current.expected_atoms),
+            mean(current.active_atoms),
+            attention_mask,
+        )
+
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
@@ -127,6 +183,38 @@ class Injection:
         coefficients = run.atoms.coefficients[site.block, MODULE_TYPES.index(site.module_type)]
         update = write_atoms(dots, run.atoms.write[write_key], run.routing, coefficients)
         return output + update.view_as(output).to(output.dtype)
+
+    # ---- costs ----
+
+    def host_multiply_adds(self, sequence_length: int) -> int:
+        """Multiply-adds a token of the host's blocks: its linear layers, QKᵀ and the weighted sum of V."""
+        linear = sum(site.linear.in_features * site.linear.out_features for site in self.map.sites)
+        queries = (site.linear.out_features for site in self.map.sites if site.module_type == "query")
+        return linear + sum(2 * sequence_length * width for width in queries)
+
+    def added_multiply_adds(self, labels: int) -> int:
+        """Multiply-adds a token that the adapter and its head add; nothing but the head when merged.
+
+        A block scores M atoms once; each layer then reads and writes k atoms (all M with the static router), and
+        layers that share an input share the reading. The squares of the norms and the division by them count as well.
+        """
+        config = self.adapter.config
+        total = (labels + 2) * len(KNOTS) * self.map.hidden_size
+        if self.merged:
+            return total
+        used = config.atoms if config.router == "static" else config.router_top_k
+        if config.router == "token":
+            total += self.map.num_layers * (config.atoms + 1) * self.map.hidden_size
+        for site, (read_side, _, write_side, _) in self.plans.items():
+            width = {"input": site.linear.in_features, "output": site.linear.out_features}
+            shares_reading = read_side == "input" and site.module_type in ("key", "value")
+            total += used * (width[write_side] + (0 if shares_reading else width[read_side]))
+        return total
+
+    def held_tensors(self, task: str) -> list[torch.Tensor]:
+        """The atoms in this host's coordinates."""
+        atoms = self.project(task)
+        return [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
 
     # ---- merging ----
 

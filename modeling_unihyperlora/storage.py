@@ -34,7 +34,8 @@ def adapter_tensors(adapter: UniHyperLoraAdapter) -> dict[str, torch.Tensor]:
     for name, module in _stored(adapter).items():
         tensors.update({name + suffix: tensor for suffix, tensor in module.encode().items()})
     for name, buffer in adapter.named_buffers():
-        tensors[name] = buffer.detach().cpu().half().contiguous()
+        buffer = buffer.detach().cpu()
+        tensors[name] = (buffer.half() if buffer.is_floating_point() else buffer).contiguous()
     return tensors
 
 
@@ -117,6 +118,13 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def write_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as ``read_checked`` wants them, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=signed_metadata(tensors))
+
+
 def signed_metadata(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """What the header says beside the tensors: the format, and the digest of everything in the file."""
     metadata = {"format": "pt", "unihyperlora_format": str(FORMAT_VERSION)}
@@ -152,9 +160,7 @@ def bytes_of_parts(adapter: UniHyperLoraAdapter) -> dict[str, int]:
 
 def save_latents(adapter: UniHyperLoraAdapter, path: Path) -> None:
     """Float32 latents and buffers, bit for bit, for resuming; a deployed adapter does not need them."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata=signed_metadata(state))
+    write_checked(path, adapter.state_dict())
 
 
 def load_latents(adapter: UniHyperLoraAdapter, path: Path) -> None:

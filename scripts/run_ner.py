@@ -43,6 +43,7 @@ from trainers.ner_data import (
 )
 from trainers.ner_windows import SentenceWindows, entity_scores, load_tokenizer
 from trainers.results import write_arguments, write_results
+from trainers.state_cache import CanonicalStates, StreamCollator
 
 logger = logging.getLogger("run_ner")
 
@@ -127,6 +128,7 @@ def make_model(args: ModelArguments, task: str, labels: list[str]) -> PreTrained
         task=task,
         config=UniHyperLoraConfig(**args.shape()),
         revision=args.model_revision,
+        anchor_file=args.anchor_file,
         **args.hub(),
     )
 
@@ -223,19 +225,22 @@ def make_trainer(
     if length < data_args.max_seq_length:
         logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
     windows = {split: SentenceWindows(sentences, tokenizer, labels, length) for split, sentences in splits.items()}
-    validation = windows.get("validation")
+    validation, train = windows.get("validation"), windows.get("train")
+    collator = DataCollatorForTokenClassification(
+        tokenizer,
+        padding="max_length" if data_args.pad_to_max_length else True,
+        max_length=length if data_args.pad_to_max_length else None,
+        pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
+    )
+    if train is not None and is_adapter and model.config.pathway == "stream":
+        train, collator = CanonicalStates(model, train, collator), StreamCollator(collator)
     trainer = trainer_class(
         model=model,
         args=training_args,
-        train_dataset=windows.get("train"),
+        train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(
-            tokenizer,
-            padding="max_length" if data_args.pad_to_max_length else True,
-            max_length=length if data_args.pad_to_max_length else None,
-            pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
-        ),
+        data_collator=collator,
         compute_metrics=validation and entity_scores(validation, data_args.return_entity_level_metrics),
         preprocess_logits_for_metrics=best_labels(labels),
     )

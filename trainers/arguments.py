@@ -37,6 +37,10 @@ class ModelArguments:
     router_top_k: int | None = field(default=None, metadata={"help": "Atoms a token may use, 1 to 3."})
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
+    stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
+    anchor_file: str | None = field(
+        default=None, metadata={"help": "Anchor text of a new stream, one sentence a line; the package's own if none."}
+    )
     hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host that is not this wide."})
     num_layers: int | None = field(default=None, metadata={"help": "Refuse a host with another number of blocks."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the host."})
@@ -54,7 +58,7 @@ class ModelArguments:
 
     def shape(self) -> dict[str, object]:
         """The adapter's choices that were given."""
-        names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim")
+        names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim", "stream_dim")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def hub(self) -> dict[str, str]:

@@ -11,7 +11,10 @@ from transformers import TrainingArguments
 from modeling_unihyperlora.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
 from modeling_unihyperlora.errors import ConfigError
 
-LEARNING_RATE_FACTORS = {"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2, "delta": 1.0, "head": 1.0}
+LEARNING_RATE_FACTORS = {
+    **{"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2},
+    **{"stream": 0.4, "delta": 1.0, "head": 1.0},
+}
 
 
 @dataclass
@@ -38,6 +41,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     mixer_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the mixer."})
     router_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the router."})
+    stream_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the token mixer."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
     max_adapter_bytes: int = field(

@@ -217,7 +217,7 @@ class TestMixer:
         mixer = Mixer(14, 128)
         hidden, output = array(mixer.hidden()), array(mixer.output())
         depths = torch.tensor([(b + 1) / blocks for b in range(blocks)])
-        mixed = array(mixer(depths))
+        mixed = array(mixer(place_features(depths)))
         assert mixed.shape == (blocks, 6, 128)
         for b in range(blocks):
             for s in range(6):
@@ -230,7 +230,7 @@ class TestMixer:
         torch.manual_seed(0)
         mixer = Mixer(14, 128)
         assert sum(p.numel() for p in mixer.parameters()) < 2500
-        mixed = mixer(torch.tensor([0.25, 0.5, 1.0])).flatten(0, 1)
+        mixed = mixer(place_features(torch.tensor([0.25, 0.5, 1.0]))).flatten(0, 1)
         assert torch.pdist(mixed).min() > 0.1
 
 
@@ -322,7 +322,7 @@ class TestProject:
         np.testing.assert_allclose(array(atoms.router_rows[width]), router @ inward, atol=1e-5)
         bias = array(adapter.router_bias()) + router @ array(own.embedding())
         np.testing.assert_allclose(array(atoms.router_bias), bias, atol=1e-5)
-        delta, mixed = array(own.delta()), array(adapter.mixer(torch.tensor(depths)))
+        delta, mixed = array(own.delta()), array(adapter.mixer(place_features(torch.tensor(depths))))
         for b in range(blocks):
             for s in range(6):
                 expected = mixed[b, s] + delta[0] + depths[b] * delta[1] + delta[2 + s]
@@ -376,7 +376,7 @@ class TestParts:
         in_state = {name.removesuffix(".latent") for name in adapter.state_dict()}
         assert in_state == set(expected)
         assert {name: part_of(name) for name in expected} == expected
-        assert {part_of(name) for name in adapter_tensors(adapter)} == set(PARTS)
+        assert {part_of(name) for name in adapter_tensors(adapter)} == set(PARTS) - {"anchors", "stream"}
         by_part = adapter.parts()
         assert list(by_part) == list(PARTS)
         assert {id(m) for modules in by_part.values() for m in modules} == {

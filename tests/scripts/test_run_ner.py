@@ -251,3 +251,55 @@ def test_a_run_config_for_another_host(run):
     with pytest.raises(ConfigError, match="states hidden_size 768, but the host .* has 64"):
         config = REPOSITORY / "hub_configs" / "runs" / "proposed-iter1-CoNLL-2003.yaml"
         run("--run_config", config, "--train_scope", "source", "--do_train")
+
+
+class TestStream:
+    """--pathway stream: trained on cached states of one host, scored on a host of another shape."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    @pytest.fixture
+    def flags(self, tmp_path):
+        anchors = tmp_path / "anchors.txt"
+        anchors.write_text("".join(" ".join(words) + "\n" for words, _ in ROWS), encoding="utf-8")
+        shape = ["--pathway", "stream", "--stream_dim", 16, "--anchor_file", anchors]
+        return [*shape, "--max_flops_overhead_pct", "1e6", "--per_device_train_batch_size", 8]
+
+    def test_one_file_is_trained_here_and_scored_there(self, run, flags, tmp_path, tokenizer):
+        trained = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="here")
+        assert trained["eval_f1"] > 0.9 and trained["zero_shot_f1"] is None
+        assert trained["bytes_of_stream"] > 0 and trained["bytes_of_anchors"] > 0
+        weights = (tmp_path / "here" / "model.safetensors").read_bytes()
+        torch.manual_seed(1)
+        there = run(
+            "--adapter", tmp_path / "here", "--do_eval", output="there", host=self.other_host(tmp_path, tokenizer)
+        )
+        assert there["zero_shot_f1"] == there["eval_f1"] is not None
+        assert there["adapter_bytes"] == len(weights)
+        assert (tmp_path / "here" / "model.safetensors").read_bytes() == weights
+
+    def other_host(self, tmp_path, tokenizer) -> Path:
+        folder = tmp_path / "wider"
+        shape = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 100}
+        BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    def test_states_are_computed_once_and_again_when_cut_short(self, run, flags, cache):
+        train = [*flags, "--do_train", "--max_steps", 2]
+        run(*train, output="first")
+        (states,) = cache.glob("states-*")
+        whole, written = states.read_bytes(), states.stat().st_mtime_ns
+        run(*train, output="second")
+        assert states.stat().st_mtime_ns == written
+        states.write_bytes(whole[:-10])
+        run(*train, output="third")
+        assert states.read_bytes() == whole
+        assert [path.name for path in cache.glob("states-*")] == [states.name]
+
+    def test_a_host_narrower_than_the_coordinates_is_refused(self, run, flags):
+        with pytest.raises(UniHyperLoraError, match="200 canonical coordinates need a source host"):
+            run(*flags, "--stream_dim", 200, "--do_train", "--max_steps", 1)

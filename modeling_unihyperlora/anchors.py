@@ -1,0 +1,145 @@
+"""Anchors: words of unlabelled text on which the states of different hosts are lined up with each other.
+
+An anchor is a blank-separated word in a sentence; its state is that of its first sub-token, so that hosts with
+different tokenizers have states for the very same anchors.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .errors import DataError, HostError
+from .quantization import Coarse, StoredTensor
+
+COORDINATE_STEP = 1.0  # of 2-bit coordinates of unit variance
+PACKAGE_ANCHORS = Path(__file__).with_name("anchors.txt")
+MIN_ANCHORS = 256
+
+
+class Anchors(nn.Module):
+    """What the adapter keeps of its anchors: their text, and their canonical coordinates at each knot in 2 bits.
+
+    Attributes:
+        text: (bytes,) uint8, UTF-8, one sentence a line.
+        coordinates: (K·N, D), never trained.
+    """
+
+    def __init__(self, config: UniHyperLoraConfig, knots: int):
+        super().__init__()
+        self.knots = knots
+        self.register_buffer("text", torch.zeros(config.anchor_text_bytes, dtype=torch.uint8))
+        shape = (knots * config.anchor_words, config.stream_dim)
+        self.coordinates = StoredTensor(torch.zeros(shape), Coarse(COORDINATE_STEP))
+        self.coordinates.requires_grad_(False)
+
+    def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:
+        """Take over anchors and their (K, N, D) coordinates."""
+        text = "\n".join(map(" ".join, sentences)).encode()
+        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.text.device)
+        with torch.no_grad():
+            self.coordinates.latent.copy_(coordinates.flatten(0, 1))
+
+    def sentences(self) -> list[list[str]]:
+        return split_anchors(bytes(self.text.cpu().tolist()).decode(), "the adapter's anchor text")
+
+    def canonical(self) -> torch.Tensor:
+        """(K, N, D) as the file holds them."""
+        return self.coordinates().unflatten(0, (self.knots, -1))
+
+
+def read_anchors(path: str | Path | None = None) -> list[list[str]]:
+    """The sentences of an anchor file as lists of words; the package's own text by default.
+
+    Args:
+        path: UTF-8 text, one sentence a line.
+
+    Raises:
+        DataError: the file cannot be read as UTF-8, or has fewer than ``MIN_ANCHORS`` words.
+    """
+    path = PACKAGE_ANCHORS if path is None else Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The anchor file {path} cannot be read as UTF-8 text ({error}).") from error
+    return split_anchors(text, str(path))
+
+
+def split_anchors(text: str, source: str) -> list[list[str]]:
+    """Sentences of words from text with one sentence a line; ``DataError`` if there are too few words."""
+    sentences = [line.split() for line in text.splitlines() if line.strip()]
+    words = sum(map(len, sentences))
+    if words < MIN_ANCHORS:
+        raise DataError(
+            f"{source} has {words} words; at least {MIN_ANCHORS} are needed to line up a host, and 2,000 to 4,000 of "
+            "varied text are better."
+        )
+    return sentences
+
+
+@torch.no_grad()
+def word_states(
+    host: nn.Module,
+    tokenizer,
+    sentences: list[list[str]],
+    layers: list[int],
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """States of the first sub-token of every word.
+
+    Args:
+        host: the encoder.
+        tokenizer: its fast tokenizer.
+        sentences: S lists of words, N words in all.
+        layers: which of the L+1 hidden states to take.
+        progress: called with the number of sentences done.
+
+    Returns:
+        (len(layers), N, d) float32 on the CPU, words in the order of the text. A word beyond the host's window, or
+        one that its tokenizer gives no sub-token, has NaN.
+
+    Raises:
+        HostError: the tokenizer cannot say which sub-token begins a word.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise HostError(
+            f"{type(tokenizer).__name__} cannot say where words begin; a fast tokenizer (with a tokenizer.json) is "
+            "needed to line up this host."
+        )
+    was_training = host.training
+    host.eval()
+    offsets = [0]
+    for sentence in sentences:
+        offsets.append(offsets[-1] + len(sentence))
+    states = torch.full((len(layers), offsets[-1], host.config.hidden_size), torch.nan)
+    limit = min(tokenizer.model_max_length, getattr(host.config, "max_position_embeddings", 512) - 2)
+    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            encoded = tokenizer(
+                [sentences[index] for index in chosen],
+                is_split_into_words=True,
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            )
+            inputs = {name: encoded[name].to(host.device) for name in ("input_ids", "attention_mask")}
+            hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
+            for row, index in enumerate(chosen):
+                words = encoded.word_ids(row)
+                first = {word: position for position, word in reversed(list(enumerate(words))) if word is not None}
+                if first:
+                    target = offsets[index] + torch.tensor(list(first.keys()))
+                    source = torch.tensor(list(first.values()), device=host.device)
+                    for k, layer in enumerate(layers):
+                        states[k, target] = hidden[layer][row, source].float().cpu()
+            if progress is not None:
+                progress(len(chosen))
+    finally:
+        host.train(was_training)
+    return states

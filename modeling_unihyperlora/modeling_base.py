@@ -1,0 +1,447 @@
+"""What the UniHyperLoRA models share: the adapter on a frozen host, its file, its tasks, taking it off again.
+
+``save_pretrained`` writes the adapter alone; ``from_pretrained`` reads it and puts it on a host, its own or any other.
+"""
+
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from .adapter import TaskParameters, UniHyperLoraAdapter
+from .anchors import read_anchors, word_states
+from .calibration import LOW_FIT, canonical_coordinates
+from .configuration_unihyperlora import UniHyperLoraConfig, check_task
+from .errors import AdapterFileError, ConfigError, HostError, MergeError, UniHyperLoraError
+from .hosts import describe_host, encoder_of, freeze, load_host, load_host_tokenizer
+from .injection import InjectedRun, Injection
+from .storage import WEIGHTS_NAME, load_adapter, save_adapter
+from .stream import Stream, StreamRun, knot_layers
+
+logger = logging.getLogger(__name__)
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
+_IGNORED_ARGUMENTS = (
+    "trust_remote_code",
+    "code_revision",
+    "adapter_kwargs",
+    "_from_auto",
+    "_commit_hash",
+    "_from_pipeline",
+)
+
+
+class UniHyperLoraPreTrainedModel(PreTrainedModel):
+    """What the three models share: putting the adapter on a host, saving, loading, tasks, merging, detaching.
+
+    Args:
+        config: the adapter's configuration.
+        host: an encoder or task model of transformers; loaded from ``config.base_model_name_or_path`` when None.
+
+    Raises:
+        HostError: the host cannot be loaded or its family is unknown.
+    """
+
+    config_class = UniHyperLoraConfig
+    base_model_prefix = "host"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True
+    task_type: str | None = None
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UniHyperLoraConfig, host: nn.Module | None = None):
+        super().__init__(config)
+        if host is None:
+            host = load_host(config.base_model_name_or_path, revision=config.base_model_revision)
+        self.host = encoder_of(host)
+        self.adapter = UniHyperLoraAdapter(config).to(self.host.device)
+        self.stream: Stream | None = None  # bound by ``calibrate``
+        self.injection: Injection | None = None
+        if config.pathway == "inject":
+            self.injection = Injection(self.adapter, self.host)  # refuses an unknown family, the host still untouched
+        self._trainable_in_host = [p for p in self.host.parameters() if p.requires_grad]
+        freeze(self.host)
+        if self.injection is not None:
+            self.injection.attach()
+        self._host_arguments = set(inspect.signature(self.host.forward).parameters)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing to do: the host comes trained and the adapter's parts initialise themselves."""
+
+    # ---- making, saving, loading ----
+
+    @classmethod
+    def from_host(
+        cls,
+        host: str | Path | nn.Module,
+        labels: list[str] | None = None,
+        task: str = "default",
+        config: UniHyperLoraConfig | None = None,
+        revision: str | None = None,
+        tokenizer=None,
+        anchor_file: str | Path | None = None,
+        **host_kwargs,
+    ) -> "UniHyperLoraPreTrainedModel":
+        """A fresh adapter on a host; until it is trained the host computes what it always did.
+
+        Args:
+            host: Hub id, folder, or a loaded transformers model.
+            labels: label names of the first task; may be None for the model without a head.
+            task: name of that task.
+            config: shapes and choices; defaults to ``UniHyperLoraConfig()``.
+            revision: commit, tag or branch of the host.
+            tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
+            anchor_file: anchor text for the stream, one sentence a line; the package's own when None.
+            **host_kwargs: ``dtype``, ``cache_dir``, ``token``, ``local_files_only`` for loading the host.
+
+        Raises:
+            HostError, ConfigError
+        """
+        config = UniHyperLoraConfig() if config is None else config
+        if isinstance(host, nn.Module):
+            name = encoder_of(host).config.name_or_path
+        else:
+            name, host = str(host), load_host(str(host), revision=revision, **host_kwargs)
+        config.base_model_name_or_path, config.base_model_revision = name or None, revision
+        if config.pathway == "stream":
+            if tokenizer is None:
+                tokenizer = load_host_tokenizer(name)
+            sentences = read_anchors(anchor_file)
+            config.anchor_words = sum(map(len, sentences))
+            config.anchor_text_bytes = len("\n".join(map(" ".join, sentences)).encode())
+        model = cls(config, host=host)
+        config.source_hosts = [describe_host(model.host, name or None)]
+        if config.pathway == "stream":
+            states = word_states(model.host, tokenizer, sentences, knot_layers(model.host.config.num_hidden_layers))
+            model.adapter.anchors.set(sentences, canonical_coordinates(states, config.stream_dim))
+            model.calibrate(tokenizer)
+        if labels is not None:
+            try:
+                model.add_task(task, labels)
+            except ConfigError:
+                model.detach()
+                raise
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: UniHyperLoraConfig | None = None,
+        host: nn.Module | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        task: str | None = None,
+        revision: str = "main",
+        dtype: torch.dtype | str | None = None,
+        tokenizer=None,
+        **kwargs,
+    ) -> "UniHyperLoraPreTrainedModel":
+        """Read an adapter and put it on a host.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or Hub id.
+            config: its configuration, if already read.
+            host: a loaded host; otherwise one is loaded by name.
+            base_model_name_or_path: the host's folder or Hub id; the adapter's own host by default.
+            base_model_revision: that host's revision.
+            task: the task to activate.
+            revision: the adapter's revision.
+            dtype: of a host that is loaded here.
+            tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
+            **kwargs: ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, ``subfolder``.
+
+        Raises:
+            AdapterFileError: no adapter there, or its file is damaged or does not fit its configuration.
+            HostError: the host cannot be loaded or carry the adapter.
+            ConfigError: an argument or a configuration key is unknown, or the file is of a newer format.
+        """
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        for name in _IGNORED_ARGUMENTS:
+            kwargs.pop(name, None)
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in ("router", "router_top_k")}
+        if kwargs:
+            raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
+        weights = _adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, revision, hub)
+        stored = read_config(_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub))
+        if config is None:
+            config = stored
+        elif config.base_model_name_or_path != stored.base_model_name_or_path:  # as the Auto classes do it
+            if config.base_model_revision == stored.base_model_revision:
+                config.base_model_revision = None  # the revision was that of the adapter's own host
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.check()
+        if task is not None:
+            config.activate(task)
+        if config.active_task is not None:
+            cls._check_type(config, config.active_task)
+        if base_model_name_or_path is not None:
+            config.base_model_name_or_path, config.base_model_revision = base_model_name_or_path, base_model_revision
+        if host is None:
+            hub.pop("subfolder", None)
+            host = load_host(
+                config.base_model_name_or_path, revision=config.base_model_revision, **_given(dtype=dtype), **hub
+            )
+        adapter = UniHyperLoraAdapter(config)  # before the host is touched: a bad file leaves it as it was
+        load_adapter(adapter, weights)
+        model = cls(config, host=host)
+        model.adapter.load_state_dict(adapter.state_dict())
+        if config.pathway == "stream":
+            model.calibrate(tokenizer)
+        model.eval()
+        logger.info(model.describe())
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write ``config.json`` and ``model.safetensors``: the adapter and its heads, no tensor of the host.
+
+        Args:
+            save_directory: the folder; made if needed.
+            **kwargs: arguments that transformers passes to every model; ``is_main_process`` is honoured.
+
+        Raises:
+            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        self.config.architectures = [type(self).__name__]
+        save_adapter(self.adapter, json.loads(self.config.to_json_string(use_diff=False)), folder)
+
+    # ---- tasks ----
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names of the active task, by id."""
+        return self.config.tasks[self._task(None)]["labels"]
+
+    def add_task(self, name: str, labels: list[str]) -> None:
+        """Add a task with its own δθ (zero), router embedding and head, and make it the active one.
+
+        Raises:
+            ConfigError: the name is taken or not allowed, or the labels are not usable.
+        """
+        if self.task_type is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no head; add tasks to a …ForTokenClassification and the like."
+            )
+        if name in self.config.tasks:
+            raise ConfigError(f"Task {name!r} exists already; the adapter has {sorted(self.config.tasks)}.")
+        if self.merged:
+            raise MergeError("The update of another task is merged into the host; call unmerge() first.")
+        check_task(name, self.task_type, labels)
+        parameters = TaskParameters(self.config, len(labels))
+        self.adapter.tasks[name] = parameters.to(self.adapter.atoms_in.latent.device)
+        self.config.tasks[name] = {"type": self.task_type, "labels": list(labels)}
+        self.config.activate(name)
+
+    def set_task(self, name: str) -> None:
+        """Make ``name`` the task of the next forward passes.
+
+        Raises:
+            ConfigError: no such task, or it is of another type than this model.
+        """
+        self.config.activate(self._task(name))
+
+    def _task(self, name: str | None) -> str:
+        name = self.config.active_task if name is None else name
+        if name is None:
+            raise ConfigError(
+                "The adapter has no task yet. Call add_task(name, labels) of a …ForTokenClassification or "
+                "…ForSequenceClassification."
+            )
+        self._check_type(self.config, name)
+        if self.injection is not None and self.injection.merged_task not in (None, name):
+            raise MergeError("The update of another task is merged into the host; call unmerge() first.")
+        return name
+
+    @classmethod
+    def _check_type(cls, config: UniHyperLoraConfig, name: str) -> None:
+        if name not in config.tasks:
+            raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(config.tasks)}.")
+        if cls.task_type not in (None, config.tasks[name]["type"]):
+            fitting = sorted(other for other, task in config.tasks.items() if task["type"] == cls.task_type)
+            raise ConfigError(
+                f"Task {name!r} is {config.tasks[name]['type']}, {cls.__name__} does {cls.task_type}; the adapter's "
+                f"tasks of that type are {fitting}. Choose one with task=."
+            )
+
+    # ---- what is trained ----
+
+    def train(self, mode: bool = True) -> "UniHyperLoraPreTrainedModel":
+        """Training mode for the adapter; the host is frozen and stays without dropout."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+    def set_train_scope(self, scope: str) -> None:
+        """Choose what a trainer may change.
+
+        "source": dictionary, projector, mixer, router, and the active task's embedding and head.
+        "delta": the active task's δθ alone; its head too as long as it is new, i.e. was never trained.
+
+        Raises:
+            ConfigError: another scope was given.
+            MergeError: the update is merged into the host.
+        """
+        if scope not in ("source", "delta"):
+            raise ConfigError(f"train_scope={scope!r} is not allowed; choose 'source' or 'delta'.")
+        if self.merged:
+            raise MergeError("The update is merged into the host, where it cannot be trained; call unmerge() first.")
+        own = self.adapter.tasks[self._task(None)]
+        head_is_new = not self.config.tasks[self.config.active_task].get("trained", False)
+        for parameter in self.adapter.parameters():
+            parameter.requires_grad_(scope == "source")
+        if self.config.pathway == "stream":
+            self.adapter.anchors.requires_grad_(False)
+        for name, task in self.adapter.tasks.items():
+            task.requires_grad_(scope == "source" and name == self.config.active_task)
+        own.delta.requires_grad_(scope == "delta")
+        if scope == "delta" and head_is_new:
+            own.head_weight.requires_grad_(True)
+            own.head_bias.requires_grad_(True)
+
+    # ---- merging and taking off ----
+
+    def merge(self) -> None:
+        """Fold the active task's update into the host's weights; exact, and free at inference.
+
+        Raises:
+            MergeError: the router chooses atoms for each token, so no fixed weight computes the same.
+        """
+        if self.injection is None:
+            raise MergeError("The stream computes beside the host, so it has no update to merge.")
+        if self.config.router != "static":
+            raise MergeError(
+                "The update depends on each token (router='token'), so it cannot be merged exactly. Load the adapter "
+                "with router='static', which uses one fixed mask, the mean gate."
+            )
+        if not self.merged:
+            self.injection.merge(self._task(None))
+
+    @property
+    def merged(self) -> bool:
+        """Whether an update is folded into the host's weights now."""
+        return self.injection is not None and self.injection.merged
+
+    def unmerge(self) -> None:
+        """Give the host its own weights back, bit for bit; the update is then computed beside them again."""
+        if self.injection is not None:
+            self.injection.unmerge()
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the host as it was given; this model cannot be used afterwards."""
+        if self.injection is not None:
+            self.injection.remove()
+        for parameter in self._trainable_in_host:
+            parameter.requires_grad_(True)
+        return self.host
+
+    def describe(self) -> str:
+        """Host, sites found or fit of the calibration, and pathway, in one line."""
+        if self.injection is None:
+            fit = "not calibrated" if self.stream is None else " ".join(f"{value:.2f}" for value in self.stream.fit.r2)
+            return (
+                f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
+                f"({self.host.config.model_type}, {self.host.config.num_hidden_layers} blocks x "
+                f"{self.host.config.hidden_size}): pathway stream, R² a knot {fit}, tasks {sorted(self.config.tasks)}"
+            )
+        sites, blocks = len(self.injection.map.sites), self.injection.map.num_layers
+        return (
+            f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
+            f"({self.injection.map.family}, {blocks} blocks x {self.injection.map.hidden_size}): "
+            f"{sites}/{6 * blocks} sites, pathway {self.config.pathway}, projector {self.config.projector}, "
+            f"router {self.config.router}, tasks {sorted(self.config.tasks)}"
+        )
+
+    # ---- forward ----
+
+    def run(
+        self, task: str | None, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, **inputs
+    ) -> InjectedRun | StreamRun:
+        """The host's forward pass with what the adapter does in it or beside it.
+
+        Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
+        """
+        known = self._host_arguments | {"canonical_states", "word_counts"}
+        inputs = {name: value for name, value in inputs.items() if value is not None and name in known}
+        return self.path.run(self._task(task), attention_mask, output_hidden_states, inputs)
+
+    @property
+    def path(self) -> Injection | Stream:
+        """What computes the update on this host."""
+        return self.bound_stream if self.injection is None else self.injection
+
+    @property
+    def bound_stream(self) -> Stream:
+        if self.stream is None:
+            raise HostError("The stream is not lined up with its host yet; call calibrate(tokenizer).")
+        return self.stream
+
+    def calibrate(self, tokenizer=None) -> None:
+        """Line the host up with the adapter's anchors: no label, no gradient, seconds.
+
+        Args:
+            tokenizer: the host's fast tokenizer; loaded by the host's name when None.
+
+        Raises:
+            HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
+        """
+        if tokenizer is None:
+            tokenizer = load_host_tokenizer(self.host.config.name_or_path)
+        self.stream = Stream(self.adapter, self.host, tokenizer)
+        fit = self.stream.fit.r2
+        if sum(fit) / len(fit) < LOW_FIT:
+            logger.warning(
+                "This host fits the adapter's canonical space badly (R² a knot: %s): expect low scores. Is it of "
+                "another language, or trained for something else than text?",
+                ", ".join(f"{value:.2f}" for value in fit),
+            )
+
+
+def read_config(path: Path) -> UniHyperLoraConfig:
+    """The configuration in a ``config.json``.
+
+    Raises:
+        AdapterFileError: it is not JSON, or not of this kind.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict) or content.pop("model_type", None) != UniHyperLoraConfig.model_type:
+        raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
+    try:
+        return UniHyperLoraConfig(**content)
+    except UniHyperLoraError:
+        raise
+    except Exception as error:  # transformers checks its own keys with many kinds of error
+        raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
+
+
+def _adapter_file(name: str | Path, file: str, revision: str, hub: dict) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        path = folder / hub.get("subfolder", "") / file
+        if not path.is_file():
+            raise AdapterFileError(f"{folder} has no {file}. Give the folder that save_pretrained wrote.")
+        return path
+    try:
+        return Path(cached_file(str(name), file, revision=revision, **hub))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({error})."
+        ) from error
+
+
+def _given(**kwargs) -> dict:
+    return {name: value for name, value in kwargs.items() if value is not None}

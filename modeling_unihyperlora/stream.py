@@ -1,0 +1,229 @@
+"""The portable stream: computation in the canonical space, on states that the host leaves untouched.
+
+Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
+
+A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's state of a word becomes
+z = P_in h, by the host's calibration; z is routed as a token is in the injected update, and its atoms act on it,
+
+    z ← z + Σ_j gate_j · (g_θ + δθ)(τ)_j · u_j (v_jᵀ z)
+
+with the first D coordinates of u_j and v_j and no module type. The knots side by side feed a bidirectional recurrent
+layer over the words of the sentence, whose outputs the head reads. Nothing of this depends on the host's width, depth
+or tokenizer, and the host is never modified.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, read_atoms, route, write_atoms
+from .anchors import word_states
+from .calibration import HostFit, cached_fit, fit_host
+from .errors import HostError
+from .hosts import fingerprint
+
+
+@dataclass
+class StreamRun:
+    """One forward pass of the stream, and what the heads read of it; tokens have what their words have.
+
+    With cached states there is no host pass: T is then W, and the host's states are None.
+    """
+
+    adapter: UniHyperLoraAdapter
+    task: str
+    features: torch.Tensor  # (B, W, F)
+    lengths: torch.Tensor  # (B,) words a sentence
+    expected_atoms: torch.Tensor  # (B, T) mean over the knots
+    active_atoms: torch.Tensor  # (B, T)
+    word_of: torch.Tensor | None = None  # (B, T) the word that each token belongs to
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+    def token_logits(self) -> torch.Tensor:
+        """(B, T, C): a token has the scores of its word."""
+        return _spread(self._logits(self.features), self.word_of)
+
+    def sentence_logits(self) -> torch.Tensor:
+        """(B, C) from the mean of a sentence's features."""
+        return self._logits(self.features.sum(dim=1) / self.lengths.unsqueeze(-1))
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        own = self.adapter.tasks[self.task]
+        return F.linear(features, own.head_weight(), own.head_bias())
+
+
+class Stream:
+    """Binds an adapter's stream to one host.
+
+    Args:
+        adapter: whose anchors are set.
+        host: any encoder that returns its hidden states.
+        tokenizer: the host's fast tokenizer.
+    """
+
+    def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module, tokenizer):
+        self.adapter = adapter
+        self.host = host
+        self.num_layers: int = host.config.num_hidden_layers
+        self.hidden_size: int = host.config.hidden_size
+        self.layers = knot_layers(self.num_layers)
+        linear = [m for name, m in host.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name]
+        self._host_linear = sum(m.in_features * m.out_features for m in linear)
+        self.begins_word = word_beginnings(tokenizer)
+
+        def compute() -> HostFit:
+            states = word_states(host, tokenizer, adapter.anchors.sentences(), self.layers)
+            return fit_host(states, adapter.anchors.canonical().detach().cpu())
+
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
+
+    def word_positions(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T).
+
+        A sentence in which no word begins counts its first token as one.
+        """
+        self.begins_word = self.begins_word.to(input_ids.device)
+        begins = self.begins_word[input_ids]
+        if attention_mask is not None:
+            begins = begins & (attention_mask > 0)
+        begins[:, 0] |= ~begins.any(dim=1)
+        lengths = begins.sum(dim=1)
+        word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
+        order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+        inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
+        return order * inside, lengths, word_of
+
+    def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
+        """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        matrix, offset = self.fit.matrix.to(positions.device), self.fit.offset.to(positions.device)
+        knots = [
+            F.linear(hidden_states[layer][rows, positions].float(), matrix[k], offset[k])
+            for k, layer in enumerate(self.layers)
+        ]
+        return torch.stack(knots, dim=2)
+
+    def run(
+        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+    ) -> StreamRun:
+        """The stream of ``task`` on the host's states of token ids, or on cached states of words.
+
+        Args:
+            inputs: what the host reads, or ``canonical_states`` (B, W, K, D) and ``word_counts`` (B,).
+        """
+        if "canonical_states" in inputs:
+            return self.follow(inputs["canonical_states"], inputs["word_counts"], task)
+        z, lengths, word_of, hidden = self.read_host(attention_mask, inputs)
+        run = self.follow(z, lengths, task)
+        run.expected_atoms, run.active_atoms = _spread(run.expected_atoms, word_of), _spread(run.active_atoms, word_of)
+        run.word_of, run.last_hidden_state = word_of, hidden[-1]
+        run.hidden_states = hidden if output_hidden_states else None
+        return run
+
+    @torch.no_grad()
+    def read_host(self, attention_mask: torch.Tensor | None, inputs: dict) -> tuple:
+        """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states."""
+        out = self.host(attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **inputs)
+        positions, lengths, word_of = self.word_positions(inputs["input_ids"], attention_mask)
+        return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
+
+    def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
+        """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
+        adapter, config = self.adapter, self.adapter.config
+        own, dim = adapter.tasks[task], config.stream_dim
+        if adapter.training:
+            z = disturb(z, config.stream_noise, config.stream_knot_dropout)
+        rows_in, rows_out = adapter.atoms_in()[:, :dim], adapter.atoms_out()[:, :dim]
+        router = adapter.router_weight()
+        bias = adapter.router_bias() + router @ own.embedding()
+        places = knot_features(torch.tensor(KNOTS, device=z.device))
+        coefficients = adapter.mixer(places) + places @ own.delta()
+        moved, expected, active = [], 0.0, 0.0
+        for k in range(len(KNOTS)):
+            flat = z[:, :, k].flatten(0, 1)
+            routing = route(flat, router[:, :dim], bias, config.router_top_k)
+            update = write_atoms(read_atoms(flat, rows_in, routing), rows_out, routing, coefficients[k])
+            moved.append((flat + update).view_as(z[:, :, k]))
+            expected = expected + routing.probabilities.sum(dim=-1) / len(KNOTS)
+            active = active + (routing.gates > 0).sum(dim=-1) / len(KNOTS)
+        features = adapter.token_mixer(torch.cat(moved, dim=-1), lengths)
+        words = z.shape[:2]
+        return StreamRun(adapter, task, features, lengths, expected.view(words), active.view(words))
+
+    def host_multiply_adds(self, sequence_length: int) -> int:
+        """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
+        attention = 2 * sequence_length * self.hidden_size * self.num_layers
+        return self._host_linear + attention
+
+    def added_multiply_adds(self, labels: int) -> int:
+        """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
+        config, knots = self.adapter.config, len(KNOTS)
+        project = knots * config.stream_dim * self.hidden_size
+        atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k)
+        inward = knots * config.stream_dim * config.stream_width
+        recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
+        return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
+
+    def held_tensors(self, task: str) -> list[torch.Tensor]:
+        """The map of this host and its table of word beginnings."""
+        return [self.fit.matrix, self.fit.offset, self.begins_word]
+
+
+def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
+    """Values of words (B, W, …) → of tokens (B, T, …)."""
+    if word_of is None:
+        return words
+    index = word_of.reshape(*word_of.shape, *[1] * (words.dim() - 2)).expand(*word_of.shape, *words.shape[2:])
+    return words.gather(1, index)
+
+
+def disturb(z: torch.Tensor, noise: float, knot_dropout: float) -> torch.Tensor:
+    """What another host would do to the coordinates, roughly: noise on each, and whole knots missing.
+
+    Args:
+        z: (B, W, K, D) coordinates of unit variance.
+        noise: standard deviation of the Gaussian noise.
+        knot_dropout: probability that a sentence loses a knot.
+    """
+    z = z + noise * torch.randn_like(z)
+    keep = torch.rand(z.shape[0], 1, z.shape[2], 1, device=z.device) >= knot_dropout
+    return z * keep / (1 - knot_dropout)
+
+
+def knot_layers(num_layers: int) -> list[int]:
+    """Which of the L+1 hidden states is nearest to each knot."""
+    return [int(knot * num_layers + 0.5) for knot in KNOTS]
+
+
+def word_beginnings(tokenizer) -> torch.Tensor:
+    """(V,) bool: which entries of the vocabulary begin a word; special tokens do not, the unknown token does.
+
+    Raises:
+        HostError: the vocabulary does not mark word boundaries.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise HostError(f"{type(tokenizer).__name__} is a slow tokenizer; the stream needs a fast one.")
+    model = json.loads(backend.to_str())["model"]
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    if model.get("type") == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        begins = [token is not None and not token.startswith(prefix) for token in tokens]
+    elif any(token and token[0] in "▁Ġ" for token in tokens):
+        begins = [token is not None and token[0:1] in ("▁", "Ġ") for token in tokens]
+    else:
+        raise HostError(
+            f"The vocabulary of {type(tokenizer).__name__} does not mark where words begin ('##', '▁' or 'Ġ'), so its "
+            "words cannot be lined up with those of other hosts."
+        )
+    begins = torch.tensor(begins)
+    special = [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id and i < len(begins)]
+    begins[special] = False
+    return begins

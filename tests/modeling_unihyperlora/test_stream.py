@@ -1,0 +1,320 @@
+"""The portable stream: calibration, words, the way of one word, and one file on hosts of other shapes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+from modeling_unihyperlora import ConfigError, HostError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.adapter import KNOTS, PARTS, part_of
+from modeling_unihyperlora.anchors import read_anchors, word_states
+from modeling_unihyperlora.calibration import canonical_coordinates, fit_host
+from modeling_unihyperlora.errors import DataError
+from modeling_unihyperlora.quantization import Coarse
+from modeling_unihyperlora.storage import bytes_of_parts
+from modeling_unihyperlora.stream import disturb, word_beginnings
+
+WORDS = [f"word{i}" for i in range(40)]
+LABELS = ["O", "B-PER", "I-PER"]
+D = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "un", "##known"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+
+
+@pytest.fixture(scope="module")
+def anchor_file(tmp_path_factory):
+    generator = np.random.default_rng(5)
+    lines = [" ".join(generator.choice(WORDS, 8)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("anchors") / "anchors.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def bert(width: int, blocks: int, seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * width,
+    }
+    return BertModel(BertConfig(vocab_size=50, max_position_embeddings=64, **shape)).eval()
+
+
+def distilbert() -> DistilBertModel:
+    torch.manual_seed(3)
+    return DistilBertModel(
+        DistilBertConfig(vocab_size=50, dim=24, n_layers=3, n_heads=2, hidden_dim=48, max_position_embeddings=64)
+    ).eval()
+
+
+@pytest.fixture
+def model(tokenizer, anchor_file):
+    config = UniHyperLoraConfig(
+        pathway="stream", stream_dim=D, atoms=16, anchor_dim=16, stream_width=10, stream_hidden=6
+    )
+    made = UniHyperLoraForTokenClassification.from_host(
+        bert(32, 4), labels=LABELS, task="people", config=config, tokenizer=tokenizer, anchor_file=anchor_file
+    )
+    for parameter in made.adapter.parameters():
+        if parameter is not made.adapter.anchors.coordinates.latent:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return made.eval()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(folder))
+    return folder
+
+
+def batch(tokenizer):
+    return tokenizer(["word1 unknown word3", "word7 word2"], padding=True, return_tensors="pt")
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("width,seed", [(64, 0), (128, 1), (31, 2)])
+    def test_ridge_is_the_closed_form(self, width, seed):
+        generator = np.random.default_rng(seed)
+        states = generator.normal(size=(2, 200, width)) * generator.uniform(0.1, 9, width) + 3
+        target = generator.normal(size=(2, 200, 7))
+        fit = fit_host(torch.tensor(states, dtype=torch.float32), torch.tensor(target, dtype=torch.float32))
+        for k in range(2):
+            x = (states[k] - states[k].mean(0)) / states[k].std(0, ddof=1)
+            y = target[k] - target[k].mean(0)
+            weight = np.linalg.solve(x.T @ x + 0.3 * 200 * np.eye(width), x.T @ y)
+            z = x @ weight + target[k].mean(0)
+            spread = z.std(0, ddof=1)
+            mine = states[k] @ fit.matrix[k].double().numpy().T + fit.offset[k].double().numpy()
+            np.testing.assert_allclose(mine, z / spread, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(mine.std(0, ddof=1), 1, rtol=1e-3)
+
+    def test_canonical_coordinates_are_whitened_principal_components(self):
+        states = torch.randn(1, 300, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64)
+        z = canonical_coordinates(states.float(), 5)[0].double()
+        standard = (states[0] - states[0].mean(0)) / states[0].std(0)
+        eigenvalues, vectors = np.linalg.eigh(np.cov(standard.numpy().T))
+        top = standard.numpy() @ vectors[:, ::-1][:, :5] / np.sqrt(eigenvalues[::-1][:5])
+        np.testing.assert_allclose(np.abs(np.corrcoef(z.T.numpy(), top.T)[:5, 5:].diagonal()), 1, atol=1e-4)
+        np.testing.assert_allclose(np.cov(z.T.numpy()), np.eye(5), atol=1e-2)
+
+    def test_fit_is_high_where_there_is_something_to_find_and_not_elsewhere(self):
+        states = torch.randn(1, 500, 30)
+        known = states @ torch.randn(30, 4)
+        known = (known - known.mean(1, keepdim=True)) / known.std(1, keepdim=True)
+        assert fit_host(states, known).r2[0] > 0.9
+        assert fit_host(states, known[:, torch.randperm(500)]).r2[0] < 0.1
+
+    def test_anchors_that_a_host_cannot_read_are_left_out_or_refused(self):
+        states, target = torch.randn(1, 50, 6), torch.randn(1, 50, 3)
+        states[0, 10:20] = torch.nan
+        kept = torch.cat([states[:, :10], states[:, 20:]], dim=1), torch.cat([target[:, :10], target[:, 20:]], dim=1)
+        assert torch.equal(fit_host(states, target).matrix, fit_host(*kept).matrix)
+        states[0, 3:] = torch.nan
+        with pytest.raises(HostError, match="Only 3 of 50 anchors"):
+            fit_host(states, target)
+
+    def test_is_kept_by_content_and_made_again_when_damaged(self, model, tokenizer, tmp_path, own_cache, monkeypatch):
+        model.save_pretrained(tmp_path)
+        (kept,) = own_cache.glob("calibration-*")
+        first, host = model.stream.fit, model.detach()
+        monkeypatch.setattr("modeling_unihyperlora.stream.word_states", None)  # it would have to run the host
+        again = UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
+        assert torch.equal(again.stream.fit.matrix, first.matrix)
+        host.encoder.layer[0].output.dense.weight.data.mul_(1.01)  # same name, other weights
+        with pytest.raises(TypeError):
+            UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
+        host.encoder.layer[0].output.dense.weight.data.div_(1.01)
+        monkeypatch.undo()
+        monkeypatch.setenv("UNIHYPERLORA_CACHE", str(own_cache))
+        kept.write_bytes(kept.read_bytes()[:-100])
+        again = UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
+        torch.testing.assert_close(again.stream.fit.matrix, first.matrix)
+
+    def test_a_cache_that_cannot_be_written_does_no_harm(self, model, tokenizer, monkeypatch, tmp_path):
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
+        monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "file" / "cache"))
+        first = model.stream.fit
+        model.calibrate(tokenizer)
+        torch.testing.assert_close(model.stream.fit.matrix, first.matrix)
+
+
+class TestAnchors:
+    def test_package_text_is_plain_and_large_enough(self):
+        sentences = read_anchors()
+        assert 280 <= len(sentences) <= 340 and 3500 <= sum(map(len, sentences)) <= 5000
+        assert all(word.isascii() for sentence in sentences for word in sentence)
+
+    def test_too_few_words_or_no_text_are_refused(self, tmp_path):
+        (tmp_path / "few.txt").write_text("only four words here", encoding="utf-8")
+        (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+        for name, message in (("few.txt", "has 4 words"), ("bytes.txt", "UTF-8"), ("none.txt", "cannot be read")):
+            with pytest.raises(DataError, match=message):
+                read_anchors(tmp_path / name)
+
+    def test_states_are_those_of_first_sub_tokens(self, tokenizer):
+        host = bert(32, 4)
+        sentences = [["word1", "unknown", "word3"], ["word7"]]
+        states = word_states(host, tokenizer, sentences, [0, 4])
+        with torch.no_grad():
+            ids = tokenizer("word1 unknown word3", return_tensors="pt")["input_ids"]
+            hidden = host(ids, output_hidden_states=True).hidden_states
+        for k, layer in enumerate((0, 4)):
+            torch.testing.assert_close(states[k, :3], hidden[layer][0, [1, 2, 4]], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("count", [1, 4, 7])
+    def test_two_bit_codec_is_idempotent_and_nearest(self, count):
+        codec, value = Coarse(1.0), torch.randn(count) * 2
+        rounded = codec.round(value)
+        levels = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+        assert torch.equal(rounded, levels[(value[:, None] - levels).abs().argmin(dim=1)])
+        stored = codec.encode(value)
+        assert stored[""].numel() == (count + 3) // 4
+        assert torch.equal(codec.decode(stored, value.shape), rounded)
+
+
+class TestWords:
+    def test_beginnings_in_the_vocabulary(self, tokenizer):
+        begins = word_beginnings(tokenizer)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        assert [t for t, b in zip(tokens, begins, strict=True) if not b] == ["[PAD]", "[CLS]", "[SEP]", "##known"]
+
+    def test_a_vocabulary_without_borders_is_refused(self):
+        backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+        with pytest.raises(HostError, match="does not mark where words begin"):
+            word_beginnings(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    def test_a_piece_inside_a_word_has_its_words_scores(self, model, tokenizer):
+        logits = model(**batch(tokenizer)).logits
+        assert torch.equal(logits[0, 2], logits[0, 3]) and not torch.equal(logits[0, 1], logits[0, 2])
+
+
+class TestStream:
+    def test_the_way_of_a_word_is_the_papers(self, model, tokenizer):
+        """Every word's features before the recurrent layer, recomputed in float64 with loops."""
+        seen = {}
+        hook = model.adapter.token_mixer.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
+        inputs = batch(tokenizer)
+        out = model(**inputs)
+        hook.remove()
+        value = {n: m().detach().double() for n, m in model.adapter.named_modules() if hasattr(m, "codec")}
+        with torch.no_grad():
+            hidden = model.host(**inputs, output_hidden_states=True).hidden_states
+        own = "tasks.people."
+        active = 0
+        for k, (knot, layer) in enumerate(zip(KNOTS, (0, 1, 2, 3, 4), strict=True)):
+            h = hidden[layer][0, 1].double()
+            z = model.stream.fit.matrix[k].double() @ h + model.stream.fit.offset[k].double()
+            features = torch.tensor([1.0, knot] + [0.0] * 6, dtype=torch.float64)
+            wave = torch.cat([torch.sin(value["mixer.hidden"] @ features), torch.ones(1, dtype=torch.float64)])
+            weight = value["mixer.output"] @ wave + features @ value[own + "delta"]
+            score = value["router_weight"][:, :D] @ z / z.square().mean().sqrt()
+            score = score + value["router_bias"] + value["router_weight"] @ value[own + "embedding"]
+            moved = z.clone()
+            for j in score.topk(2).indices:
+                if score[j] > 0:
+                    active += 1
+                    dot = value["atoms_in"][j, :D] @ z
+                    moved += score[j].sigmoid() * weight[j] * value["atoms_out"][j, :D] * dot
+            mine = seen["z"][0, 0, k * D : (k + 1) * D].double()
+            torch.testing.assert_close(mine, moved, rtol=1e-3, atol=1e-4)
+            assert (moved - z).abs().max() > 1e-3 or active == 0
+        assert active > 0, "no atom acted"
+        assert out.active_atoms[0, 1] == pytest.approx(active / len(KNOTS))
+
+    def test_recurrent_layer_is_torchs(self, model):
+        mixer = model.adapter.token_mixer
+        plain = torch.nn.LSTM(10, 6, batch_first=True, bidirectional=True)
+        with torch.no_grad():
+            for direction, suffix in zip(mixer.directions, ("", "_reverse"), strict=True):
+                getattr(plain, f"weight_ih_l0{suffix}").copy_(direction["from_input"]())
+                getattr(plain, f"weight_hh_l0{suffix}").copy_(direction["from_state"]())
+                getattr(plain, f"bias_ih_l0{suffix}").copy_(direction["bias"]())
+                getattr(plain, f"bias_hh_l0{suffix}").zero_()
+            z = torch.randn(2, 5, 5 * D)
+            x = torch.nn.functional.gelu(z @ mixer.inward().T + mixer.inward_bias())
+            mine = mixer(z, torch.tensor([5, 3]))
+            torch.testing.assert_close(mine[0], plain(x[:1])[0][0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine[1, :3], plain(x[1:, :3])[0][0], rtol=1e-4, atol=1e-5)
+            assert mine[1, 3:].abs().max() == 0
+
+    def test_padding_and_neighbours_do_not_matter(self, model, tokenizer):
+        together = model(**batch(tokenizer)).logits
+        alone = model(**tokenizer("word7 word2", return_tensors="pt")).logits
+        torch.testing.assert_close(together[1, :4], alone[0], rtol=1e-4, atol=1e-5)
+
+    def test_cached_states_give_the_same_scores(self, model, tokenizer):
+        inputs = batch(tokenizer)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        z, counts, _, _ = model.stream.read_host(mask, {"input_ids": ids})
+        positions, _, _ = model.stream.word_positions(ids, mask)
+        words = model(canonical_states=z, word_counts=counts).logits
+        tokens = model(**inputs).logits
+        for row in range(2):
+            for word in range(counts[row]):
+                torch.testing.assert_close(words[row, word], tokens[row, positions[row, word]])
+
+    def test_noise_and_dropout_are_of_the_size_asked_for(self):
+        z = torch.zeros(400, 10, 5, D)
+        assert float(disturb(z, 0.5, 0.0).std()) == pytest.approx(0.5, rel=0.02)
+        dropped = disturb(torch.ones_like(z), 0.0, 0.25)[:, 0, :, 0]
+        assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
+        assert float(dropped.max()) == pytest.approx(1 / 0.75)
+
+    def test_one_file_on_hosts_of_any_shape(self, model, tokenizer, tmp_path):
+        model.save_pretrained(tmp_path)
+        inputs = batch(tokenizer)
+        scores = model(**inputs).logits
+        for host in (bert(32, 4), bert(48, 2, seed=1), bert(24, 7, seed=2), distilbert()):
+            before = host(**{k: v for k, v in inputs.items() if k != "token_type_ids"}).last_hidden_state
+            there = UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
+            found = there(**inputs).logits
+            assert found.shape == scores.shape and torch.isfinite(found).all()
+            assert torch.equal(found, scores) == (host.config.num_hidden_layers == 4)
+            after = host(**{k: v for k, v in inputs.items() if k != "token_type_ids"}).last_hidden_state
+            assert torch.equal(before, after), "the stream must leave its host alone"
+        assert json.loads((tmp_path / "config.json").read_text())["projector"] == "anchored"
+
+    def test_every_stored_tensor_is_of_a_part(self, model):
+        parts = bytes_of_parts(model.adapter)
+        assert set(parts) == set(PARTS) - {"projector"}
+        assert parts["anchors"] == len(model.adapter.anchors.text) + 5 * 480 * D // 4
+        assert parts["delta"] == 8 * 16 // 2
+
+    def test_only_the_stream_is_trained(self, model):
+        model.set_train_scope("source")
+        trained = {part_of(name) for name, p in model.adapter.named_parameters() if p.requires_grad}
+        assert trained == set(PARTS) - {"projector", "anchors", "delta"}
+        model.set_train_scope("delta")
+        trained = [name for name, p in model.adapter.named_parameters() if p.requires_grad]
+        assert "tasks.people.delta.latent" in trained and all(name.startswith("tasks.people.") for name in trained)
+
+    def test_delta_changes_what_the_stream_computes(self, model, tokenizer):
+        before = model(**batch(tokenizer)).logits
+        model.adapter.tasks["people"].delta.latent.data.zero_()
+        assert (model(**batch(tokenizer)).logits - before).abs().max() > 1e-4
+
+    def test_choices_that_do_not_go_together(self):
+        with pytest.raises(ConfigError, match="does not go with"):
+            UniHyperLoraConfig(pathway="stream", projector="dimension")
+        with pytest.raises(ConfigError, match="stream_dim=300 exceeds"):
+            UniHyperLoraConfig(pathway="stream", stream_dim=300)
+
+    def test_without_calibration_it_says_what_to_do(self, model):
+        model.stream = None
+        with pytest.raises(HostError, match="call calibrate"):
+            model(torch.tensor([[2, 5, 3]]))
