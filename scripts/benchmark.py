@@ -22,8 +22,8 @@ from modeling_unihyperlora.storage import replacing, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
-    "method pathway projector router train_scope max_steps per_device_train_batch_size learning_rate "
-    "lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
+    "method router train_scope max_steps per_device_train_batch_size learning_rate "
+    "num_train_epochs lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
@@ -59,13 +59,14 @@ def record_of(folder: Path) -> dict[str, object]:
         run = json.loads((folder / "run_arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of run_ner.py.") from error
-    config = folder / "config.json"
+    config = Path(run.get("adapter") or folder) / "config.json"
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
     return {
         "settings": {name: run.get(name) for name in SETTINGS},
+        "pathway": adapter.get("pathway"),
+        "projector": adapter.get("projector"),
         "host": Path(run.get("model_name_or_path") or "").name,
-        "adapter": Path(run["adapter"]).name if run.get("adapter") else None,
         "source_hosts": hosts,
         "data": run["data"],
         "results": results,
@@ -95,11 +96,12 @@ def rendered(records: dict[str, dict]) -> str:
     for key, runs in sorted(rows.items(), key=lambda item: str(item[0])):
         first, settings = runs[0]["results"], runs[0]["settings"]
         seeds = ", ".join(str(seed) for seed in sorted(run["settings"]["seed"] for run in runs))
+        trained = first["train_runtime"] is not None
         cells = [
             *key[:4],
-            f"{settings['max_steps']} × {settings['per_device_train_batch_size']}",
-            f"{settings['learning_rate']:g}",
-            "–" if settings["method"] == "probe" else f"{settings['lambda_f']:g}",
+            _length(settings) if trained else "–",
+            f"{settings['learning_rate']:g}" if trained else "–",
+            f"{settings['lambda_f']:g}" if trained and settings["method"] == "unihyperlora" else "–",
             seeds,
             mean_and_deviation(run["results"]["eval_f1"] for run in runs),
             *(_count(first[name]) for name in ("adapter_bytes", "head_bytes", "delta_bytes")),
@@ -107,9 +109,9 @@ def rendered(records: dict[str, dict]) -> str:
             mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    parts = next((run["results"] for run in records.values() if "bytes_of_delta" in run["results"]), None)
-    if parts is not None:
-        lines += ["", "Bytes of one adapter file, by part:", "", "| part | bytes |", "|---|---|"]
+    for pathway in sorted({run["pathway"] for run in records.values() if run["pathway"]}):
+        parts = next(run["results"] for run in records.values() if run["pathway"] == pathway)
+        lines += ["", f"Bytes of one file by part, pathway {pathway}:", "", "| part | bytes |", "|---|---|"]
         lines += [
             f"| {name.removeprefix('bytes_of_')} | {value:,} |"
             for name, value in sorted(parts.items())
@@ -120,12 +122,20 @@ def rendered(records: dict[str, dict]) -> str:
 
 def _row_key(record: dict) -> tuple[str, ...]:
     settings = record["settings"]
-    kind = [settings["method"]]
+    kind, scope = [settings["method"]], settings["train_scope"]
     if settings["method"] == "unihyperlora":
-        kind += [settings["pathway"] or "inject", settings["projector"] or "dimension"]
+        kind += [record["pathway"], record["projector"]]
+    if record["results"]["train_runtime"] is None:
+        scope = "zero-shot from " + ", ".join(host["name"] for host in record["source_hosts"])
+    elif settings["method"] == "probe":
+        scope = "head"
     rest = sorted((name, str(value)) for name, value in settings.items() if name != "seed")
-    scope = "–" if settings["method"] == "probe" else settings["train_scope"]
-    return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest), str(record["adapter"]))
+    return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest))
+
+
+def _length(settings: dict) -> str:
+    steps, batch = settings["max_steps"], settings["per_device_train_batch_size"]
+    return f"{steps} × {batch}" if steps > 0 else f"{settings['num_train_epochs']:g} epochs × {batch}"
 
 
 def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:

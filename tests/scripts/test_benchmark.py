@@ -7,6 +7,8 @@ import pytest
 import benchmark
 from modeling_unihyperlora import ConfigError
 
+ADAPTER = {"pathway": "inject", "projector": "dimension", "source_hosts": [{"name": "/somewhere/private/host-a"}]}
+
 
 def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
     folder.mkdir(parents=True)
@@ -15,10 +17,16 @@ def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
     data = {"name": "tweets", "splits": {"validation": {"sentences": 3, "sha256": "ab"}}}
     arguments = settings | {"model_name_or_path": "/somewhere/private/host-a", "adapter": None, "data": data}
     (folder / "run_arguments.json").write_text(json.dumps(arguments))
-    costs = {"adapter_bytes": 118000, "head_bytes": 11556, "delta_bytes": 512, "flops_overhead_pct": 3.4}
+    costs = {
+        "adapter_bytes": 118000,
+        "head_bytes": 11556,
+        "delta_bytes": 512,
+        "flops_overhead_pct": 3.4,
+        "train_runtime": 9.0,
+    }
     results = costs | {"eval_f1": f1, "active_atoms_per_token": 1.5, "bytes_of_delta": 512}
     (folder / "all_results.json").write_text(json.dumps(results))
-    (folder / "config.json").write_text(json.dumps({"source_hosts": [{"name": "/somewhere/private/host-a"}]}))
+    (folder / "config.json").write_text(json.dumps(ADAPTER if method == "unihyperlora" else {}))
     return folder
 
 
@@ -30,6 +38,19 @@ def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
     assert any("0.8500 ± 0.0707" in row and "| 0, 1 |" in row and "118,000" in row for row in rows)
     assert any("probe" in row and "0.5000" in row and "±" not in row for row in rows)
     assert "| delta | 512 |" in text
+
+
+def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
+    adapter, run = a_run(tmp_path / "adapter", 0, 0.8), a_run(tmp_path / "run", 0, 0.6)
+    for name, change in (("all_results", {"train_runtime": None}), ("run_arguments", {"adapter": str(adapter)})):
+        content = json.loads((run / f"{name}.json").read_text()) | change
+        (run / f"{name}.json").write_text(json.dumps(content))
+    (run / "config.json").unlink()
+    text = benchmark.rendered({"0": benchmark.record_of(run)})
+    assert (
+        "| tweets | unihyperlora, inject, dimension | host-a | zero-shot from host-a | – | – | – | 0 | 0.6000 |"
+        in text
+    )
 
 
 def test_a_record_names_no_folder_of_the_machine(tmp_path):
