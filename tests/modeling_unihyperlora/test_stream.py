@@ -8,7 +8,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
-from modeling_unihyperlora import ConfigError, HostError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import (
+    ConfigError,
+    HostError,
+    UniHyperLoraConfig,
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+)
 from modeling_unihyperlora.adapter import KNOTS, PARTS, part_of
 from modeling_unihyperlora.anchors import read_anchors, word_states
 from modeling_unihyperlora.calibration import canonical_coordinates, fit_host
@@ -256,6 +262,25 @@ class TestStream:
         together = model(**batch(tokenizer)).logits
         alone = model(**tokenizer("word7 word2", return_tensors="pt")).logits
         torch.testing.assert_close(together[1, :4], alone[0], rtol=1e-4, atol=1e-5)
+
+    def test_sentences_are_scored_by_the_mean_of_their_words(self, tokenizer, anchor_file):
+        shape = {"stream_dim": D, "atoms": 16, "anchor_dim": 16, "stream_width": 10, "stream_hidden": 6}
+        config = UniHyperLoraConfig(pathway="stream", **shape)
+        model = UniHyperLoraForSequenceClassification.from_host(
+            bert(32, 4), labels=["no", "yes"], task="mood", config=config, tokenizer=tokenizer, anchor_file=anchor_file
+        ).eval()
+        own = model.adapter.tasks["mood"]
+        own.head_weight.latent.data.normal_()
+        inputs = batch(tokenizer)
+        together = model(**inputs, labels=torch.tensor([0, 1]))
+        alone = model(**tokenizer("word7 word2", return_tensors="pt")).logits
+        torch.testing.assert_close(together.logits[1:], alone, rtol=1e-4, atol=1e-5)
+        run = model.run(None, inputs["attention_mask"], None, input_ids=inputs["input_ids"])
+        mean = torch.stack([run.features[0, :3].mean(dim=0), run.features[1, :2].mean(dim=0)])
+        expected = mean @ own.head_weight().T + own.head_bias()
+        torch.testing.assert_close(together.logits, expected)
+        reference = torch.nn.functional.cross_entropy(expected, torch.tensor([0, 1]))
+        torch.testing.assert_close(together.loss, reference)
 
     def test_cached_states_give_the_same_scores(self, model, tokenizer):
         inputs = batch(tokenizer)
