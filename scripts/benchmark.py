@@ -4,7 +4,7 @@
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that run_ner.py wrote: scores and costs, settings, host, data,
-versions, hardware. ``render`` writes results/README.md, and nothing in it comes from anywhere else.
+versions, hardware. ``render`` writes results/README.md and the short table in README.md from those files alone.
 """
 
 import argparse
@@ -25,6 +25,7 @@ SETTINGS = (
     "method router train_scope max_steps per_device_train_batch_size learning_rate "
     "num_train_epochs lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
@@ -43,9 +44,16 @@ def main(command_line: list[str] | None = None) -> None:
     if args.command == "record":
         write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
-        text = rendered(read_records(RESULTS))
-        with replacing(RESULTS / "README.md") as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
+        records = read_records(RESULTS)
+        readme = RESULTS.parent / "README.md"
+        before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        for path, text in {
+            RESULTS / "README.md": rendered(records),
+            readme: f"{before}{BEGIN}\n{summary(records)}\n{END}{after}",
+        }.items():
+            with replacing(path) as temporary:
+                Path(temporary).write_text(text, encoding="utf-8")
 
 
 def record_of(folder: Path) -> dict[str, object]:
@@ -90,10 +98,7 @@ def rendered(records: dict[str, dict]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
-    rows: dict[tuple, list[dict]] = {}
-    for record in records.values():
-        rows.setdefault(_row_key(record), []).append(record)
-    for key, runs in sorted(rows.items(), key=lambda item: str(item[0])):
+    for key, runs in _rows(records):
         first, settings = runs[0]["results"], runs[0]["settings"]
         seeds = ", ".join(str(seed) for seed in sorted(run["settings"]["seed"] for run in runs))
         trained = first["train_runtime"] is not None
@@ -118,6 +123,24 @@ def rendered(records: dict[str, dict]) -> str:
             if name.startswith("bytes_of_")
         ]
     return "\n".join(lines) + "\n"
+
+
+def summary(records: dict[str, dict]) -> str:
+    """What a reader wants first: data, method, host, how it came there, F1, size."""
+    lines = ["| data | method | host | scope | seeds | F1 | file, B |", "|---" * 7 + "|"]
+    for key, runs in _rows(records):
+        scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
+        cells = [*key[:4], str(len(runs)), scores, _count(runs[0]["results"]["adapter_bytes"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows(records: dict[str, dict]) -> list[tuple[tuple, list[dict]]]:
+    """Runs that differ in nothing but their seed, together; in the order of what they are called."""
+    rows: dict[tuple, list[dict]] = {}
+    for record in records.values():
+        rows.setdefault(_row_key(record), []).append(record)
+    return sorted(rows.items(), key=lambda item: str(item[0]))
 
 
 def _row_key(record: dict) -> tuple[str, ...]:

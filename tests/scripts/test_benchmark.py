@@ -53,6 +53,20 @@ def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
     )
 
 
+def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(benchmark, "RESULTS", results)
+    (tmp_path / "README.md").write_text(f"above\n{benchmark.BEGIN}\nold\n{benchmark.END}\nbelow\n")
+    for seed, score in enumerate((0.7, 0.8)):
+        benchmark.main(["record", str(a_run(tmp_path / str(seed), seed, score)), "--name", f"run-s{seed}"])
+    benchmark.main(["render"])
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
+    assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 |" in readme
+    assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
+
+
 def test_a_record_names_no_folder_of_the_machine(tmp_path):
     kept = json.dumps(benchmark.record_of(a_run(tmp_path / "0", 0, 0.8)))
     assert "host-a" in kept and "private" not in kept and str(tmp_path) not in kept
