@@ -35,6 +35,11 @@ MEAN_GATE_MOMENTUM = 0.01
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths whose states the head reads
 
 
+def knot_layers(num_layers: int) -> list[int]:
+    """Which of the L+1 hidden states is nearest to each knot."""
+    return [int(knot * num_layers + 0.5) for knot in KNOTS]
+
+
 class Routing(NamedTuple):
     """The atoms that each token uses in one block.
 

@@ -37,8 +37,7 @@ class Anchors(nn.Module):
 
     def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:
         """Take over anchors and their (K, N, D) coordinates."""
-        text = "\n".join(map(" ".join, sentences)).encode()
-        self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.text.device)
+        self.text = torch.frombuffer(bytearray(join_anchors(sentences)), dtype=torch.uint8).to(self.text.device)
         with torch.no_grad():
             self.coordinates.latent.copy_(coordinates.flatten(0, 1))
 
@@ -65,6 +64,11 @@ def read_anchors(path: str | Path | None = None) -> list[list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The anchor file {path} cannot be read as UTF-8 text ({error}).") from error
     return split_anchors(text, str(path))
+
+
+def join_anchors(sentences: list[list[str]]) -> bytes:
+    """The text as an adapter keeps it, which ``split_anchors`` takes apart again."""
+    return "\n".join(map(" ".join, sentences)).encode()
 
 
 def split_anchors(text: str, source: str) -> list[list[str]]:

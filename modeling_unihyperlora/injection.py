@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, read_atoms, route, write_atoms
+from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, knot_layers, read_atoms, route, write_atoms
 from .errors import HostError
 from .hosts import MODULE_TYPES, HostMap, Site
 
@@ -80,7 +80,7 @@ class Injection:
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         self.plans = {site: self._plan(site) for site in self.map.sites}
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
-        self.knot_layers = [int(knot * self.map.num_layers + 0.5) for knot in KNOTS]
+        self.knot_layers = knot_layers(self.map.num_layers)
         self.current: Pass | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}

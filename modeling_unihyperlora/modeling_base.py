@@ -13,15 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .adapter import TaskParameters, UniHyperLoraAdapter
-from .anchors import read_anchors, word_states
+from .adapter import TaskParameters, UniHyperLoraAdapter, knot_layers
+from .anchors import join_anchors, read_anchors, word_states
 from .calibration import LOW_FIT, canonical_coordinates
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import AdapterFileError, ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import describe_host, encoder_of, freeze, load_host, load_host_tokenizer
 from .injection import InjectedRun, Injection
 from .storage import WEIGHTS_NAME, load_adapter, save_adapter
-from .stream import Stream, StreamRun, knot_layers
+from .stream import Stream, StreamRun
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 tokenizer = load_host_tokenizer(name)
             sentences = read_anchors(anchor_file)
             config.anchor_words = sum(map(len, sentences))
-            config.anchor_text_bytes = len("\n".join(map(" ".join, sentences)).encode())
+            config.anchor_text_bytes = len(join_anchors(sentences))
         model = cls(config, host=host)
         config.source_hosts = [describe_host(model.host, name or None)]
         if config.pathway == "stream":

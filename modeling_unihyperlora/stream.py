@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, read_atoms, route, write_atoms
+from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, read_atoms, route, write_atoms
 from .anchors import word_states
 from .calibration import HostFit, cached_fit, fit_host
 from .errors import HostError
@@ -195,11 +195,6 @@ def disturb(z: torch.Tensor, noise: float, knot_dropout: float) -> torch.Tensor:
     z = z + noise * torch.randn_like(z)
     keep = torch.rand(z.shape[0], 1, z.shape[2], 1, device=z.device) >= knot_dropout
     return z * keep / (1 - knot_dropout)
-
-
-def knot_layers(num_layers: int) -> list[int]:
-    """Which of the L+1 hidden states is nearest to each knot."""
-    return [int(knot * num_layers + 0.5) for knot in KNOTS]
 
 
 def word_beginnings(tokenizer) -> torch.Tensor:
