@@ -15,6 +15,7 @@ import logging
 import sys
 from pathlib import Path
 
+from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file
@@ -43,7 +44,8 @@ from trainers.ner_data import (
 )
 from trainers.ner_windows import SentenceWindows, entity_scores, load_tokenizer
 from trainers.results import write_arguments, write_results
-from trainers.state_cache import CanonicalStates, StreamCollator
+from trainers.sources import Source, calibrate_all, other_sources
+from trainers.state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 
 logger = logging.getLogger("run_ner")
 
@@ -232,16 +234,35 @@ def make_trainer(
         max_length=length if data_args.pad_to_max_length else None,
         pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
     )
-    if train is not None and is_adapter and model.config.pathway == "stream":
-        train, collator = CanonicalStates(model, train, collator), StreamCollator(collator)
+    more, scores = {}, validation and entity_scores(validation, data_args.return_entity_level_metrics)
+    if is_adapter and model.config.pathway == "stream":
+        collator = StreamCollator(collator)
+        is_new = not any(known.get("trained") for known in model.config.tasks.values())
+        if train is not None and (is_new or model_args.source_hosts):
+            others = other_sources(
+                model_args.source_hosts or [],
+                model,
+                lambda other: SentenceWindows(splits["train"], other, labels, length),
+                **model_args.hub(),
+            )
+            sources = [Source(model.host, tokenizer, model.adapter.anchors.sentences(), train), *others]
+            calibrate_all(model, sources)
+            train, more = ConcatDataset([source.data for source in sources]), {"sources": sources}
+        elif train is not None:
+            train = CanonicalStates(WordStates(model.host, tokenizer, train), lambda: model.stream.fit)
+        if validation is not None and data_args.cache_eval_states:
+            words = WordStates(model.host, tokenizer, validation)
+            if words.covers_labels:
+                validation, scores = CanonicalStates(words, lambda: model.stream.fit), scores_of_words(words, scores)
     trainer = trainer_class(
         model=model,
+        **more,
         args=training_args,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=collator,
-        compute_metrics=validation and entity_scores(validation, data_args.return_entity_level_metrics),
+        compute_metrics=scores,
         preprocess_logits_for_metrics=best_labels(labels),
     )
     return trainer, windows
@@ -324,6 +345,11 @@ def costs(model, model_args: ModelArguments, training_args: UniHyperLoraTraining
         hub = {"revision": model_args.adapter_revision, **model_args.hub()}
         folder = Path(cached_file(model_args.adapter, WEIGHTS_NAME, **hub)).parent
     figures = measure(model, folder=folder)
+    if model.stream is not None:
+        figures |= {
+            "calibration_seconds": model.stream.seconds,
+            "calibration_r2": [knot.r2 for knot in model.stream.fit],
+        }
     parts = figures.pop("parts")
     return figures | {f"bytes_of_{part}": size for part, size in parts.items()}
 

@@ -38,6 +38,10 @@ class ModelArguments:
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
     stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
+    source_hosts: list[str] | None = field(
+        default=None,
+        metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
+    )
     anchor_file: str | None = field(
         default=None, metadata={"help": "Anchor text of a new stream, one sentence a line; the package's own if none."}
     )
@@ -97,6 +101,13 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
+    cache_eval_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Score a stream on the host's states of --validation_file kept on disk (in $UNIHYPERLORA_CACHE), "
+            "as training does with the training data; worth it when it is scored more than once."
+        },
+    )
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
 
     def name(self) -> str:

@@ -11,6 +11,7 @@ from modeling_unihyperlora.adapter import PARTS, part_of
 from modeling_unihyperlora.errors import AdapterFileError
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
+from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
 
 
@@ -21,13 +22,21 @@ class UniHyperLoraTrainer(Trainer):
     accumulation and several processes every term is normalised over the whole batch, so that the loss does not depend
     on how a batch is cut. ``task_loss``, ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
 
+    Args:
+        model: a UniHyperLoRA model.
+        args: how to train it.
+        sources: hosts that a stream is trained on, the model's own first; a new stream learns its coordinates on them
+            before the first step.
+        **kwargs: those of ``Trainer``.
+
     Raises:
         BudgetError: before anything is trained, if the file or the multiply-adds would be over budget.
     """
 
     args: UniHyperLoraTrainingArguments
 
-    def __init__(self, model, args: UniHyperLoraTrainingArguments, **kwargs):
+    def __init__(self, model, args: UniHyperLoraTrainingArguments, sources: list[Source] | None = None, **kwargs):
+        self.sources = sources or []
         if kwargs.get("train_dataset") is not None:  # any adapter may be scored on any host
             check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
         model.set_train_scope(args.train_scope)
@@ -123,11 +132,20 @@ class UniHyperLoraTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As ``Trainer.train``; ``train_runtime`` includes learning the coordinates of a new stream."""
         config = self.unwrapped.config
+        is_new = not any(task.get("trained", False) for task in config.tasks.values())
         config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
-        return super().train(*args, **kwargs)
+        seconds = 0.0
+        if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
+            seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if seconds:
+            output.metrics["train_runtime"] += seconds
+            output.metrics["coordinates_runtime"] = seconds
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter's two files; a checkpoint also gets the float latents that a resumed run continues from."""
@@ -146,6 +164,8 @@ class UniHyperLoraTrainer(Trainer):
                 "checkpoint-<step> folder that training wrote."
             )
         load_latents(self.unwrapped.adapter, path)
+        if self.sources:
+            calibrate_all(self.unwrapped, self.sources)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
