@@ -31,7 +31,7 @@ from modeling_unihyperlora.accounting import measure
 from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.arguments import DataArguments, ModelArguments, check_arguments, parse
-from trainers.baselines import make_probe, measure_probe
+from trainers.baselines import BASELINES, make_baseline, measure_baseline
 from trainers.decoding import best_labels
 from trainers.ner_data import (
     Sentence,
@@ -83,7 +83,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     if isinstance(model, UniHyperLoraForTokenClassification):
         metrics |= costs(model, model_args, training_args)
     else:
-        metrics |= measure_probe(model)
+        saved = training_args.output_dir if training_args.do_train else None
+        metrics |= measure_baseline(model, model_args.method, saved)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
@@ -120,8 +121,10 @@ def load_adapter(args: ModelArguments) -> UniHyperLoraForTokenClassification:
 
 def make_model(args: ModelArguments, task: str, labels: list[str]) -> PreTrainedModel:
     """A fresh adapter on the host, or the baseline of --method."""
-    if args.method == "probe":
-        return make_probe(args.model_name_or_path, labels, revision=args.model_revision or "main", **args.hub())
+    if args.method in BASELINES:
+        task_type = UniHyperLoraForTokenClassification.task_type
+        where = {"revision": args.model_revision or "main", **args.hub()}
+        return make_baseline(args.method, task_type, args.model_name_or_path, labels, args.lora_r, **where)
     return UniHyperLoraForTokenClassification.from_host(
         args.model_name_or_path,
         labels=labels,
@@ -207,9 +210,10 @@ def make_trainer(
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
         logger.info(model.describe())
     else:
-        host_config, trainer_class = model.base_model.config, Trainer
+        host_config, trainer_class = model.config, Trainer
         name, revision = model_args.model_name_or_path, model_args.model_revision
-        training_args.learning_rate = training_args.learning_rate_of("head")
+        if model_args.method == "probe":
+            training_args.learning_rate = training_args.learning_rate_of("head")
     check_host_size(host_config, name, model_args)
     if model_args.tokenizer_name is not None:
         name, revision = model_args.tokenizer_name, None

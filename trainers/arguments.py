@@ -8,16 +8,17 @@ from transformers import HfArgumentParser
 
 from modeling_unihyperlora.errors import ConfigError, DataError
 
+from .baselines import BASELINES, require_peft
 from .results import require_writable
 from .run_config import read_run_config
 from .training_args import UniHyperLoraTrainingArguments
 
-METHODS = ("unihyperlora", "probe")
-METHODS_TO_COME = {
-    "sat_lora": "shared atoms bound to one host",
-    "lora": "PEFT's LoRA on the same linear layers",
-    "full": "all weights of the host",
-}
+METHODS = ("unihyperlora", *BASELINES)
+METHODS_TO_COME = {"sat_lora": "shared atoms bound to one host"}
+METHOD_LEARNING_RATES = {
+    "lora": 1e-3,
+    "full": 5e-5,
+}  # where --learning_rate is not given; the others have the adapter's
 
 
 @dataclass
@@ -31,6 +32,7 @@ class ModelArguments:
     method: str = field(
         default="unihyperlora", metadata={"help": f"One of: {', '.join([*METHODS, *METHODS_TO_COME])}."}
     )
+    lora_r: int = field(default=8, metadata={"help": "Rank of --method lora; its alpha is twice the rank."})
     pathway: str | None = field(default=None, metadata={"help": "Where the atoms act (UniHyperLoraConfig.pathway)."})
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
     router: str | None = field(default=None, metadata={"help": "token or static."})
@@ -64,6 +66,10 @@ class ModelArguments:
     def hub(self) -> dict[str, str]:
         """Arguments for whatever is loaded from the Hub."""
         return {name: getattr(self, name) for name in ("cache_dir", "token") if getattr(self, name) is not None}
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ConfigError(f"--lora_r {self.lora_r} is no rank; give 1 or more.")
 
 
 @dataclass
@@ -137,6 +143,9 @@ def parse(
         if typed.train_file or typed.validation_file or typed.test_file:
             run.arguments.pop("dataset_name", None)  # files that were typed take the place of the file's data set
         command_line = run.to_command_line() + command_line
+        typed, _ = parser.parse_known_args(command_line)
+    if typed.method in METHOD_LEARNING_RATES:
+        parser.set_defaults(learning_rate=METHOD_LEARNING_RATES[typed.method])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             command_line, return_remaining_strings=True, look_for_args_file=False
@@ -167,8 +176,15 @@ def check_arguments(
         raise ConfigError("--do_search is not available yet. Give the learning rates and λ directly.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-    if model_args.method == "probe" and model_args.adapter is not None:
-        raise ConfigError("--method probe has no adapter to start from; leave --adapter out.")
+    if model_args.method in BASELINES and model_args.adapter is not None:
+        raise ConfigError(f"--method {model_args.method} has no adapter to start from; leave --adapter out.")
+    if model_args.method in METHOD_LEARNING_RATES and (parts := training_args.learning_rates_given()):
+        raise ConfigError(
+            f"--method {model_args.method} trains everything at --learning_rate; leave --{parts[0]} out, which is for "
+            "a part of the adapter."
+        )
+    if model_args.method == "lora":
+        require_peft()
     if model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:

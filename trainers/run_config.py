@@ -85,6 +85,8 @@ ADAPTER_KEYS = {
         "share_across_layers": Key(bool),
         "precision": Key(str, allowed=("int8",)),
     },
+    "lora": {**_NAME, "lora_rank": Key(int, "lora_r")},
+    "full": _NAME,
     "probe": _NAME,
 }
 
