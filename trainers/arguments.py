@@ -3,21 +3,23 @@
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import HfArgumentParser
 
 from modeling_unihyperlora.errors import ConfigError, DataError
 
+from .baselines import BASELINES, require_peft
 from .results import require_writable
 from .run_config import read_run_config
 from .training_args import UniHyperLoraTrainingArguments
 
-METHODS = ("unihyperlora", "probe")
-METHODS_TO_COME = {
-    "sat_lora": "shared atoms bound to one host",
-    "lora": "PEFT's LoRA on the same linear layers",
-    "full": "all weights of the host",
-}
+METHODS = ("unihyperlora", *BASELINES)
+METHODS_TO_COME = {"sat_lora": "shared atoms bound to one host"}
+METHOD_LEARNING_RATES = {
+    "lora": 1e-3,
+    "full": 5e-5,
+}  # where --learning_rate is not given; the others have the adapter's
 
 
 @dataclass
@@ -31,6 +33,7 @@ class ModelArguments:
     method: str = field(
         default="unihyperlora", metadata={"help": f"One of: {', '.join([*METHODS, *METHODS_TO_COME])}."}
     )
+    lora_r: int = field(default=8, metadata={"help": "Rank of --method lora; its alpha is twice the rank."})
     pathway: str | None = field(default=None, metadata={"help": "Where the atoms act (UniHyperLoraConfig.pathway)."})
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
     router: str | None = field(default=None, metadata={"help": "token or static."})
@@ -69,34 +72,31 @@ class ModelArguments:
         """Arguments for whatever is loaded from the Hub."""
         return {name: getattr(self, name) for name in ("cache_dir", "token") if getattr(self, name) is not None}
 
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ConfigError(f"--lora_r {self.lora_r} is no rank; give 1 or more.")
+
 
 @dataclass
 class DataArguments:
-    """The tagged text, from files or from the Hub."""
+    """The data, from files or from the Hub; each script has its own sub-class."""
 
     task_name: str | None = field(
         default=None,
         metadata={
             "help": "Name under which the adapter keeps this task's head and δθ. By default the active task of "
-            "--adapter, else 'ner'. A name that the adapter does not have is added to it."
+            "--adapter, else 'ner' or 'classification'. A name that the adapter does not have is added to it."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set: Hub id or folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines, or word and tag in columns."})
+    train_file: str | None = field(default=None, metadata={"help": "File to train on; the README has the formats."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
     train_split: str = field(default="train", metadata={"help": "Split of --dataset_name, such as 'train[:90%%]'."})
     validation_split: str = field(default="validation", metadata={"help": "Split of --dataset_name."})
     test_split: str = field(default="test", metadata={"help": "Split of --dataset_name."})
-    text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
-    label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
-    tag_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
-    )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Sub-tokens a window; a longer sentence is read in several windows."}
-    )
+    max_seq_length: int = field(default=128, metadata={"help": "Most sub-tokens that the host reads at once."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every batch to --max_seq_length."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
@@ -108,7 +108,16 @@ class DataArguments:
             "as training does with the training data; worth it when it is scored more than once."
         },
     )
-    return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+
+    NAMES_FLAG: ClassVar[str]  # the flag that names the ids 0, 1, …
+
+    def id_names(self) -> list[str] | None:
+        """Names of the ids 0, 1, …, if they were given."""
+        return getattr(self, self.NAMES_FLAG.removeprefix("--"))
+
+    def reading(self, split: str) -> dict[str, object]:
+        """How "train", "validation" or "test" is to be read: arguments of the reader of this kind of data."""
+        raise NotImplementedError
 
     def name(self) -> str:
         """What results call this data: the data set's id, or the folder of the files."""
@@ -137,17 +146,77 @@ class DataArguments:
                 raise ConfigError(f"--{name} {getattr(self, name)} leaves no sentence; give 1 or more.")
 
 
+@dataclass
+class NerArguments(DataArguments):
+    """Tagged text: JSON lines, or word and tag in columns. A sentence that is too long is read in several windows."""
+
+    text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
+    label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
+    tag_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
+    )
+    return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+
+    NAMES_FLAG = "--tag_names"
+
+    def reading(self, split: str) -> dict[str, object]:
+        return {"text_column": self.text_column_name, "label_column": self.label_column_name}
+
+
+@dataclass
+class ClassificationArguments(DataArguments):
+    """Texts or pairs of texts with one label each: JSON lines or CSV. What is too long is cut at the end."""
+
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the text; by default a known one, such as sentence or text."}
+    )
+    text_pair_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the second text of a pair. By default known pairs are found (sentence1 and "
+            "sentence2, question and passage, premise and hypothesis …), unless --text_column_name is given."
+        },
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the label; by default label, labels or answer."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the ids 0, 1, …; by default those of --adapter, else the numbers."}
+    )
+
+    NAMES_FLAG = "--class_names"
+
+    def reading(self, split: str) -> dict[str, object]:
+        return {
+            "text_column": self.text_column_name,
+            "pair_column": self.text_pair_column_name,
+            "label_column": self.label_column_name,
+            "needs_label": split != "test",
+        }
+
+
 def parse(
-    command_line: list[str],
+    command_line: list[str], data_class: type[DataArguments]
 ) -> tuple[ModelArguments, DataArguments, UniHyperLoraTrainingArguments]:
-    """Flags, with those of --run_config in front so that the ones typed win."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, UniHyperLoraTrainingArguments))
+    """Flags, with those of --run_config in front so that the ones typed win.
+
+    Args:
+        command_line: what was typed.
+        data_class: the flags of the kind of data.
+
+    Raises:
+        ConfigError: an unknown flag or a value that is not usable.
+    """
+    parser = HfArgumentParser((ModelArguments, data_class, UniHyperLoraTrainingArguments))
     typed, _ = parser.parse_known_args(command_line)
     if typed.run_config is not None:
         run = read_run_config(typed.run_config)
         if typed.train_file or typed.validation_file or typed.test_file:
             run.arguments.pop("dataset_name", None)  # files that were typed take the place of the file's data set
         command_line = run.to_command_line() + command_line
+        typed, _ = parser.parse_known_args(command_line)
+    if typed.method in METHOD_LEARNING_RATES:
+        parser.set_defaults(learning_rate=METHOD_LEARNING_RATES[typed.method])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             command_line, return_remaining_strings=True, look_for_args_file=False
@@ -178,8 +247,15 @@ def check_arguments(
         raise ConfigError("--do_search is not available yet. Give the learning rates and λ directly.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-    if model_args.method == "probe" and model_args.adapter is not None:
-        raise ConfigError("--method probe has no adapter to start from; leave --adapter out.")
+    if model_args.method in BASELINES and model_args.adapter is not None:
+        raise ConfigError(f"--method {model_args.method} has no adapter to start from; leave --adapter out.")
+    if model_args.method in METHOD_LEARNING_RATES and (parts := training_args.learning_rates_given()):
+        raise ConfigError(
+            f"--method {model_args.method} trains everything at --learning_rate; leave --{parts[0]} out, which is for "
+            "a part of the adapter."
+        )
+    if model_args.method == "lora":
+        require_peft()
     if model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
@@ -190,8 +266,8 @@ def check_arguments(
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
     if scored and training_args.train_sampling_strategy == "group_by_length":
         raise ConfigError(
-            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that tags would go to the "
-            "wrong sentences. Leave it out, or train and evaluate in two runs."
+            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that labels would go to "
+            "the wrong sentences. Leave it out, or train and evaluate in two runs."
         )
     files = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name is not None and any(files):

@@ -1,38 +1,123 @@
-"""Methods to compare with, under the same script, data order and result schema."""
+"""Methods to compare with, under the same script, data order and result schema.
 
+    probe   the head on a frozen host
+    lora    PEFT's LoRA on the linear layers that the injected update uses (six a block), and the head
+    full    every weight of the host, and the head
+
+The head is what transformers' own task model adds to the encoder, with the encoder's pooler where the task model reads
+it: a checkpoint often has none, and transformers then draws a random one.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from modeling_unihyperlora.errors import HostError
+from modeling_unihyperlora.errors import ConfigError, HostError
+from modeling_unihyperlora.hosts import HostMap
+
+BASELINES = ("probe", "lora", "full")
+LORA_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's
+_AUTO_CLASSES = {
+    "token_classification": AutoModelForTokenClassification,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+_PEFT_TASK_TYPES = {"token_classification": "TOKEN_CLS", "sequence_classification": "SEQ_CLS"}
 
 
-def make_probe(host: str, labels: list[str], **kwargs) -> PreTrainedModel:
-    """A linear head on the last states (B, T, d) of a frozen host; the head alone is trained.
+def make_baseline(method: str, task_type: str, host: str, labels: list[str], lora_r: int = 8, **kwargs) -> nn.Module:
+    """A task model on a host, in float32, of which only what the method trains has a gradient.
 
     Args:
+        method: one of ``BASELINES``.
+        task_type: "token_classification" or "sequence_classification".
         host: Hub id or folder.
         labels: names of the ids 0 … C-1.
-        **kwargs: ``revision``, ``cache_dir``, ``token``, ``trust_remote_code``.
+        lora_r: rank of LoRA; its alpha is twice the rank, as is usual, and it has no dropout of its own.
+        **kwargs: ``revision``, ``cache_dir``, ``token``.
 
     Raises:
-        HostError: the host cannot be loaded.
+        HostError: the host cannot be loaded, or LoRA does not know the linear layers of its family.
+        ConfigError: PEFT is not installed.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
-        model = AutoModelForTokenClassification.from_pretrained(host, **names, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HostError(f"The host '{host}' cannot be loaded for a probe ({reason}). Check its name.") from error
-    for parameter in model.base_model.parameters():
-        parameter.requires_grad_(False)
+        model = _AUTO_CLASSES[task_type].from_pretrained(host, **names, dtype=torch.float32, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HostError(
+            f"The host '{host}' cannot be loaded for --method {method} ({reason}). Check its name, and that it has no "
+            "head for other labels."
+        ) from error
     model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever its signature promises
+    if method == "lora":
+        return _with_lora(model, task_type, lora_r)
+    if method == "probe":
+        model.requires_grad_(False)
+        for module in head_modules(model).values():
+            module.requires_grad_(True)
     return model
 
 
-def measure_probe(model: nn.Module) -> dict[str, int]:
-    """Figures that a probe has: bytes of its float32 head and the parameters trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {
-        "head_bytes": sum(p.numel() * p.element_size() for p in trained),
-        "trainable_parameters": sum(p.numel() for p in trained),
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a task model that are no part of the encoder's embeddings and blocks, by name."""
+    encoder = model.base_model
+    outside = {name: module for name, module in model.named_children() if module is not encoder}
+    if getattr(encoder, "pooler", None) is not None:
+        outside[f"{model.base_model_prefix}.pooler"] = encoder.pooler
+    return {name: module for name, module in outside.items() if any(True for _ in module.parameters())}
+
+
+def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = None) -> dict[str, int | None]:
+    """Figures that a baseline has; what it lacks is left out.
+
+    Args:
+        model: as ``make_baseline`` returned it.
+        method: one of ``BASELINES``.
+        folder: where it was saved, if it was.
+
+    Returns:
+        ``trainable_parameters``; ``head_bytes`` of the float32 head; for LoRA also ``adapter_bytes``: PEFT's weights
+        file without the tensors of the head, which are in the same file (None without ``folder``).
+    """
+    task_model = model.get_base_model() if method == "lora" else model
+    head = [p for module in head_modules(task_model).values() for p in module.parameters() if p.requires_grad]
+    figures: dict[str, int | None] = {
+        "head_bytes": sum(p.numel() * p.element_size() for p in head),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    if method == "lora":
+        figures["adapter_bytes"] = None if folder is None else _lora_bytes(Path(folder) / LORA_WEIGHTS_NAME)
+    return figures
+
+
+def require_peft() -> None:
+    """Raise ``ConfigError`` where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("--method lora needs PEFT, which is not installed: pip install 'unihyperlora[baselines]'.")
+
+
+def _with_lora(model: nn.Module, task_type: str, rank: int) -> nn.Module:
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    sites = {id(site.linear) for site in HostMap(model.base_model).sites}
+    config = LoraConfig(
+        task_type=_PEFT_TASK_TYPES[task_type],
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=[name for name, module in model.named_modules() if id(module) in sites],
+        modules_to_save=list(head_modules(model)),
+    )
+    return get_peft_model(model, config)
+
+
+def _lora_bytes(path: Path) -> int:
+    """Size of PEFT's weights file less the tensors in it that are none of LoRA's."""
+    with safe_open(path, framework="pt") as file:
+        others = [file.get_tensor(name) for name in file.keys() if ".lora_" not in name]
+    return path.stat().st_size - sum(tensor.numel() * tensor.element_size() for tensor in others)

@@ -26,8 +26,8 @@ from modeling_unihyperlora.calibration import HostFit, canonical_coordinates, fi
 from modeling_unihyperlora.hosts import describe_host, load_host
 from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
 
-from .ner_windows import load_tokenizer
 from .state_cache import CanonicalStates, WordStates
+from .tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,29 +59,38 @@ class Source:
         self.fit = fit_host(self.anchor_states, self.near, coordinates.detach().cpu())
 
 
-def other_sources(
-    names: list[str], model, make_dataset: Callable[[PreTrainedTokenizerBase], Dataset], **hub
+def sources_of(
+    model,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    others: list[str],
+    make_dataset: Callable[[PreTrainedTokenizerBase], Dataset],
+    **hub,
 ) -> list[Source]:
-    """The hosts of --source_hosts on the training text; the model's configuration takes note of them.
+    """The hosts to train a stream on, its own first; the model's configuration takes note of the others.
 
     Args:
-        names: Hub ids or folders.
         model: the stream model that is to be trained.
-        make_dataset: the training data set for a host's tokenizer.
+        tokenizer: its host's.
+        train: the training data for its host.
+        others: Hub ids or folders of the other hosts.
+        make_dataset: the training data for the host of another tokenizer.
         **hub: ``cache_dir``, ``token``.
 
     Raises:
         ConfigError: a host is named twice, or is the model's own.
         HostError, DataError
     """
-    sources = []
-    for name in names:
-        host, tokenizer = load_host(name, **hub), load_tokenizer(name, **hub)
+    anchors = model.adapter.anchors.sentences()
+    sources = [Source(model.host, tokenizer, anchors, train)]
+    for name in others:
+        host, other = load_host(name, **hub), load_tokenizer(name, **hub)
         described = describe_host(host, name)
         if described["fingerprint"] in [known["fingerprint"] for known in model.config.source_hosts]:
             raise ConfigError(f"The source host '{name}' is among the sources already; name each once.")
         model.config.source_hosts.append(described)
-        sources.append(Source(host, tokenizer, model.adapter.anchors.sentences(), make_dataset(tokenizer)))
+        sources.append(Source(host, other, anchors, make_dataset(other)))
+    calibrate_all(model, sources)
     return sources
 
 

@@ -6,6 +6,7 @@ that was killed half-way is continued; a second process waits for the first.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -70,8 +71,9 @@ class WordStates:
         shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
         path = cache_folder() / f"states-{_digest(host, layers, items, positions)}.f16"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):
+            locks = path.parent / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / path.name):
                 if not path.is_file() or path.stat().st_size != 2 * int(np.prod(shape)):
                     self._compute(path, shape, host, tokenizer, begins_word, items, batch_size)
         except OSError as error:
@@ -113,6 +115,8 @@ class WordStates:
 class CanonicalStates(Dataset):
     """Words as their canonical states, by the fit that is valid when they are asked for.
 
+    What was made is kept in memory, 2·K·D bytes a word, until the fit is another one.
+
     Args:
         words: the host's states.
         fit: gives the host's map into the canonical space.
@@ -121,16 +125,23 @@ class CanonicalStates(Dataset):
     def __init__(self, words: WordStates, fit: Callable[[], HostFit]):
         self.words = words
         self.fit = fit
+        self._made: tuple[HostFit | None, dict[int, torch.Tensor]] = (None, {})
 
     def __len__(self) -> int:
         return len(self.words.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar."""
-        states = np.array(self.words.states[self.words.offsets[index] : self.words.offsets[index + 1]], np.float32)
-        fit = [knot._replace(matrix=knot.matrix.cpu(), offset=knot.offset.cpu()) for knot in self.fit()]
-        z = apply_fit(fit, torch.from_numpy(states), self.words.layers)
-        return {"canonical_states": z, "labels": torch.from_numpy(self.words.labels[index])}
+        fit = self.fit()
+        if fit is not self._made[0]:
+            self._made = (fit, {})
+        made = self._made[1]
+        if index not in made:
+            start, end = self.words.offsets[index : index + 2]
+            states = torch.from_numpy(np.array(self.words.states[start:end], np.float32))
+            here = [knot._replace(matrix=knot.matrix.cpu(), offset=knot.offset.cpu()) for knot in fit]
+            made[index] = apply_fit(here, states, self.words.layers).half()
+        return {"canonical_states": made[index].float(), "labels": torch.from_numpy(self.words.labels[index])}
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:
@@ -178,7 +189,8 @@ def read_words(
     host: nn.Module, begins_word: torch.Tensor, layers: list[int], batch: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of a batch's words (B, W, layers, d) float16, and words a window (B,)."""
-    inputs = {name: value.to(host.device) for name, value in batch.items()}
+    known = inspect.signature(host.forward).parameters
+    inputs = {name: value.to(host.device) for name, value in batch.items() if name in known}
     positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], inputs["attention_mask"])
     hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
     return states_of_words(hidden, layers, positions).half(), lengths

@@ -52,7 +52,11 @@ class UniHyperLoraTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
         if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
-            real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
+            if "word_counts" in inputs:
+                real = torch.arange(atoms.shape[1], device=atoms.device) < inputs["word_counts"][:, None]
+            else:
+                real = inputs.get("attention_mask", torch.ones_like(atoms))
+            real = real.to(atoms.dtype)
             atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items = items.to(atoms.device).clamp_min(1)

@@ -73,3 +73,8 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         """Learning rate of a part of the adapter, one of ``modeling_unihyperlora.adapter.PARTS``."""
         own = getattr(self, f"{part}_learning_rate")
         return self.learning_rate * LEARNING_RATE_FACTORS[part] if own is None else own
+
+    def learning_rates_given(self) -> list[str]:
+        """Names of the parts' own learning rates that were set."""
+        names = [f"{part}_learning_rate" for part in LEARNING_RATE_FACTORS]
+        return [name for name in names if getattr(self, name) is not None]

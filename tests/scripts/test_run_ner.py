@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Trainer
 
 import run_ner
 from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
@@ -123,12 +123,78 @@ def test_resuming_ends_like_an_uninterrupted_run(run, tmp_path):
     assert all(torch.equal(parts[name], at_once[name]) for name in parts)
 
 
-def test_the_probe_trains_its_head_alone(run):
-    results = run(*TRAIN, "--do_eval", "--do_predict", "--method", "probe")
-    assert results["trainable_parameters"] == 64 * 3 + 3
-    assert results["head_bytes"] == 4 * results["trainable_parameters"]
-    for name in ("adapter_bytes", "delta_bytes", "flops_overhead_pct", "active_atoms_per_token", "zero_shot_f1"):
+HEAD = 64 * 3 + 3
+LORA = 2 * 8 * (4 * (64 + 64) + 2 * (64 + 128))  # two blocks, rank 8, the widths on both sides of a block's layers
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "files"),
+    [
+        ("probe", HEAD, {"model.safetensors"}),
+        ("lora", HEAD + LORA, {"adapter_model.safetensors", "adapter_config.json"}),
+        ("full", None, {"model.safetensors"}),
+    ],
+)
+def test_a_baseline_trains_what_it_says(run, tiny_host, tmp_path, method, trained, files):
+    results = run(*TRAIN, "--do_eval", "--do_predict", "--save_strategy", "no", "--method", method)
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    if method == "full":
+        host = load_file(tiny_host / "model.safetensors")
+        trained = HEAD + sum(x.numel() for name, x in host.items() if not name.startswith("pooler."))
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        unmoved = [name for name, x in host.items() if torch.equal(after.get("bert." + name, x + 1), x)]
+        assert not unmoved
+    assert results["trainable_parameters"] == trained
+    assert results["head_bytes"] == 4 * HEAD
+    assert (results["adapter_bytes"] is not None) == (method == "lora")
+    if method == "lora":
+        assert 4 * LORA < results["adapter_bytes"] < 4 * LORA + 8000
+    for name in ("delta_bytes", "flops_overhead_pct", "active_atoms_per_token", "zero_shot_f1", "budget_ok"):
         assert results[name] is None
+    assert results["train_runtime"] > 0 and results["eval_accuracy"] >= 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_baseline_resumes_like_an_uninterrupted_run(run, method):
+    flags = ["--do_train", "--do_eval", "--per_device_train_batch_size", 8, "--method", method]
+    flags += ["--lr_scheduler_type", "constant", "--save_steps", 2]
+    whole = run(*flags, "--max_steps", 4, output="whole")
+    run(*flags, "--max_steps", 2, output="parts")
+    resumed = run(*flags, "--max_steps", 4, "--resume_from_checkpoint", "true", output="parts")
+    assert resumed["eval_loss"] == whole["eval_loss"]
+
+
+def test_every_method_reads_the_same_batches(run, monkeypatch):
+    batches = {}
+    step = Trainer.training_step
+
+    def noted(self, model, inputs, *args, **kwargs):
+        batches[method].append(inputs["input_ids"].tolist())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", noted)
+    for method in ("unihyperlora", "probe", "lora", "full"):
+        batches[method] = []
+        run(*TRAIN, "--method", method, "--save_strategy", "no", output=method)
+    assert len(batches["full"]) == 4
+    assert all(seen == batches["unihyperlora"] for seen in batches.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "rate"),
+    [
+        ("unihyperlora", [], 5e-3),
+        ("probe", [], 5e-3),
+        ("probe", ["--head_learning_rate", "0.02"], 0.02),
+        ("lora", [], 1e-3),
+        ("full", [], 5e-5),
+        ("lora", ["--learning_rate", "0.01"], 0.01),
+        ("full", ["--learning_rate", "0.005"], 0.005),
+    ],
+)
+def test_each_method_has_its_learning_rate(run, tmp_path, method, flags, rate):
+    run("--do_train", "--max_steps", 1, "--save_strategy", "no", "--method", method, *flags)
+    assert json.loads((tmp_path / "out" / "run_arguments.json").read_text())["learning_rate"] == rate
 
 
 def test_figures_that_are_not_finite_become_null(tmp_path):
@@ -178,11 +244,14 @@ def test_a_refusal_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "error", "expected"),
     [
-        (["--method", "lora"], ConfigError, "--method lora .* is not available yet. Choose: unihyperlora, probe"),
+        (["--method", "sat_lora"], ConfigError, "sat_lora .* is not available yet. Choose: unihyperlora, probe, lora"),
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
         (["--do_search"], ConfigError, "not available yet"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),
         (["--method", "probe", "--adapter", "x"], ConfigError, "leave --adapter out"),
+        (["--method", "lora", "--adapter", "x"], ConfigError, "leave --adapter out"),
+        (["--method", "lora", "--lora_r", "0"], ConfigError, "--lora_r 0"),
+        (["--method", "full", "--head_learning_rate", "1"], ConfigError, "leave --head_learning_rate out"),
         (["--dataset_name", "conll2003"], DataError, "not both"),
         (["--text_column_name", "words"], DataError, "no column 'words'; it has tokens, ner_tags"),
         (["--train_file", "missing.jsonl"], DataError, "missing.jsonl cannot be read"),
