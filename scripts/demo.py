@@ -23,6 +23,7 @@ from transformers import AutoModel, DataCollatorForTokenClassification
 
 import run_ner
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
+from trainers.controls import shuffle_anchors
 from trainers.decoding import best_labels
 from trainers.ner_data import Sentence, read_file
 from trainers.ner_windows import SentenceWindows
@@ -70,7 +71,7 @@ def main(command_line: list[str] | None = None) -> None:
     other = str(first_blocks(host, folder / "other_host"))
     moved = ["--model_name_or_path", other, *common]
     zero_shot = run_ner.main(["--adapter", args.output_dir, "--output_dir", str(folder / "moved"), *moved])
-    shuffled = shuffle_anchors(args.output_dir, host, folder / "shuffled")
+    shuffled = shuffle_anchors(args.output_dir, folder / "shuffled")
     control = run_ner.main(["--adapter", str(shuffled), "--output_dir", str(folder / "control"), *moved])
     probe = run_ner.main(
         ["--method", "probe", "--output_dir", str(folder / "probe"), "--max_steps", "200", *moved, *training]
@@ -95,17 +96,6 @@ def first_blocks(host: str, folder: Path, blocks: int = 3) -> Path:
     model.config.num_hidden_layers = blocks
     model.save_pretrained(folder)
     load_tokenizer(host).save_pretrained(folder)
-    return folder
-
-
-def shuffle_anchors(adapter: str, host: str, folder: Path) -> Path:
-    """Save the adapter with its anchors' coordinates dealt to other anchors: what is left without the alignment."""
-    model = UniHyperLoraForTokenClassification.from_pretrained(adapter, base_model_name_or_path=host)
-    coordinates = model.adapter.anchors.canonical().detach()
-    order = torch.randperm(coordinates.shape[1], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model.adapter.anchors.coordinates.latent.copy_(coordinates[:, order].flatten(0, 1))
-    model.save_pretrained(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from modeling_unihyperlora.adapter import PARTS, part_of
 from modeling_unihyperlora.errors import AdapterFileError
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
+from .first_candidate import StartIsACandidate
 from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
 
@@ -41,6 +42,8 @@ class UniHyperLoraTrainer(Trainer):
             check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
         model.set_train_scope(args.train_scope)
         super().__init__(model=model, args=args, **kwargs)
+        if args.load_best_model_at_end and args.train_scope == "delta":
+            self.add_callback(StartIsACandidate(self))
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_updates, self._noted_update = 0, -1
         self._active = [0.0, 0]

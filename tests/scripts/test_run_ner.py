@@ -89,6 +89,20 @@ def test_another_run_continues_from_the_adapter(run, tmp_path):
     assert delta["zero_shot_loss"] != delta["eval_loss"]  # it did train
 
 
+def test_delta_that_does_harm_gives_back_what_it_got(run, tmp_path):
+    learnt = run(*TRAIN, "--max_steps", 40, "--do_eval", output="first")
+    each_step = (
+        "--eval_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end --metric_for_best_model f1"
+    )
+    flags = [*TRAIN, "--do_eval", "--adapter", tmp_path / "first", "--train_scope", "delta", *each_step.split()]
+    delta = run(*flags, "--delta_learning_rate", 1e4, output="second")
+    assert delta["eval_f1"] == delta["zero_shot_f1"] == learnt["eval_f1"] > 0.5
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("first", "second"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    latest = load_file(tmp_path / "second" / "checkpoint-4" / "model.safetensors")
+    assert {name for name in before if not torch.equal(before[name], latest[name])} == {"tasks.ner.delta"}
+
+
 def test_a_new_task_gets_its_own_head(run, tmp_path, write_jsonl):
     run(*TRAIN, output="first")
     other = write_jsonl("other.jsonl", [(["rome", "lives"], ["B-CITY", "O"])] * 8)

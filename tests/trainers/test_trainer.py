@@ -463,6 +463,48 @@ class TestCheckpoints:
         assert not changed(trainer.model.adapter, best)
         assert changed(trainer.model.adapter, last)
 
+    def tuned_delta(self, folder, scores, model=None, resume: bool = False, **arguments):
+        """Up to three steps on δθ that go off its grid, with these scores in turn; the trainer and what it changed."""
+        scores = iter(scores)
+        trainer = make_trainer(
+            folder,
+            model,
+            train_scope="delta",
+            learning_rate=1e4,
+            load_best_model_at_end=True,
+            metric_for_best_model="f1",
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            trainer={"eval_dataset": make_data(5, seed=1), "compute_metrics": lambda _: {"f1": next(scores)}},
+            **arguments,
+        )
+        before = snapshot(trainer.model.adapter)
+        trainer.train(resume_from_checkpoint=resume)
+        assert next(scores, None) is None
+        return trainer, changed(trainer.model.adapter, before)
+
+    @pytest.mark.parametrize("limit", [None, 1])
+    def test_delta_that_only_harms_ends_where_it_started(self, limit, tmp_path):
+        trainer, moved = self.tuned_delta(tmp_path, [0.5, 0.4, 0.5, 0.3], save_total_limit=limit)
+        assert not moved
+        assert trainer.state.best_metric == 0.5
+        if limit is None:
+            assert changed(trainer.model.adapter, load_file(tmp_path / "checkpoint-3" / LATENTS_NAME))
+
+    def test_delta_that_helps_is_kept(self, tmp_path):
+        trainer, moved = self.tuned_delta(tmp_path, [0.5, 0.4, 0.6, 0.3])
+        assert "tasks.ner.delta.latent" in moved
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+
+    def test_a_resumed_delta_remembers_its_start(self, tmp_path):
+        start = snapshot(make_model().adapter)
+        self.tuned_delta(tmp_path, [0.5, 0.4], max_steps=1)
+        resumed, _ = self.tuned_delta(tmp_path, [0.3, 0.2], make_model(seed=5), resume=True)
+        assert resumed.state.global_step == 3
+        assert not changed(resumed.model.adapter, start)
+
     @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
     def test_damaged_one_is_refused(self, damage, tmp_path):
         make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()

@@ -1,0 +1,96 @@
+"""Controls for a score on another host: the adapter as it is, but lined up with that host wrongly.
+
+What such an adapter still scores is owed to its head and its calibration alone, not to what it knows of the text. Each
+control is an adapter folder, to be loaded and scored like any other. Letters: K knots, N anchors, d host width, D
+canonical width.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import CONFIG_NAME
+
+from modeling_unihyperlora.adapter import UniHyperLoraAdapter, knot_layers
+from modeling_unihyperlora.anchors import word_states
+from modeling_unihyperlora.calibration import standardise
+from modeling_unihyperlora.errors import ConfigError
+from modeling_unihyperlora.hosts import load_host, load_host_tokenizer
+from modeling_unihyperlora.modeling_base import read_config
+from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, save_adapter
+
+
+def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> Path:
+    """Save the adapter with its anchors' coordinates dealt to other anchors: what is left without the alignment.
+
+    Args:
+        adapter: folder of a stream adapter.
+        folder: where the control is saved.
+        seed: of the order.
+
+    Raises:
+        AdapterFileError, ConfigError: no stream adapter there.
+    """
+    loaded = _load(adapter)
+    coordinates = loaded.anchors.canonical().detach()
+    order = torch.randperm(coordinates.shape[1], generator=torch.Generator().manual_seed(seed))
+    return _save(loaded, coordinates[:, order], folder)
+
+
+def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, tokenizer=None, seed: int = 0) -> Path:
+    """Save the adapter with random projections of a host's own anchor states as its anchors' coordinates.
+
+    The host then fits the coordinates well, but along axes that mean nothing to the adapter: what is left of an
+    alignment that only looks good.
+
+    Args:
+        adapter: folder of a stream adapter.
+        folder: where the control is saved.
+        host: the host on which the control is going to be scored: folder, Hub id, or loaded encoder.
+        tokenizer: the host's fast tokenizer; loaded by the host's name when None.
+        seed: of the projections, one a knot.
+
+    Raises:
+        AdapterFileError, ConfigError: no stream adapter there.
+        HostError: the host or its tokenizer cannot be loaded.
+    """
+    loaded = _load(adapter)
+    if not isinstance(host, nn.Module):
+        tokenizer = tokenizer or load_host_tokenizer(str(host))
+        host = load_host(str(host))
+    tokenizer = tokenizer or load_host_tokenizer(host.config.name_or_path)
+    layers = knot_layers(host.config.num_hidden_layers)
+    states = word_states(host, tokenizer, loaded.anchors.sentences(), layers)
+    return _save(loaded, random_coordinates(states, loaded.config.stream_dim, seed), folder)
+
+
+def random_coordinates(states: torch.Tensor, width: int, seed: int) -> torch.Tensor:
+    """Random projections of standardised states, of unit variance: (K, N, d) → (K, N, width).
+
+    An anchor that the host cannot read (NaN) gets zeros; no calibration on this host uses it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    readable = torch.isfinite(states).all(dim=-1).all(dim=0)
+    coordinates = torch.zeros(*states.shape[:2], width)
+    for knot, state in enumerate(states[:, readable]):
+        standard, _, _ = standardise(state)
+        projected = standard @ torch.randn(state.shape[-1], width, generator=generator)
+        coordinates[knot, readable], _, _ = standardise(projected)
+    return coordinates
+
+
+def _load(folder: str | Path) -> UniHyperLoraAdapter:
+    config = read_config(Path(folder) / CONFIG_NAME)
+    if config.pathway != "stream":
+        raise ConfigError(f"{folder} has pathway {config.pathway!r}; only a stream adapter has anchors.")
+    adapter = UniHyperLoraAdapter(config)
+    load_adapter(adapter, Path(folder) / WEIGHTS_NAME)
+    return adapter
+
+
+def _save(adapter: UniHyperLoraAdapter, coordinates: torch.Tensor, folder: str | Path) -> Path:
+    with torch.no_grad():
+        adapter.anchors.coordinates.latent.copy_(coordinates.flatten(0, 1))
+    save_adapter(adapter, json.loads(adapter.config.to_json_string(use_diff=False)), Path(folder))
+    return Path(folder)
