@@ -107,7 +107,7 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     Args:
         trainer: a ``UniHyperLoraTrainer`` whose training data are those of the sources.
         sources: the model's own host first.
-        epochs: passes over the training data.
+        epochs: passes over the training text, of which each source then gives its share.
 
     Returns:
         Seconds taken.
@@ -128,7 +128,7 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
         collate_fn=trainer.data_collator,
         generator=torch.Generator().manual_seed(args.seed),
     )
-    steps = math.ceil(epochs * len(loader))
+    steps = math.ceil(epochs * len(loader) / len(sources))
     logger.info("Learning %d coordinates a knot, %d steps", config.stream_dim, steps)
     optimizer = trainer.create_optimizer()
     optimizer.add_param_group({"params": [axes], "lr": AXES_LEARNING_RATE, "weight_decay": 0.0})

@@ -47,7 +47,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     coordinate_epochs: float = field(
         default=8.0,
         metadata={
-            "help": "Passes over the training data in which a new stream learns its canonical coordinates, before "
+            "help": "Passes over the training text in which a new stream learns its canonical coordinates, before "
             "--num_train_epochs begin; with 0 it keeps the leading principal components."
         },
     )
