@@ -41,6 +41,10 @@ class ModelArguments:
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
     stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
+    stream_fidelity: float | None = field(
+        default=None, metadata={"help": "Least correlation that noise leaves in training; 1 for no noise."}
+    )
+    stream_knot_dropout: float | None = field(default=None, metadata={"help": "Share of knots lost in training."})
     source_hosts: list[str] | None = field(
         default=None,
         metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
@@ -65,8 +69,8 @@ class ModelArguments:
 
     def shape(self) -> dict[str, object]:
         """The adapter's choices that were given."""
-        names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim", "stream_dim")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = "pathway projector router router_top_k atoms anchor_dim stream_dim stream_fidelity stream_knot_dropout"
+        return {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
 
     def hub(self) -> dict[str, str]:
         """Arguments for whatever is loaded from the Hub."""

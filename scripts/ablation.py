@@ -1,0 +1,189 @@
+"""What each part of the stream is worth: train it with one part missing or changed, score it here and elsewhere.
+
+    python scripts/ablation.py --model_name_or_path SOURCE --target_hosts A B --train_file train.jsonl \
+        --validation_file dev.jsonl --output_dir runs/ablation --max_train_samples 3500 --max_steps 1000
+
+Further flags go to run_ner.py. Every row is one training run and a zero-shot score on each target; a row whose folder
+has its results is not done again. Writes ablation.json, row by row.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import run_ner
+from modeling_unihyperlora import UniHyperLoraError, adapter, calibration, stream
+from modeling_unihyperlora.anchors import COORDINATE_STEP, join_anchors, read_anchors
+from modeling_unihyperlora.quantization import Grid
+from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.token_mixer import TokenMixer
+
+logger = logging.getLogger("ablation")
+
+Change = Callable[[], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of leaving the stream's design: flags of the run, or code that is replaced while it runs."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    change: Change = contextlib.nullcontext
+
+
+def no_atoms() -> mock._patch:
+    return mock.patch.object(stream, "write_atoms", lambda dots, rows, *_: dots.new_zeros(len(dots), rows.shape[1]))
+
+
+def same_atoms_for_all_words() -> mock._patch:
+    """The router's scores without the word: task and bias alone."""
+    route = stream.route
+    return mock.patch.object(stream, "route", lambda state, rows, *rest: route(state * 0, rows, *rest))
+
+
+def no_mixer() -> mock._patch:
+    """Every atom has the same weight at every depth."""
+    return mock.patch.object(adapter.Mixer, "forward", lambda self, places: _ones(self, places))
+
+
+def _ones(mixer: adapter.Mixer, places: torch.Tensor) -> torch.Tensor:
+    return places.new_ones(*places.shape[:-1], len(mixer.output()))
+
+
+def words_alone() -> mock._patch:
+    """The token mixer sees one word at a time."""
+    forward = TokenMixer.forward
+
+    def alone(self, z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        each = forward(self, z.flatten(0, 1).unsqueeze(1), torch.ones(z.shape[0] * z.shape[1], dtype=torch.long))
+        inside = torch.arange(z.shape[1], device=z.device) < lengths.to(z.device)[:, None]
+        return each.view(*z.shape[:2], -1) * inside.unsqueeze(-1)
+
+    return mock.patch.object(TokenMixer, "forward", alone)
+
+
+def no_variance_matching() -> mock._patch:
+    """What the regression shrinks stays small, on every host."""
+    fit_knot = calibration._fit_knot
+
+    def shrunk(features: torch.Tensor, target: torch.Tensor):
+        matrix, offset, r2 = fit_knot(features, target)
+        z = features @ matrix.T + offset
+        centred = z - z.mean(dim=0)
+        slope = (centred * (target - target.mean(dim=0))).sum(dim=0) / centred.square().sum(dim=0)
+        return matrix * slope[:, None], target.mean(dim=0) + (offset - z.mean(dim=0)) * slope, r2
+
+    return mock.patch.object(calibration, "_fit_knot", shrunk)
+
+
+def two_bits() -> mock._patch:
+    """Coordinates of -1.5, -0.375, 0.375 and 1.5 only; the file still takes 4 bits for each."""
+    codes = Grid.codes
+
+    def coarse(self, value: torch.Tensor) -> torch.Tensor:
+        if self.step != COORDINATE_STEP:
+            return codes(self, value)
+        size = torch.where(value.abs() > 2.5 * self.step, 4.0, 1.0)
+        return torch.where(value < 0, -size, size)
+
+    return mock.patch.object(Grid, "codes", coarse)
+
+
+def only_knots(*kept: int) -> Change:
+    """The other knots are always zero."""
+    apply_fit = calibration.apply_fit
+    mask = torch.tensor([float(knot in kept) for knot in range(len(adapter.KNOTS))])[:, None]
+
+    @contextlib.contextmanager
+    def change() -> Iterator[None]:
+        import trainers.state_cache as state_cache
+
+        def masked(*args) -> torch.Tensor:
+            return apply_fit(*args) * mask
+
+        with mock.patch.object(stream, "apply_fit", masked), mock.patch.object(state_cache, "apply_fit", masked):
+            yield
+
+    return change
+
+
+def rows(folder: Path) -> list[Row]:
+    """The design as it is, and every way of leaving it."""
+    half = folder / "half_of_the_anchors.txt"
+    half.write_bytes(join_anchors(read_anchors()[::2]))
+    quarter = folder / "quarter_of_the_anchors.txt"
+    quarter.write_bytes(join_anchors(read_anchors()[::4]))
+    return [
+        Row("as shipped"),
+        Row("without atoms", change=no_atoms),
+        Row("without router: the same atoms for every word", change=same_atoms_for_all_words),
+        Row("without mixer: one weight for all depths", change=no_mixer),
+        Row("without token mixer: each word alone", change=words_alone),
+        Row("without noise", ("--stream_fidelity", "1")),
+        Row("without knot dropout", ("--stream_knot_dropout", "0")),
+        Row("without learned coordinates: principal components", ("--coordinate_epochs", "0")),
+        Row("without variance matching", change=no_variance_matching),
+        Row("coordinates of 2 bits", change=two_bits),
+        Row("half of the anchors", ("--anchor_file", str(half))),
+        Row("a quarter of the anchors", ("--anchor_file", str(quarter))),
+        Row("3 knots: 0, 1/2, 1", change=only_knots(0, 2, 4)),
+        Row("1 knot: 1/2", change=only_knots(2)),
+        Row("16 coordinates a knot", ("--stream_dim", "16")),
+        Row("64 coordinates a knot", ("--stream_dim", "64", "--max_adapter_bytes", "2000000")),
+    ]
+
+
+def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
+    """Do the rows that are missing; returns the content of ``ablation.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--target_hosts", nargs="+", default=[])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", help="Only the rows whose name begins so.")
+    args, passed = parser.parse_known_args(command_line)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    table = []
+    for number, row in enumerate(rows(args.output_dir)):
+        if args.rows and not any(row.name.startswith(name) for name in args.rows):
+            continue
+        folder = args.output_dir / f"{number:02d}"
+        with row.change():
+            scores = {"source": _run([*passed, "--pathway", "stream", "--do_train", *row.flags], folder)}
+            for host in args.target_hosts:
+                moved = [*_without_training(passed), "--adapter", str(folder), "--model_name_or_path", host]
+                scores[Path(host).name] = _run(moved, folder / Path(host).name)
+        table.append({"row": row.name, "f1": scores})
+        write_json(args.output_dir / "ablation.json", {"rows": table})
+    return table
+
+
+def _run(flags: list[str], folder: Path) -> float:
+    done = folder / "all_results.json"
+    if not done.is_file():
+        logger.warning("run %s", folder)
+        run_ner.main(
+            [*flags, "--do_eval", "--cache_eval_states", "--save_strategy", "no", "--output_dir", str(folder)]
+        )
+    return json.loads(done.read_text(encoding="utf-8"))["eval_f1"]
+
+
+def _without_training(flags: list[str]) -> list[str]:
+    """The flags without the source host, which a target takes the place of."""
+    at = flags.index("--model_name_or_path")
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"ablation: {error}")

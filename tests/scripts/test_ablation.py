@@ -1,0 +1,78 @@
+"""Every row of the ablation does what its name says, on tensors small enough to check."""
+
+import ablation
+import numpy as np
+import pytest
+import torch
+from modeling_unihyperlora import calibration, stream
+from modeling_unihyperlora.adapter import Mixer, Routing
+from modeling_unihyperlora.anchors import COORDINATE_STEP
+from modeling_unihyperlora.quantization import Grid
+from modeling_unihyperlora.token_mixer import TokenMixer
+
+
+def test_rows_have_names_of_their_own(tmp_path):
+    names = [row.name for row in ablation.rows(tmp_path)]
+    assert len(set(names)) == len(names) and names[0] == "as shipped"
+    words = [len((tmp_path / f"{share}_of_the_anchors.txt").read_text().split()) for share in ("half", "quarter")]
+    assert words[0] == pytest.approx(2 * words[1], rel=0.1)
+
+
+def test_without_atoms_nothing_is_written():
+    routing = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
+    arguments = (torch.ones(1, 2), torch.ones(3, 4), routing, torch.ones(3))
+    assert stream.write_atoms(*arguments).abs().sum() > 0
+    with ablation.no_atoms():
+        assert torch.equal(stream.write_atoms(*arguments), torch.zeros(1, 4))
+
+
+def test_without_router_every_word_has_the_same_atoms():
+    arguments = (torch.randn(20, 6), torch.randn(9, 6), torch.randn(9).abs(), 2)
+    assert len(stream.route(*arguments).atoms.unique(dim=0)) > 1
+    with ablation.same_atoms_for_all_words():
+        assert len(stream.route(*arguments).atoms.unique(dim=0)) == 1
+
+
+def test_without_mixer_depth_does_not_matter():
+    mixer, places = Mixer(4, 7), torch.rand(5, 8)
+    assert mixer(places).std() > 0
+    with ablation.no_mixer():
+        assert torch.equal(mixer(places), torch.ones(5, 7))
+
+
+def test_words_alone_do_not_see_their_neighbours():
+    mixer = TokenMixer(6, 5, 4, dropout=0.0).eval()
+    z, lengths = torch.randn(2, 3, 6), torch.tensor([3, 2])
+    other = z.clone()
+    other[0, 0] += 1
+    assert not torch.equal(mixer(z, lengths)[0, 2], mixer(other, lengths)[0, 2])
+    with ablation.words_alone():
+        changed, same = mixer(other, lengths), mixer(z, lengths)
+        assert torch.equal(changed[0, 1:], same[0, 1:]) and not torch.equal(changed[0, 0], same[0, 0])
+        assert same[1, 2].abs().sum() == 0
+
+
+def test_without_variance_matching_predictions_are_least_squares():
+    generator = np.random.default_rng(0)
+    x, y = (torch.tensor(generator.normal(size=(600, n)), dtype=torch.float32) for n in (20, 3))
+    y = x[:, :3] * 0.4 + y
+    with ablation.no_variance_matching():
+        matrix, offset, _ = calibration._fit_knot(x, y)
+    z = x @ matrix.T + offset
+    assert (z.std(dim=0) < 0.6 * y.std(dim=0)).all()
+    error, slope = y - z, ((z - z.mean(0)) * (y - z)).mean(dim=0)
+    assert error.mean(dim=0).abs().max() < 1e-4 and slope.abs().max() < 1e-4
+
+
+def test_two_bits_leave_four_values_and_deltas_grid_alone():
+    value = torch.randn(1000)
+    with ablation.two_bits():
+        assert Grid(COORDINATE_STEP).round(value).unique().tolist() == [-1.5, -0.375, 0.375, 1.5]
+        assert len(Grid(1 / 32).round(value).unique()) > 4
+
+
+def test_knots_that_are_left_out_are_zero():
+    fit = [calibration.KnotFit([0], torch.eye(2), torch.ones(2), 1.0)] * 5
+    with ablation.only_knots(0, 2, 4)():
+        z = stream.apply_fit(fit, torch.ones(3, 1, 2), [0])
+    assert [bool(z[:, knot].any()) for knot in range(5)] == [True, False, True, False, True]
