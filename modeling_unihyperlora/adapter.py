@@ -40,6 +40,11 @@ def knot_layers(num_layers: int) -> list[int]:
     return [int(knot * num_layers + 0.5) for knot in KNOTS]
 
 
+def near_layers(num_layers: int) -> list[list[int]]:
+    """For each knot the layers beside it that a calibration reads: its own, the one before and the one after."""
+    return [[near for near in (at - 1, at, at + 1) if 0 <= near <= num_layers] for at in knot_layers(num_layers)]
+
+
 class Routing(NamedTuple):
     """The atoms that each token uses in one block.
 
@@ -76,7 +81,7 @@ def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: in
         rows: (M, w) router rows in host coordinates.
         bias: (M,) bias and task term.
     """
-    rms = state.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+    rms = state.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
     scores = F.linear(state, rows.to(state.dtype)).float() / rms + bias
     best, atoms = scores.topk(top_k, dim=-1)
     probability = torch.sigmoid(best)
@@ -180,7 +185,8 @@ class UniHyperLoraAdapter(nn.Module):
             self.projector = DimensionProjector(config.anchor_dim)
         else:
             self.anchors = Anchors(config, len(KNOTS))
-            self.token_mixer = TokenMixer(len(KNOTS) * config.stream_dim, config.stream_width, config.stream_hidden)
+            inputs = len(KNOTS) * config.stream_dim
+            self.token_mixer = TokenMixer(inputs, config.stream_width, config.stream_hidden, config.stream_dropout)
         self.mixer = Mixer(config.mixer_hidden, config.atoms)
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())

@@ -1,6 +1,6 @@
 """Anchors: words of unlabelled text on which the states of different hosts are lined up with each other.
 
-An anchor is a blank-separated word in a sentence; its state is that of its first sub-token, so that hosts with
+An anchor is a blank-separated word or mark in a sentence; its state is that of its first sub-token, so that hosts with
 different tokenizers have states for the very same anchors.
 """
 
@@ -12,19 +12,19 @@ from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import DataError, HostError
-from .quantization import Coarse, StoredTensor
+from .quantization import Grid, StoredTensor
 
-COORDINATE_STEP = 1.0  # of 2-bit coordinates of unit variance
+COORDINATE_STEP = 0.375  # of 4-bit coordinates of unit variance: from -3 to 2.625
 PACKAGE_ANCHORS = Path(__file__).with_name("anchors.txt")
 MIN_ANCHORS = 256
 
 
 class Anchors(nn.Module):
-    """What the adapter keeps of its anchors: their text, and their canonical coordinates at each knot in 2 bits.
+    """What the adapter keeps of its anchors: their text, and their canonical coordinates at each knot in 4 bits.
 
     Attributes:
         text: (bytes,) uint8, UTF-8, one sentence a line.
-        coordinates: (K·N, D), never trained.
+        coordinates: (K·N, D), no gradient reaches them.
     """
 
     def __init__(self, config: UniHyperLoraConfig, knots: int):
@@ -32,7 +32,7 @@ class Anchors(nn.Module):
         self.knots = knots
         self.register_buffer("text", torch.zeros(config.anchor_text_bytes, dtype=torch.uint8))
         shape = (knots * config.anchor_words, config.stream_dim)
-        self.coordinates = StoredTensor(torch.zeros(shape), Coarse(COORDINATE_STEP))
+        self.coordinates = StoredTensor(torch.zeros(shape), Grid(COORDINATE_STEP))
         self.coordinates.requires_grad_(False)
 
     def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:

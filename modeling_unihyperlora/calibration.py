@@ -1,9 +1,10 @@
 """Lining a host up with the canonical space: closed form, from its states on the anchors, without a label.
 
-Letters: K knots, N anchors, d host width, D canonical width. On the source host the canonical coordinates C of an
-anchor are the leading whitened principal components of its standardised state; on any host a ridge regression maps
-its own standardised states of the same anchors to C (λ = 0.3·N), and each coordinate is scaled to unit variance over
-the anchors, since the regression shrinks what it cannot predict.
+Letters: K knots, N anchors, d host width, D canonical width, F features of an anchor. The adapter keeps coordinates C
+of its anchors at every knot. On any host a ridge regression maps what the host has near the knot's relative depth (the
+states of up to three neighbouring layers side by side, standardised) to C. Its λ is the one that predicts held-out
+anchors best, and each coordinate is scaled so that its predictions on held-out anchors have unit variance, since the
+regression shrinks what it cannot predict.
 """
 
 import hashlib
@@ -21,17 +22,33 @@ from .storage import read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
-RIDGE = 0.3  # λ as a share of the number of anchors
-HELD_OUT = 5  # one anchor in so many measures the fit and is not fitted on
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # λ as a share of the number of anchors
+HELD_OUT, RUN = 5, 50  # of five runs of fifty neighbouring anchors one is held out
 LOW_FIT = 0.1  # mean R² under which a host is reported as a bad fit
+MIN_SCALE = 1e-6
 
 
-class HostFit(NamedTuple):
-    """Affine maps from host states to canonical coordinates: z = matrix · h + offset."""
+class KnotFit(NamedTuple):
+    """Affine map from the states of some layers, side by side, to the coordinates of one knot."""
 
-    matrix: torch.Tensor  # (K, D, d) float32
-    offset: torch.Tensor  # (K, D) float32
-    r2: list[float]  # share of the coordinates' variance explained on held-out anchors, a knot
+    layers: list[int]
+    matrix: torch.Tensor  # (D, len(layers)·d) float32
+    offset: torch.Tensor  # (D,) float32
+    r2: float  # share of the coordinates' variance explained on held-out anchors
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """(…, len(layers)·d) → (…, D)."""
+        return torch.nn.functional.linear(states.float(), self.matrix, self.offset)
+
+
+HostFit = list[KnotFit]  # one a knot
+
+
+def apply_fit(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
+    """Canonical coordinates of words: (…, layers, d) states of the named layers → (…, K, D) float32."""
+    return torch.stack(
+        [knot(states[..., [layers.index(i) for i in knot.layers], :].flatten(-2)) for knot in fit], dim=-2
+    )
 
 
 def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
@@ -40,25 +57,27 @@ def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
     Raises:
         HostError: fewer usable anchors or dimensions than coordinates are asked for.
     """
+    usable = torch.isfinite(states).all(dim=-1).all(dim=0)
     knots, anchors, dim = states.shape
-    if width > min(dim, anchors - 1):
+    if width > min(dim, int(usable.sum()) - 1):
         raise HostError(
             f"{width} canonical coordinates need a source host at least that wide and more anchors; "
-            f"it has width {dim} and {anchors} anchors. Ask for fewer, or train on a wider source."
+            f"it has width {dim} and {int(usable.sum())} anchors. Ask for fewer, or train on a wider source."
         )
-    coordinates = torch.empty(knots, anchors, width)
+    coordinates = torch.zeros(knots, anchors, width)  # an anchor that the source cannot read is an average one
     for k in range(knots):
-        standard, _, _ = standardise(states[k].double())
+        standard, _, _ = standardise(states[k, usable].double())
         left, _, _ = torch.linalg.svd(standard, full_matrices=False)
-        coordinates[k] = (left[:, :width] * anchors**0.5).float()
+        coordinates[k, usable] = (left[:, :width] * usable.sum() ** 0.5).float()
     return coordinates
 
 
-def fit_host(states: torch.Tensor, coordinates: torch.Tensor) -> HostFit:
+def fit_host(states: torch.Tensor, near: list[list[int]], coordinates: torch.Tensor) -> HostFit:
     """Ridge regression of the coordinates on a host's states, one knot at a time.
 
     Args:
-        states: (K, N, d) the host's states of the anchors; anchors with NaN are left out.
+        states: (layers, N, d) all that ``near`` names, in the order of the layers; anchors with NaN are left out.
+        near: for each knot the layers whose states are used.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
 
     Raises:
@@ -70,19 +89,52 @@ def fit_host(states: torch.Tensor, coordinates: torch.Tensor) -> HostFit:
             f"Only {int(usable.sum())} of {len(usable)} anchors can be read by this host's tokenizer; more than "
             f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host."
         )
-    states, coordinates = states[:, usable].double(), coordinates[:, usable].double()
-    matrices, offsets, scores = [], [], []
-    held_out = torch.arange(states.shape[1]) % HELD_OUT == HELD_OUT - 1
-    for state, target in zip(states, coordinates, strict=True):
-        matrix, offset = _ridge(state[~held_out], target[~held_out])
-        error = state[held_out] @ matrix.T + offset - target[held_out]
-        spread = target[held_out] - target[held_out].mean(dim=0)
-        scores.append(float(1 - error.square().sum() / spread.square().sum()))
-        matrix, offset = _ridge(state, target)
-        scale = (state @ matrix.T + offset).std(dim=0).clamp_min(1e-6)
-        matrices.append(matrix / scale[:, None])
-        offsets.append(offset / scale)
-    return HostFit(torch.stack(matrices).float(), torch.stack(offsets).float(), scores)
+    stored = layers_of(near)
+    fits = []
+    for layers, target in zip(near, coordinates, strict=True):
+        features = torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)
+        fits.append(KnotFit(layers, *_fit_knot(features, target[usable].to(features.device))))
+    return fits
+
+
+def layers_of(near: list[list[int]]) -> list[int]:
+    """All layers that the knots use, in order."""
+    return sorted({layer for layers in near for layer in layers})
+
+
+def _fit_knot(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(N, F), (N, D) → matrix (D, F) and offset (D,) in raw host units, R² on held-out anchors."""
+    x, mean, scale = standardise(features)
+    centre = target.mean(dim=0)
+    y = target - centre
+    held_out = torch.arange(len(x), device=x.device) // RUN % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
+        held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    gram, cross = x.T @ x, x.T @ y
+    gram_left, cross_left = gram - x[held_out].T @ x[held_out], cross - x[held_out].T @ y[held_out]
+    spread = (y[held_out] - y[held_out].mean(dim=0)).square().sum().clamp_min(MIN_SCALE)
+    best = (-torch.inf, 0.0, y[held_out])
+    for ridge in RIDGES:
+        predicted = x[held_out] @ _solve(gram_left, cross_left, ridge * int((~held_out).sum()))
+        r2 = float(1 - (predicted - y[held_out]).square().sum() / spread)
+        if r2 > best[0]:
+            best = (r2, ridge, predicted)
+    r2, ridge, predicted = best
+    weight = _solve(gram, cross, ridge * len(x)) / predicted.std(dim=0).clamp_min(MIN_SCALE)
+    matrix = weight.T / scale
+    return matrix.contiguous(), centre - matrix @ mean, r2
+
+
+def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    gram = gram.clone()
+    gram.diagonal().add_(ridge)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+
+
+def standardise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, d) → zero mean and unit variance a column, the means (d,), the deviations (d,)."""
+    mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(MIN_SCALE)
+    return (states - mean) / scale, mean, scale
 
 
 def cache_folder() -> Path:
@@ -97,34 +149,31 @@ def cached_fit(
 
     A cache that is damaged, of another version or not writable is as good as none.
     """
-    digest = hashlib.sha256(f"{RIDGE} {HELD_OUT} {host_fingerprint}".encode())
+    digest = hashlib.sha256(f"2 {RIDGES} {HELD_OUT} {RUN} {host_fingerprint}".encode())
     digest.update("\n".join(map(str, vocabulary)).encode())
-    for part in (anchors.text, anchors.canonical().detach()):
+    for part in (anchors.text, *anchors.coordinates.encode().values()):
         digest.update(part.cpu().numpy().tobytes())
     path = cache_folder() / f"calibration-{digest.hexdigest()[:24]}.safetensors"
     try:
-        kept = read_checked(path)
-        return HostFit(kept["matrix"], kept["offset"], kept["r2"].tolist())
+        return _from_tensors(read_checked(path))
     except (AdapterFileError, KeyError):
         fit = compute()
     try:
-        write_checked(path, {"matrix": fit.matrix, "offset": fit.offset, "r2": torch.tensor(fit.r2)})
+        write_checked(path, _to_tensors(fit))
     except AdapterFileError as error:
         logger.warning("The calibration could not be kept for next time: %s", error)
     return fit
 
 
-def _ridge(states: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, d), (N, D) float64 → matrix (D, d) and offset (D,) in raw host units."""
-    standard, mean, scale = standardise(states)
-    gram = standard.T @ standard
-    gram.diagonal().add_(RIDGE * len(states))
-    weight = torch.linalg.solve(gram, standard.T @ (target - target.mean(dim=0)))
-    matrix = weight.T / scale
-    return matrix, target.mean(dim=0) - matrix @ mean
+def _to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
+    tensors = {"r2": torch.tensor([knot.r2 for knot in fit], dtype=torch.float64)}
+    for k, knot in enumerate(fit):
+        tensors |= {f"{k}.layers": torch.tensor(knot.layers), f"{k}.matrix": knot.matrix, f"{k}.offset": knot.offset}
+    return tensors
 
 
-def standardise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N, d) → zero mean and unit variance a column, the means (d,), the deviations (d,)."""
-    mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(1e-6)
-    return (states - mean) / scale, mean, scale
+def _from_tensors(kept: dict[str, torch.Tensor]) -> HostFit:
+    return [
+        KnotFit(kept[f"{k}.layers"].tolist(), kept[f"{k}.matrix"], kept[f"{k}.offset"], r2)
+        for k, r2 in enumerate(kept["r2"].tolist())
+    ]

@@ -39,8 +39,10 @@ class UniHyperLoraConfig(PreTrainedConfig):
         stream_dim: canonical coordinates that the stream uses at each knot.
         stream_width: width of the token mixer's input map.
         stream_hidden: width of each direction of its recurrent layer.
-        stream_noise: standard deviation of the noise on the coordinates in training.
+        stream_fidelity: in training a sentence's coordinates are mixed with noise down to a correlation drawn from
+            U(stream_fidelity, 1); 1 for none.
         stream_knot_dropout: probability that a sentence loses a knot in training.
+        stream_dropout: dropout before and after the recurrent layer in training.
         anchor_words: N, words of the anchor text.
         anchor_text_bytes: its length.
         delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps. A larger step than twice the way
@@ -66,11 +68,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
     atoms: int = 128
     anchor_dim: int = 256
     mixer_hidden: int = 14
-    stream_dim: int = 96
-    stream_width: int = 128
-    stream_hidden: int = 96
-    stream_noise: float = 0.5
+    stream_dim: int = 32
+    stream_width: int = 160
+    stream_hidden: int = 128
+    stream_fidelity: float = 0.6
     stream_knot_dropout: float = 0.1
+    stream_dropout: float = 0.2
     anchor_words: int = 0
     anchor_text_bytes: int = 0
     delta_step: float = 1 / 32
@@ -110,9 +113,13 @@ class UniHyperLoraConfig(PreTrainedConfig):
                 f"pathway={self.pathway!r} does not go with projector={self.projector!r}: the injected update uses "
                 "the 'dimension' projector, the stream the 'anchored' one."
             )
+        if self.pathway == "stream" and self.router == "static":
+            raise ConfigError(
+                "router='static' is for the injected update; the stream routes every word. Leave it out."
+            )
         if self.pathway == "stream" and self.stream_dim > self.anchor_dim:
             raise ConfigError(f"stream_dim={self.stream_dim} exceeds the atoms' anchor_dim={self.anchor_dim}.")
-        for name, most in (("stream_noise", 10), ("stream_knot_dropout", 0.9)):
+        for name, most in (("stream_fidelity", 1), ("stream_knot_dropout", 0.9), ("stream_dropout", 0.9)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= most:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be a number from 0 to {most}.")

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from .adapter import TaskParameters, UniHyperLoraAdapter, knot_layers
-from .anchors import join_anchors, read_anchors, word_states
+from .adapter import TaskParameters, UniHyperLoraAdapter
+from .anchors import join_anchors, read_anchors
 from .calibration import LOW_FIT, canonical_coordinates
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import AdapterFileError, ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import describe_host, encoder_of, freeze, load_host, load_host_tokenizer
 from .injection import InjectedRun, Injection
 from .storage import WEIGHTS_NAME, load_adapter, save_adapter
-from .stream import Stream, StreamRun
+from .stream import Stream, StreamRun, at_knots, read_anchor_states
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,11 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         model = cls(config, host=host)
         config.source_hosts = [describe_host(model.host, name or None)]
         if config.pathway == "stream":
-            states = word_states(model.host, tokenizer, sentences, knot_layers(model.host.config.num_hidden_layers))
-            model.adapter.anchors.set(sentences, canonical_coordinates(states, config.stream_dim))
-            model.calibrate(tokenizer)
+            states = read_anchor_states(model.host, tokenizer, sentences)
+            model.adapter.anchors.set(
+                sentences, canonical_coordinates(at_knots(states, model.host), config.stream_dim)
+            )
+            model.calibrate(tokenizer, states)
         if labels is not None:
             try:
                 model.add_task(task, labels)
@@ -196,7 +198,11 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         model = cls(config, host=host)
         model.adapter.load_state_dict(adapter.state_dict())
         if config.pathway == "stream":
-            model.calibrate(tokenizer)
+            try:
+                model.calibrate(tokenizer)
+            except UniHyperLoraError:
+                model.detach()  # the host as it was given
+                raise
         model.eval()
         logger.info(model.describe())
         return model
@@ -349,7 +355,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
     def describe(self) -> str:
         """Host, sites found or fit of the calibration, and pathway, in one line."""
         if self.injection is None:
-            fit = "not calibrated" if self.stream is None else " ".join(f"{value:.2f}" for value in self.stream.fit.r2)
+            fit = "not calibrated" if self.stream is None else " ".join(f"{k.r2:.2f}" for k in self.stream.fit)
             return (
                 f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
                 f"({self.host.config.model_type}, {self.host.config.num_hidden_layers} blocks x "
@@ -387,19 +393,20 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             raise HostError("The stream is not lined up with its host yet; call calibrate(tokenizer).")
         return self.stream
 
-    def calibrate(self, tokenizer=None) -> None:
+    def calibrate(self, tokenizer=None, anchor_states: torch.Tensor | None = None) -> None:
         """Line the host up with the adapter's anchors: no label, no gradient, seconds.
 
         Args:
             tokenizer: the host's fast tokenizer; loaded by the host's name when None.
+            anchor_states: the host's states of the anchors, if known already (``stream.read_anchor_states``).
 
         Raises:
             HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
         """
         if tokenizer is None:
             tokenizer = load_host_tokenizer(self.host.config.name_or_path)
-        self.stream = Stream(self.adapter, self.host, tokenizer)
-        fit = self.stream.fit.r2
+        self.stream = Stream(self.adapter, self.host, tokenizer, anchor_states)
+        fit = [knot.r2 for knot in self.stream.fit]
         if sum(fit) / len(fit) < LOW_FIT:
             logger.warning(
                 "This host fits the adapter's canonical space badly (R² a knot: %s): expect low scores. Is it of "

@@ -114,12 +114,14 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        canonical_states: torch.Tensor | None = None,
+        word_counts: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids, labels (B,) → logits (B, C), mean cross-entropy (see the token model)."""
+        """(B, T) ids or cached states, labels (B,) → logits (B, C), mean cross-entropy (see the token model)."""
         run = self.run(
             task,
             attention_mask,
@@ -128,6 +130,8 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            canonical_states=canonical_states,
+            word_counts=word_counts,
         )
         logits = run.sentence_logits()
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)

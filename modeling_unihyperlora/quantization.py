@@ -61,28 +61,6 @@ class Grid:
         return unpack_nibbles(stored[""], shape) * self.step
 
 
-class Coarse:
-    """2-bit values -1.5, -0.5, 0.5, 1.5 times ``step``, four to a byte."""
-
-    def __init__(self, step: float):
-        self.step = step
-
-    def codes(self, value: torch.Tensor) -> torch.Tensor:
-        return (value / self.step + 1.5).round().clamp(0, 3)
-
-    def round(self, value: torch.Tensor) -> torch.Tensor:
-        return (self.codes(value) - 1.5) * self.step
-
-    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        codes = self.codes(value).reshape(-1).to(torch.uint8)
-        codes = torch.nn.functional.pad(codes, (0, -len(codes) % 4)).reshape(-1, 4)
-        return {"": codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6}
-
-    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        codes = torch.stack([stored[""] >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(-1)
-        return ((codes.float() - 1.5) * self.step)[: torch.Size(shape).numel()].reshape(shape)
-
-
 class Half:
     """IEEE half precision, for small tensors of mixed range (biases, waves, embeddings)."""
 
@@ -96,7 +74,7 @@ class Half:
         return stored[""].float()
 
 
-Codec = RowInteger | Grid | Coarse | Half
+Codec = RowInteger | Grid | Half
 
 
 class StoredTensor(nn.Module):

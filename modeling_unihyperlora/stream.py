@@ -2,8 +2,9 @@
 
 Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
 
-A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's state of a word becomes
-z = P_in h, by the host's calibration; z is routed as a token is in the injected update, and its atoms act on it,
+A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's states of a word, those of
+neighbouring layers side by side, become z = P_in h, by the host's calibration; z is routed as a token is in the
+injected update, and its atoms act on it,
 
     z ← z + Σ_j gate_j · (g_θ + δθ)(τ)_j · u_j (v_jᵀ z)
 
@@ -13,15 +14,25 @@ or tokenizer, and the host is never modified.
 """
 
 import json
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, read_atoms, route, write_atoms
+from .adapter import (
+    KNOTS,
+    UniHyperLoraAdapter,
+    knot_features,
+    knot_layers,
+    near_layers,
+    read_atoms,
+    route,
+    write_atoms,
+)
 from .anchors import word_states
-from .calibration import HostFit, cached_fit, fit_host
+from .calibration import HostFit, apply_fit, cached_fit, fit_host, layers_of
 from .errors import HostError
 from .hosts import fingerprint
 
@@ -63,52 +74,47 @@ class Stream:
         adapter: whose anchors are set.
         host: any encoder that returns its hidden states.
         tokenizer: the host's fast tokenizer.
+        anchor_states: the host's states of the anchors, as ``read_anchor_states`` gives them, if known already.
+
+    Attributes:
+        fit: the host's map into the canonical space.
+        seconds: that finding it took, or reading it from the cache.
+        disturbs: whether coordinates are disturbed in training.
     """
 
-    def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module, tokenizer):
+    def __init__(
+        self, adapter: UniHyperLoraAdapter, host: nn.Module, tokenizer, anchor_states: torch.Tensor | None = None
+    ):
         self.adapter = adapter
         self.host = host
         self.num_layers: int = host.config.num_hidden_layers
         self.hidden_size: int = host.config.hidden_size
-        self.layers = knot_layers(self.num_layers)
+        self.near = near_layers(self.num_layers)
+        self.layers = layers_of(self.near)
+        self.disturbs = True
         linear = [m for name, m in host.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name]
         self._host_linear = sum(m.in_features * m.out_features for m in linear)
-        self.begins_word = word_beginnings(tokenizer)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.begins_word = word_beginnings(tokenizer, tokens)
 
         def compute() -> HostFit:
-            states = word_states(host, tokenizer, adapter.anchors.sentences(), self.layers)
-            return fit_host(states, adapter.anchors.canonical().detach().cpu())
+            states = anchor_states
+            if states is None:
+                states = read_anchor_states(host, tokenizer, adapter.anchors.sentences())
+            return fit_host(states, self.near, adapter.anchors.canonical().detach().cpu())
 
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        start = time.perf_counter()
         self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
-
-    def word_positions(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T).
-
-        A sentence in which no word begins counts its first token as one.
-        """
-        self.begins_word = self.begins_word.to(input_ids.device)
-        begins = self.begins_word[input_ids]
-        if attention_mask is not None:
-            begins = begins & (attention_mask > 0)
-        begins[:, 0] |= ~begins.any(dim=1)
-        lengths = begins.sum(dim=1)
-        word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
-        order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
-        inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
-        return order * inside, lengths, word_of
+        self.seconds = time.perf_counter() - start
 
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        matrix, offset = self.fit.matrix.to(positions.device), self.fit.offset.to(positions.device)
-        knots = [
-            F.linear(hidden_states[layer][rows, positions].float(), matrix[k], offset[k])
-            for k, layer in enumerate(self.layers)
-        ]
-        return torch.stack(knots, dim=2)
+        device = positions.device
+        if self.fit[0].matrix.device != device:
+            self.fit = [
+                knot._replace(matrix=knot.matrix.to(device), offset=knot.offset.to(device)) for knot in self.fit
+            ]
+        return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
 
     def run(
         self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
@@ -131,15 +137,16 @@ class Stream:
     def read_host(self, attention_mask: torch.Tensor | None, inputs: dict) -> tuple:
         """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states."""
         out = self.host(attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **inputs)
-        positions, lengths, word_of = self.word_positions(inputs["input_ids"], attention_mask)
+        self.begins_word = self.begins_word.to(inputs["input_ids"].device)
+        positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
         return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
 
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
         adapter, config = self.adapter, self.adapter.config
         own, dim = adapter.tasks[task], config.stream_dim
-        if adapter.training:
-            z = disturb(z, config.stream_noise, config.stream_knot_dropout)
+        if adapter.training and self.disturbs:
+            z = disturb(z, config.stream_fidelity, config.stream_knot_dropout)
         rows_in, rows_out = adapter.atoms_in()[:, :dim], adapter.atoms_out()[:, :dim]
         router = adapter.router_weight()
         bias = adapter.router_bias() + router @ own.embedding()
@@ -165,7 +172,7 @@ class Stream:
     def added_multiply_adds(self, labels: int) -> int:
         """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
         config, knots = self.adapter.config, len(KNOTS)
-        project = knots * config.stream_dim * self.hidden_size
+        project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
         atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
@@ -173,7 +180,7 @@ class Stream:
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host and its table of word beginnings."""
-        return [self.fit.matrix, self.fit.offset, self.begins_word]
+        return [*(tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)), self.begins_word]
 
 
 def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
@@ -184,21 +191,68 @@ def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
     return words.gather(1, index)
 
 
-def disturb(z: torch.Tensor, noise: float, knot_dropout: float) -> torch.Tensor:
-    """What another host would do to the coordinates, roughly: noise on each, and whole knots missing.
+def disturb(z: torch.Tensor, fidelity: float, knot_dropout: float) -> torch.Tensor:
+    """What another host would do to the coordinates: each correlates less with the source's, whole knots are missing.
+
+    A calibrated host has coordinates of unit variance whose correlation with the source's is some ρ < 1. A sentence
+    draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
 
     Args:
         z: (B, W, K, D) coordinates of unit variance.
-        noise: standard deviation of the Gaussian noise.
+        fidelity: the least ρ; 1 leaves the coordinates alone.
         knot_dropout: probability that a sentence loses a knot.
     """
-    z = z + noise * torch.randn_like(z)
+    if fidelity < 1:
+        rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
+        z = rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
     keep = torch.rand(z.shape[0], 1, z.shape[2], 1, device=z.device) >= knot_dropout
     return z * keep / (1 - knot_dropout)
 
 
-def word_beginnings(tokenizer) -> torch.Tensor:
+def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
+    """The host's states of the anchors in every layer that a knot uses: (layers, N, d), see ``word_states``."""
+    return word_states(host, tokenizer, sentences, layers_of(near_layers(host.config.num_hidden_layers)))
+
+
+def at_knots(anchor_states: torch.Tensor, host: nn.Module) -> torch.Tensor:
+    """Of ``read_anchor_states`` those of the layers nearest to the knots: (K, N, d)."""
+    blocks = host.config.num_hidden_layers
+    layers = layers_of(near_layers(blocks))
+    return anchor_states[[layers.index(layer) for layer in knot_layers(blocks)]]
+
+
+def states_of_words(
+    hidden_states: tuple[torch.Tensor, ...], layers: list[int], positions: torch.Tensor
+) -> torch.Tensor:
+    """L+1 states (B, T, d) and where words begin (B, W) → (B, W, layers, d)."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    return torch.stack([hidden_states[layer][rows, positions] for layer in layers], dim=2)
+
+
+def word_positions(
+    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T).
+
+    A sentence in which no word begins counts its first token as one.
+    """
+    begins = begins_word[input_ids]
+    if attention_mask is not None:
+        begins = begins & (attention_mask > 0)
+    begins[:, 0] |= ~begins.any(dim=1)
+    lengths = begins.sum(dim=1)
+    word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
+    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
+    return order * inside, lengths, word_of
+
+
+def word_beginnings(tokenizer, tokens: list[str | None]) -> torch.Tensor:
     """(V,) bool: which entries of the vocabulary begin a word; special tokens do not, the unknown token does.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        tokens: its vocabulary by id.
 
     Raises:
         HostError: the vocabulary does not mark word boundaries.
@@ -207,7 +261,6 @@ def word_beginnings(tokenizer) -> torch.Tensor:
     if backend is None:
         raise HostError(f"{type(tokenizer).__name__} is a slow tokenizer; the stream needs a fast one.")
     model = json.loads(backend.to_str())["model"]
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if model.get("type") == "WordPiece":
         prefix = model["continuing_subword_prefix"]
         begins = [token is not None and not token.startswith(prefix) for token in tokens]

@@ -17,10 +17,12 @@ class TokenMixer(nn.Module):
         inputs: K·D.
         width: of the linear map.
         hidden: of each direction of the LSTM; features F = 2·hidden.
+        dropout: before and after the LSTM, in training.
     """
 
-    def __init__(self, inputs: int, width: int, hidden: int):
+    def __init__(self, inputs: int, width: int, hidden: int, dropout: float):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         codec = RowInteger(STREAM_BITS)
         self.inward = StoredTensor(torch.randn(width, inputs) / math.sqrt(inputs), codec)
         self.inward_bias = StoredTensor(torch.zeros(width), Half())
@@ -43,13 +45,23 @@ class TokenMixer(nn.Module):
 
     def forward(self, z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(B, W, K·D) and the words of each sentence (B,) → (B, W, F); zero beyond a sentence's end."""
-        x = nn.functional.gelu(nn.functional.linear(z, self.inward(), self.inward_bias()))
+        x = self.dropout(nn.functional.gelu(nn.functional.linear(z, self.inward(), self.inward_bias())))
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         weights = []
         for direction in self.directions:
             bias = direction["bias"]()
             weights += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
         state = x.new_zeros(2, len(lengths), self.hidden)
-        out, _, _ = torch.lstm(packed.data, packed.batch_sizes, (state, state), weights, True, 1, 0.0, False, True)
+        out, _, _ = torch.lstm(
+            packed.data,
+            packed.batch_sizes,
+            (state, state),
+            weights,
+            has_biases=True,
+            num_layers=1,
+            dropout=0.0,
+            train=self.training,
+            bidirectional=True,
+        )
         packed = nn.utils.rnn.PackedSequence(out, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=z.shape[1])[0]
+        return self.dropout(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=z.shape[1])[0])

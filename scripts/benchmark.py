@@ -4,9 +4,9 @@
     python scripts/benchmark.py record runs/matrix --name conll2003-transfer
     python scripts/benchmark.py render
 
-``record`` writes results/NAME.json from the folder that run_ner.py wrote: scores and costs, settings, host, data,
-versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture. ``render`` writes results/README.md
-and the short table in README.md from those files alone.
+``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
+costs, settings, host, data, versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture.
+``render`` writes results/README.md and the short table in README.md from those files alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from modeling_unihyperlora.storage import replacing, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
-    "method router train_scope max_steps per_device_train_batch_size learning_rate "
+    "method lora_r router train_scope max_steps per_device_train_batch_size learning_rate "
     "num_train_epochs lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -32,6 +32,7 @@ COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
 )
+BASELINE_SCOPES = {"probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 MATRIX = "transfer_matrix"  # what transfer.py calls its files
 
@@ -66,13 +67,13 @@ def record_of(folder: Path) -> dict[str, object]:
     """All that is worth keeping of a finished run; folders on the machine are not.
 
     Raises:
-        ConfigError: the folder is not one that run_ner.py finished.
+        ConfigError: the folder is not one that a run finished.
     """
     try:
         results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
         run = json.loads((folder / "run_arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of run_ner.py.") from error
+        raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of a run.") from error
     config = Path(run.get("adapter") or folder) / "config.json"
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
@@ -118,7 +119,8 @@ def rendered(records: dict[str, dict]) -> str:
         "# Results",
         "",
         "Written by `python scripts/benchmark.py render` from the JSON files beside this page, one a run.",
-        "F1 is seqeval's micro F1 on the whole validation split, mean ± standard deviation over the seeds.",
+        "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags, the",
+        "macro F1 for classes.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -204,11 +206,13 @@ def _row_key(record: dict) -> tuple[str, ...]:
     kind, scope = [settings["method"]], settings["train_scope"]
     if settings["method"] == "unihyperlora":
         kind += [record["pathway"], record["projector"]]
+    elif settings["method"] == "lora":
+        kind.append(f"r={settings['lora_r']}")
     if record["results"]["train_runtime"] is None:
         scope = "zero-shot from " + ", ".join(host["name"] for host in record["source_hosts"])
-    elif settings["method"] == "probe":
-        scope = "head"
-    rest = sorted((name, str(value)) for name, value in settings.items() if name != "seed")
+    elif settings["method"] in BASELINE_SCOPES:
+        scope = BASELINE_SCOPES[settings["method"]]
+    rest = sorted((name, str(value)) for name, value in settings.items() if name not in ("seed", "lora_r"))
     return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest))
 
 

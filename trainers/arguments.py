@@ -3,6 +3,7 @@
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import HfArgumentParser
 
@@ -40,6 +41,10 @@ class ModelArguments:
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
     stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
+    source_hosts: list[str] | None = field(
+        default=None,
+        metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
+    )
     anchor_file: str | None = field(
         default=None, metadata={"help": "Anchor text of a new stream, one sentence a line; the package's own if none."}
     )
@@ -74,36 +79,45 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The tagged text, from files or from the Hub."""
+    """The data, from files or from the Hub; each script has its own sub-class."""
 
     task_name: str | None = field(
         default=None,
         metadata={
             "help": "Name under which the adapter keeps this task's head and δθ. By default the active task of "
-            "--adapter, else 'ner'. A name that the adapter does not have is added to it."
+            "--adapter, else 'ner' or 'classification'. A name that the adapter does not have is added to it."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set: Hub id or folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines, or word and tag in columns."})
+    train_file: str | None = field(default=None, metadata={"help": "File to train on; the README has the formats."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
     train_split: str = field(default="train", metadata={"help": "Split of --dataset_name, such as 'train[:90%%]'."})
     validation_split: str = field(default="validation", metadata={"help": "Split of --dataset_name."})
     test_split: str = field(default="test", metadata={"help": "Split of --dataset_name."})
-    text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
-    label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
-    tag_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
-    )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Sub-tokens a window; a longer sentence is read in several windows."}
-    )
+    max_seq_length: int = field(default=128, metadata={"help": "Most sub-tokens that the host reads at once."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every batch to --max_seq_length."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
-    return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+    cache_eval_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Score a stream on the host's states of --validation_file kept on disk (in $UNIHYPERLORA_CACHE), "
+            "as training does with the training data; worth it when it is scored more than once."
+        },
+    )
+
+    NAMES_FLAG: ClassVar[str]  # the flag that names the ids 0, 1, …
+
+    def id_names(self) -> list[str] | None:
+        """Names of the ids 0, 1, …, if they were given."""
+        return getattr(self, self.NAMES_FLAG.removeprefix("--"))
+
+    def reading(self, split: str) -> dict[str, object]:
+        """How "train", "validation" or "test" is to be read: arguments of the reader of this kind of data."""
+        raise NotImplementedError
 
     def name(self) -> str:
         """What results call this data: the data set's id, or the folder of the files."""
@@ -132,11 +146,68 @@ class DataArguments:
                 raise ConfigError(f"--{name} {getattr(self, name)} leaves no sentence; give 1 or more.")
 
 
+@dataclass
+class NerArguments(DataArguments):
+    """Tagged text: JSON lines, or word and tag in columns. A sentence that is too long is read in several windows."""
+
+    text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
+    label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
+    tag_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
+    )
+    return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
+
+    NAMES_FLAG = "--tag_names"
+
+    def reading(self, split: str) -> dict[str, object]:
+        return {"text_column": self.text_column_name, "label_column": self.label_column_name}
+
+
+@dataclass
+class ClassificationArguments(DataArguments):
+    """Texts or pairs of texts with one label each: JSON lines or CSV. What is too long is cut at the end."""
+
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the text; by default a known one, such as sentence or text."}
+    )
+    text_pair_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the second text of a pair. By default known pairs are found (sentence1 and "
+            "sentence2, question and passage, premise and hypothesis …), unless --text_column_name is given."
+        },
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the label; by default label, labels or answer."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the ids 0, 1, …; by default those of --adapter, else the numbers."}
+    )
+
+    NAMES_FLAG = "--class_names"
+
+    def reading(self, split: str) -> dict[str, object]:
+        return {
+            "text_column": self.text_column_name,
+            "pair_column": self.text_pair_column_name,
+            "label_column": self.label_column_name,
+            "needs_label": split != "test",
+        }
+
+
 def parse(
-    command_line: list[str],
+    command_line: list[str], data_class: type[DataArguments]
 ) -> tuple[ModelArguments, DataArguments, UniHyperLoraTrainingArguments]:
-    """Flags, with those of --run_config in front so that the ones typed win."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, UniHyperLoraTrainingArguments))
+    """Flags, with those of --run_config in front so that the ones typed win.
+
+    Args:
+        command_line: what was typed.
+        data_class: the flags of the kind of data.
+
+    Raises:
+        ConfigError: an unknown flag or a value that is not usable.
+    """
+    parser = HfArgumentParser((ModelArguments, data_class, UniHyperLoraTrainingArguments))
     typed, _ = parser.parse_known_args(command_line)
     if typed.run_config is not None:
         run = read_run_config(typed.run_config)
@@ -195,8 +266,8 @@ def check_arguments(
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
     if scored and training_args.train_sampling_strategy == "group_by_length":
         raise ConfigError(
-            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that tags would go to the "
-            "wrong sentences. Leave it out, or train and evaluate in two runs."
+            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that labels would go to "
+            "the wrong sentences. Leave it out, or train and evaluate in two runs."
         )
     files = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name is not None and any(files):

@@ -6,8 +6,6 @@ in which a file or a data set numbers its labels never matters.
 Tags stay in the scheme of the data (IOB2, IOB1, IOBES or bare types).
 """
 
-import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,14 +13,11 @@ from pathlib import Path
 
 from modeling_unihyperlora.errors import DataError
 
-logger = logging.getLogger(__name__)
+from .reading import JSON_SUFFIXES, json_rows, listed, load_split, name_of_id, numbered_lines, require_columns
 
-JSON_SUFFIXES = (".jsonl", ".json")
 COLUMN_SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2")
-PARQUET_BRANCH = "refs/convert/parquet"  # the Hub's own conversion, there for data sets made by a script
 
 _PREFIXED_TAG = re.compile(r"([BIESLU])-(.+)")
-_SHOWN = 24  # labels or columns listed in a message before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -91,8 +86,8 @@ def read_hub_dataset(
     Raises:
         DataError: it cannot be loaded, or its columns are not those asked for.
     """
-    rows = _load_split(name, split, config_name, load_kwargs)
-    _require_columns(f"{name} ({split})", rows.column_names, text_column, label_column)
+    rows = load_split(name, split, config_name, **load_kwargs)
+    require_columns(f"{name} ({split})", rows.column_names, _columns_by_flag(text_column, label_column))
     element = getattr(rows.features[label_column], "feature", None)
     own_names = list(element.names) if hasattr(element, "names") else None
     sentences = [
@@ -117,18 +112,8 @@ def check_labels(sentences: Iterable[Sentence], labels: list[str], whose: str) -
             if tag not in known:
                 raise DataError(
                     f"{sentence.origin}: tag '{tag}' of word {position} is not in the label set of {whose}: "
-                    f"{_listed(labels)}. Correct the tag, or start a task of its own for these labels."
+                    f"{listed(labels)}. Correct the tag, or start a task of its own for these labels."
                 )
-
-
-def check_label_names(names: list[str], labels: list[str], whose: str) -> None:
-    """Raise ``DataError`` where a data set declares labels that ``labels`` lacks, used in a sentence or not."""
-    extra = [name for name in names if name not in set(labels)]
-    if extra:
-        raise DataError(
-            f"The data declare labels that {whose} does not have: {_listed(extra)}. It has {_listed(labels)}. "
-            "Use data with these labels, or give the task a name of its own with --task_name to add a head for them."
-        )
 
 
 def split_tag(tag: str) -> tuple[str, str]:
@@ -143,23 +128,9 @@ def _label_order(tag: str) -> tuple[bool, str, int]:
 
 
 def _json_lines(path: Path, text_column: str, label_column: str, label_names: list[str] | None) -> Iterator[Sentence]:
-    for number, line in _numbered_lines(path):
-        if not line.strip():
-            continue
-        origin = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{origin} is not JSON ({error}). Each line must be one object such as "
-                f'{{"{text_column}": ["Ada", "spoke"], "{label_column}": ["B-PER", "O"]}}.'
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{origin} is a JSON {type(row).__name__}, not an object. Write one object a line (JSON lines), "
-                "not one list for the whole file."
-            )
-        _require_columns(origin, row, text_column, label_column)
+    example = {text_column: ["Ada", "spoke"], label_column: ["B-PER", "O"]}
+    for origin, row in json_rows(path, example):
+        require_columns(origin, row, _columns_by_flag(text_column, label_column))
         yield _sentence(row[text_column], row[label_column], label_names, origin)
 
 
@@ -168,7 +139,7 @@ def _columns(path: Path) -> Iterator[Sentence]:
     words: list[str] = []
     tags: list[str] = []
     first_line, width = 0, None
-    for number, line in _numbered_lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip(" \t"):
             if words:
                 yield Sentence(words, tags, f"{path}, line {first_line}")
@@ -202,30 +173,8 @@ def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
     return line.startswith("# ") and (several_words or (not ends_with_tag and len(fields) != width))
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a UTF-8 file from number 1 on, cut at line feeds only: a word may hold any other separator."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line} is not UTF-8 (byte 0x{content[error.start]:02x}). "
-            "Convert the file, for instance: iconv -f latin1 -t utf-8."
-        ) from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        yield number, line.removesuffix("\r")
-
-
-def _require_columns(origin: str, present: Iterable[str], text_column: str, label_column: str) -> None:
-    for flag, column in (("--text_column_name", text_column), ("--label_column_name", label_column)):
-        if column not in present:
-            raise DataError(
-                f"{origin} has no column '{column}'; it has {_listed(present)}. Name the right one: {flag}."
-            )
+def _columns_by_flag(text_column: str, label_column: str) -> dict[str, str]:
+    return {"--text_column_name": text_column, "--label_column_name": label_column}
 
 
 def _sentence(words: object, tags: object, label_names: list[str] | None, origin: str) -> Sentence:
@@ -249,35 +198,4 @@ def _tag_name(tag: str | int, label_names: list[str] | None, origin: str) -> str
             f"{origin}: the tags are ids (such as {tag}) and nothing says what they are called. "
             "Name them in order: --tag_names O B-PER I-PER …"
         )
-    if not 0 <= tag < len(label_names):
-        raise DataError(f"{origin}: id {tag} is outside the {len(label_names)} labels: {_listed(label_names)}.")
-    return label_names[tag]
-
-
-def _load_split(name: str, split: str, config_name: str | None, load_kwargs: dict):
-    import datasets
-
-    try:
-        try:
-            return datasets.load_dataset(name, config_name, split=split, **load_kwargs)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error) or "revision" in load_kwargs:
-                raise
-            logger.warning("%s is made by a script, which is never run: reading %s instead.", name, PARQUET_BRANCH)
-            # On that branch the configuration is a folder.
-            return datasets.load_dataset(
-                name, data_dir=config_name, split=split, revision=PARQUET_BRANCH, **load_kwargs
-            )
-    except Exception as error:  # the library raises some twenty types; each means that the data are not to be had
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise DataError(
-            f"The data set '{name}' (configuration {config_name or 'default'}, split {split}) cannot be loaded: "
-            f"{reason}. Check the name, the split and the connection, or give --train_file, --validation_file and "
-            "--test_file."
-        ) from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = [str(name) for name in names]
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + rest
+    return name_of_id(tag, label_names, origin)

@@ -4,7 +4,6 @@ A word is scored once, at its first sub-token; every other position has the labe
 that does not fit is cut between words into several windows, and put together again before it is scored.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from seqeval.metrics import accuracy_score, classification_report, f1_score, precision_score, recall_score
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from modeling_unihyperlora.errors import ConfigError, DataError
 
@@ -92,32 +91,9 @@ class SentenceWindows(Dataset):
             tags[window.sentence].extend(self.labels[row[position]] for position in window.starts)
         return tags
 
-
-def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a host, set up for text that is already cut into words.
-
-    Args:
-        name_or_path: Hub id or folder.
-        **kwargs: ``revision``, ``cache_dir``, ``token``, ``trust_remote_code``.
-
-    Raises:
-        DataError: it cannot be loaded or has no fast version.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"No tokenizer can be loaded from '{name_or_path}' ({str(error).strip().splitlines()[0]}). "
-            "Name one with --tokenizer_name."
-        ) from error
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} of '{name_or_path}' is a slow tokenizer, which cannot say to which word a "
-            "sub-token belongs. Use a host with a tokenizer.json, or name one with --tokenizer_name."
-        )
-    _keep_words_apart(tokenizer)
-    tokenizer.padding_side = "right"  # the positions of a window's words count from the left
-    return tokenizer
+    def lines_of(self, label_ids: np.ndarray) -> list[str]:
+        """One line a sentence, its tags separated by spaces, from what ``tags_of`` takes."""
+        return [" ".join(tags) for tags in self.tags_of(label_ids)]
 
 
 def entity_scores(windows: SentenceWindows, by_type: bool = False) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -225,15 +201,3 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     if 0 not in special:
         return ids, []
     return ids[: special.index(0)], ids[len(ids) - special[::-1].index(0) :]
-
-
-def _keep_words_apart(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a byte-level tokenizer see every given word as one that follows a space; others do so already."""
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
-    first = state["pre_tokenizer"] or {}
-    byte_level = [step for step in first.get("pretokenizers", [first]) if step.get("type") == "ByteLevel"]
-    for step in byte_level:
-        step["add_prefix_space"] = True
-    if byte_level:
-        backend.pre_tokenizer = type(backend).from_str(json.dumps(state)).pre_tokenizer

@@ -5,12 +5,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from modeling_unihyperlora.errors import ConfigError
 from modeling_unihyperlora.storage import write_json
-
-from .ner_data import Sentence
 
 RESULT_KEYS = (
     "zero_shot_f1",
@@ -52,24 +51,25 @@ def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str
 
 
 def write_arguments(
-    folder: str | Path, arguments: Mapping[str, object], name: str, splits: Mapping[str, Sequence[Sentence]]
+    folder: str | Path, arguments: Mapping[str, object], name: str, splits: Mapping[str, Sequence[object]]
 ) -> None:
     """Write ``run_arguments.json``: every argument but secrets, and which sentences the run read.
 
     Args:
         arguments: flat, argument → value.
         name: of the data set.
-        splits: split → its sentences; kept as their number and a SHA-256 over words and tags.
+        splits: split → its sentences (dataclasses); kept as their number and a SHA-256 over all but their origin.
     """
     kept = {key: value for key, value in arguments.items() if not key.endswith("token")}
     data = {split: {"sentences": len(rows), "sha256": _digest(rows)} for split, rows in splits.items()}
     write_json(Path(folder) / "run_arguments.json", kept | {"data": {"name": name, "splits": data}})
 
 
-def _digest(sentences: Sequence[Sentence]) -> str:
+def _digest(sentences: Sequence[object]) -> str:
     digest = hashlib.sha256()
     for sentence in sentences:
-        digest.update(json.dumps([sentence.tokens, sentence.tags], ensure_ascii=False).encode())
+        content = [getattr(sentence, field.name) for field in fields(sentence) if field.name != "origin"]
+        digest.update(json.dumps(content, ensure_ascii=False).encode())
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Run configurations: one YAML a run, in the schema of the paper, turned into arguments of the script.
 
-Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py``, in front of what
-the user typed, so that the command line wins.
+Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py`` or
+``scripts/run_classification.py``, in front of what the user typed, so that the command line wins.
 """
 
 import difflib

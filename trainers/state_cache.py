@@ -1,66 +1,169 @@
-"""Canonical states of a data set, computed once: the host is frozen, so the stream trains on them without it.
+"""States of the words of a data set, computed once: the host is frozen, so a stream trains and is scored without it.
 
-One float16 file a host, anchor set and data set, named by a digest of all three, in ``cache_folder()``. It is written
-under another name first, so that a file with the right name is whole; it is memory-mapped, not loaded.
+One float16 file a host and data set, named by a digest of both, in ``cache_folder()``, memory-mapped and not loaded.
+An adapter has no part in it, so every adapter on the host uses the same file. It takes 2·layers·d bytes a word. A run
+that was killed half-way is continued; a second process waits for the first.
 """
 
 import hashlib
+import inspect
+import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
+from torch import nn
 from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from modeling_unihyperlora.calibration import cache_folder
+from modeling_unihyperlora.adapter import near_layers
+from modeling_unihyperlora.calibration import HostFit, apply_fit, cache_folder, layers_of
+from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import fingerprint
-from modeling_unihyperlora.storage import replacing
+from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.stream import states_of_words, word_beginnings, word_positions
 
 from .decoding import IGNORED
-from .ner_windows import SentenceWindows
 
 logger = logging.getLogger(__name__)
 
+SAVE_EVERY = 20  # batches
 
-class CanonicalStates(Dataset):
-    """The words of windows as their canonical states, with their labels.
+
+class WordStates:
+    """The words of all windows in every layer that a knot uses, on disk, and their labels.
 
     Args:
-        model: a stream model on the host whose states are wanted; its adapter's values do not matter, its anchors do.
-        windows: the data set.
-        batch_size: windows the host reads at a time.
+        host: the encoder; it is not kept.
+        tokenizer: its fast tokenizer.
+        windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window.
+        batch_size: windows that the host reads at a time.
+
+    Attributes:
+        layers: which of the L+1 states.
+        states: (words, layers, d) float16, memory-mapped.
+        offsets: (windows + 1,) where a window's words begin.
+        positions: for each window the sub-tokens at which its words begin.
+        labels: for each window those of its words, or its own.
+
+    Raises:
+        DataError: the cache folder has no room, or cannot be written.
     """
 
-    def __init__(self, model, windows: SentenceWindows, collate: Callable, batch_size: int = 32):
-        positions = [_word_positions(model, window["input_ids"]) for window in windows]
-        self.labels = [[window["labels"][i] for i in at] for window, at in zip(windows, positions, strict=True)]
+    def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase, windows: Dataset, batch_size: int = 32):
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        begins_word = word_beginnings(tokenizer, tokens)
+        self.layers = layers = layers_of(near_layers(host.config.num_hidden_layers))
+        items = [windows[index] for index in range(len(windows))]
+        positions = [_word_positions(begins_word, item["input_ids"]) for item in items]
         self.offsets = np.cumsum([0, *map(len, positions)])
-        knots, _, _ = model.stream.fit.matrix.shape
-        shape = (int(self.offsets[-1]), knots, model.config.stream_dim)
-        path = cache_folder() / f"states-{_digest(model, windows)}.f16"
-        if not path.is_file() or path.stat().st_size != 2 * int(np.prod(shape)):
-            logger.info("Computing the states of %d sentences once, %s", len(windows), path)
-            with replacing(path) as temporary:
-                self._write(np.memmap(temporary, np.float16, "w+", shape=shape), model, windows, collate, batch_size)
+        self.positions = positions
+        self.labels = [_labels(item["labels"], at) for item, at in zip(items, positions, strict=True)]
+        self.covers_labels = all(  # false where a labelled sub-token begins no word of the vocabulary
+            np.ndim(item["labels"]) == 0 or sum(x != IGNORED for x in item["labels"]) == int((own != IGNORED).sum())
+            for item, own in zip(items, self.labels, strict=True)
+        )
+        shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
+        path = cache_folder() / f"states-{_digest(host, layers, items, positions)}.f16"
+        try:
+            locks = path.parent / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / path.name):
+                if not path.is_file() or path.stat().st_size != 2 * int(np.prod(shape)):
+                    self._compute(path, shape, host, tokenizer, begins_word, items, batch_size)
+        except OSError as error:
+            raise DataError(
+                f"The host's states cannot be kept in {path.parent} ({error}). Set UNIHYPERLORA_CACHE to a folder "
+                "that can be written."
+            ) from error
         self.states = np.memmap(path, np.float16, "r", shape=shape)
 
-    def _write(self, states: np.memmap, model, windows, collate, batch_size: int) -> None:
-        model.eval()
-        order = sorted(range(len(windows)), key=lambda index: len(windows[index]["input_ids"]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([windows[index] for index in chosen]).to(model.host.device)
-            z, lengths, _, _ = model.stream.read_host(batch["attention_mask"], {"input_ids": batch["input_ids"]})
+    def _compute(self, path: Path, shape, host, tokenizer, begins_word, items, batch_size) -> None:
+        needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+        part, progress = path.with_suffix(".part"), path.with_suffix(".json")
+        if not part.is_file() and needed > free:
+            raise DataError(
+                f"The host's states of {len(items)} windows take {needed / 1e9:.1f} GB, {path.parent} has "
+                f"{free / 1e9:.1f} GB left. Free some, set UNIHYPERLORA_CACHE to another disk, or use fewer sentences."
+            )
+        done = _progress(part, progress, needed, batch_size)
+        states = np.memmap(part, np.float16, "r+" if done else "w+", shape=shape)
+        order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        logger.info("Computing the host's states of %d windows once, %.2f GB, in %s", len(items), needed / 1e9, path)
+        host.eval()
+        for number, chosen in enumerate(batches[done:], start=done + 1):
+            inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
+            padded = tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+            words, lengths = read_words(host, begins_word, self.layers, padded)
             for row, index in enumerate(chosen):
-                states[self.offsets[index] : self.offsets[index + 1]] = z[row, : lengths[row]].cpu().numpy()
-        states.flush()
+                states[self.offsets[index] : self.offsets[index + 1]] = words[row, : lengths[row]].cpu().numpy()
+            if number % SAVE_EVERY == 0 or number == len(batches):
+                states.flush()
+                write_json(progress, {"batches": number, "batch_size": batch_size})
+                logger.info("%d of %d batches", number, len(batches))
+        del states
+        os.replace(part, path)
+        progress.unlink()
+
+
+class CanonicalStates(Dataset):
+    """Words as their canonical states, by the fit that is valid when they are asked for.
+
+    What was made is kept in memory, 2·K·D bytes a word, until the fit is another one.
+
+    Args:
+        words: the host's states.
+        fit: gives the host's map into the canonical space.
+    """
+
+    def __init__(self, words: WordStates, fit: Callable[[], HostFit]):
+        self.words = words
+        self.fit = fit
+        self._made: tuple[HostFit | None, dict[int, torch.Tensor]] = (None, {})
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.words.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        states = np.array(self.states[self.offsets[index] : self.offsets[index + 1]], dtype=np.float32)
-        return {"canonical_states": torch.from_numpy(states), "labels": torch.tensor(self.labels[index])}
+        """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar."""
+        fit = self.fit()
+        if fit is not self._made[0]:
+            self._made = (fit, {})
+        made = self._made[1]
+        if index not in made:
+            start, end = self.words.offsets[index : index + 2]
+            states = torch.from_numpy(np.array(self.words.states[start:end], np.float32))
+            here = [knot._replace(matrix=knot.matrix.cpu(), offset=knot.offset.cpu()) for knot in fit]
+            made[index] = apply_fit(here, states, self.words.layers).half()
+        return {"canonical_states": made[index].float(), "labels": torch.from_numpy(self.words.labels[index])}
+
+
+def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:
+    """A ``compute_metrics`` for predictions on cached states, from one for predictions on sub-tokens.
+
+    Args:
+        words: what is evaluated.
+        compute: takes predicted and true label ids (windows, T).
+    """
+
+    def on_tokens(values: np.ndarray) -> np.ndarray:  # (windows, W) → (windows, T)
+        spread = np.full((len(values), 1 + max(at[-1] for at in words.positions)), IGNORED, dtype=np.int64)
+        for row, at in enumerate(words.positions):
+            spread[row, at] = values[row, : len(at)]
+        return spread
+
+    def compute_words(prediction: EvalPrediction) -> dict:
+        if np.ndim(prediction.label_ids) == 1:  # one label a sentence
+            return compute(prediction)
+        return compute(EvalPrediction(on_tokens(prediction.predictions), on_tokens(prediction.label_ids)))
+
+    return compute_words
 
 
 class StreamCollator:
@@ -73,21 +176,50 @@ class StreamCollator:
         if "canonical_states" not in items[0]:
             return self.for_tokens(items)
         pad = torch.nn.utils.rnn.pad_sequence
+        labels = [item["labels"] for item in items]
         return {
             "canonical_states": pad([item["canonical_states"] for item in items], batch_first=True),
-            "word_counts": torch.tensor([len(item["labels"]) for item in items]),
-            "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED),
+            "word_counts": torch.tensor([len(item["canonical_states"]) for item in items]),
+            "labels": torch.stack(labels) if labels[0].dim() == 0 else pad(labels, True, IGNORED),
         }
 
 
-def _word_positions(model, input_ids: list[int]) -> list[int]:
-    positions, lengths, _ = model.stream.word_positions(torch.tensor([input_ids]), None)
-    return positions[0, : lengths[0]].tolist()
+@torch.no_grad()
+def read_words(
+    host: nn.Module, begins_word: torch.Tensor, layers: list[int], batch: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of a batch's words (B, W, layers, d) float16, and words a window (B,)."""
+    known = inspect.signature(host.forward).parameters
+    inputs = {name: value.to(host.device) for name, value in batch.items() if name in known}
+    positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], inputs["attention_mask"])
+    hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
+    return states_of_words(hidden, layers, positions).half(), lengths
 
 
-def _digest(model, windows: SentenceWindows) -> str:
-    digest = hashlib.sha256(fingerprint(model.host).encode())
-    digest.update(model.stream.fit.matrix.numpy().tobytes())
-    for window in windows:
-        digest.update(np.array(window["input_ids"], dtype=np.int64).tobytes() + b"|")
+def _word_positions(begins_word: torch.Tensor, input_ids: list[int]) -> list[int]:
+    begins = begins_word[torch.as_tensor(input_ids)].nonzero().squeeze(1).tolist()
+    return begins or [0]
+
+
+def _labels(labels, positions: list[int]) -> np.ndarray:
+    labels = np.asarray(labels, np.int64)
+    return labels if labels.ndim == 0 else labels[positions]
+
+
+def _progress(part: Path, progress: Path, size: int, batch_size: int) -> int:
+    """Batches that an interrupted run has left behind."""
+    try:
+        kept = json.loads(progress.read_text(encoding="utf-8"))
+        usable = part.stat().st_size == size and kept["batch_size"] == batch_size
+        return int(kept["batches"]) if usable else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _digest(host: nn.Module, layers: list[int], items: list[dict], positions: list[list[int]]) -> str:
+    digest = hashlib.sha256(f"{fingerprint(host)} {layers}".encode())
+    for item, at in zip(items, positions, strict=True):
+        for name in sorted(set(item) - {"labels"}):
+            digest.update(name.encode() + np.array(item[name], dtype=np.int64).tobytes())
+        digest.update(np.array(at, dtype=np.int64).tobytes() + b"|")
     return digest.hexdigest()[:24]

@@ -12,6 +12,7 @@ from modeling_unihyperlora.errors import AdapterFileError
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
 from .first_candidate import StartIsACandidate
+from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
 
 
@@ -22,13 +23,21 @@ class UniHyperLoraTrainer(Trainer):
     accumulation and several processes every term is normalised over the whole batch, so that the loss does not depend
     on how a batch is cut. ``task_loss``, ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
 
+    Args:
+        model: a UniHyperLoRA model.
+        args: how to train it.
+        sources: hosts that a stream is trained on, the model's own first; a new stream learns its coordinates on them
+            before the first step.
+        **kwargs: those of ``Trainer``.
+
     Raises:
         BudgetError: before anything is trained, if the file or the multiply-adds would be over budget.
     """
 
     args: UniHyperLoraTrainingArguments
 
-    def __init__(self, model, args: UniHyperLoraTrainingArguments, **kwargs):
+    def __init__(self, model, args: UniHyperLoraTrainingArguments, sources: list[Source] | None = None, **kwargs):
+        self.sources = sources or []
         if kwargs.get("train_dataset") is not None:  # any adapter may be scored on any host
             check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
         model.set_train_scope(args.train_scope)
@@ -46,7 +55,11 @@ class UniHyperLoraTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
         if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
-            real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
+            if "word_counts" in inputs:
+                real = torch.arange(atoms.shape[1], device=atoms.device) < inputs["word_counts"][:, None]
+            else:
+                real = inputs.get("attention_mask", torch.ones_like(atoms))
+            real = real.to(atoms.dtype)
             atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items = items.to(atoms.device).clamp_min(1)
@@ -126,11 +139,20 @@ class UniHyperLoraTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As ``Trainer.train``; ``train_runtime`` includes learning the coordinates of a new stream."""
         config = self.unwrapped.config
+        is_new = not any(task.get("trained", False) for task in config.tasks.values())
         config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
-        return super().train(*args, **kwargs)
+        seconds = 0.0
+        if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
+            seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if seconds:
+            output.metrics["train_runtime"] += seconds
+            output.metrics["coordinates_runtime"] = seconds
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter's two files; a checkpoint also gets the float latents that a resumed run continues from."""
@@ -149,6 +171,8 @@ class UniHyperLoraTrainer(Trainer):
                 "checkpoint-<step> folder that training wrote."
             )
         load_latents(self.unwrapped.adapter, path)
+        if self.sources:
+            calibrate_all(self.unwrapped, self.sources)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -44,6 +44,13 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     stream_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the token mixer."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
+    coordinate_epochs: float = field(
+        default=8.0,
+        metadata={
+            "help": "Passes over the training data in which a new stream learns its canonical coordinates, before "
+            "--num_train_epochs begin; with 0 it keeps the leading principal components."
+        },
+    )
     max_adapter_bytes: int = field(
         default=MAX_ADAPTER_BYTES, metadata={"help": "Largest weights file; over it training does not start."}
     )
@@ -57,7 +64,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.train_scope not in ("source", "delta"):
             raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'source' or 'delta'.")
-        for name in ("lambda_f", "lambda_q"):
+        for name in ("lambda_f", "lambda_q", "coordinate_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
         super().__post_init__()

@@ -40,6 +40,18 @@ def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
     assert "| delta | 512 |" in text
 
 
+def test_ranks_of_lora_are_apart(tmp_path):
+    runs = []
+    for rank in (1, 8):
+        folder = a_run(tmp_path / str(rank), 0, 0.8, "lora")
+        run = json.loads((folder / "run_arguments.json").read_text()) | {"lora_r": rank}
+        (folder / "run_arguments.json").write_text(json.dumps(run))
+        runs.append(benchmark.record_of(folder))
+    text = benchmark.summary({str(number): run for number, run in enumerate(runs)})
+    for rank in (1, 8):
+        assert f"| tweets | lora, r={rank} | host-a | LoRA and head | 1 | 0.800 |" in text
+
+
 def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
     adapter, run = a_run(tmp_path / "adapter", 0, 0.8), a_run(tmp_path / "run", 0, 0.6)
     for name, change in (("all_results", {"train_runtime": None}), ("run_arguments", {"adapter": str(adapter)})):

@@ -78,6 +78,7 @@ def test_another_run_continues_from_the_adapter(run, tmp_path):
     first = run(*TRAIN, "--do_eval", output="first")
     zero_shot = run("--do_eval", "--adapter", tmp_path / "first", output="second")
     assert zero_shot["eval_f1"] == zero_shot["zero_shot_f1"] == first["eval_f1"]
+    assert zero_shot["zero_shot_accuracy"] == first["eval_accuracy"]
     assert zero_shot["adapter_bytes"] == first["adapter_bytes"]
     assert zero_shot["train_runtime"] is None
 

@@ -384,7 +384,6 @@ class TestRefusals:
         assert not runs
 
 
-@pytest.mark.slow
 def test_with_real_runs(tiny_host, tokenizer, tmp_path, write_jsonl, monkeypatch):
     """On two tiny hosts: what is trained on one scores on the other, and the columns are what they say."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
@@ -408,10 +407,8 @@ def test_with_real_runs(tiny_host, tokenizer, tmp_path, write_jsonl, monkeypatch
         --train_file {write_jsonl("train.jsonl", rows)} --validation_file {write_jsonl("dev.jsonl", rows[::7])}
         --delta_steps 2 --baseline_steps 2 --use_cpu --stream_dim 16 --anchor_file {anchors}
         --max_flops_overhead_pct 1e6 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 1e-2
-        --disable_tqdm true --lora_hosts wide
+        --disable_tqdm true --coordinate_epochs 4
     """
-    main = run_ner.main  # on this branch it has no --cache_eval_states yet
-    monkeypatch.setattr(run_ner, "main", lambda line: main([part for part in line if part != "--cache_eval_states"]))
     matrix = transfer.main(flags.split())
     row = matrix["targets"]["wide"]
     assert matrix["source_f1"]["mean"] > 0.9

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 from seqeval.metrics import f1_score
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import EvalPrediction, PreTrainedTokenizerFast
+from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import ConfigError, DataError
 from trainers.ner_data import Sentence
-from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores, load_tokenizer
+from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 LONG_WORD = "supercalifragilistic"  # four pieces
@@ -146,24 +144,3 @@ def test_rows_out_of_order_are_refused(tokenizer):
     shuffled = EvalPrediction(predictions=prediction.predictions[::-1], label_ids=prediction.label_ids[::-1])
     with pytest.raises(DataError, match="order"):
         entity_scores(windows)(shuffled)
-
-
-# ---- tokenizers ----
-
-
-def test_byte_level_tokenizers_keep_words_apart(tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<unk>", *alphabet, "Ġa", "Ġb"])}
-    backend = Tokenizer(BPE(vocabulary, [("Ġ", "a"), ("Ġ", "b")], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
-    (row,) = SentenceWindows([sentence("a b c")], tokenizer, LABELS, 16)
-    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["Ġa", "Ġb", "Ġ", "c"]
-    assert row["labels"] == [0, 0, 0, IGNORED]
-
-
-def test_a_missing_tokenizer(tmp_path):
-    with pytest.raises(DataError, match="--tokenizer_name"):
-        load_tokenizer(str(tmp_path))

@@ -8,7 +8,7 @@ import yaml
 
 from modeling_unihyperlora.errors import ConfigError
 from trainers import run_config
-from trainers.arguments import parse
+from trainers.arguments import NerArguments, parse
 from trainers.run_config import read_run_config
 
 RUNS = Path(__file__).parents[2] / "hub_configs" / "runs"
@@ -100,7 +100,7 @@ def test_every_shipped_file(path):
     run = read_run_config(path)
     assert run.run_id == path.stem
     assert f"--run_config hub_configs/runs/{path.name}" in path.read_text(encoding="utf-8")
-    parse(["--run_config", str(path)])  # every argument is one of the script's
+    parse(["--run_config", str(path)], NerArguments)  # every argument is one of the script's
 
 
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -123,7 +123,8 @@ def test_hydra_composes_the_files(path):
 def test_flags_that_are_typed_win():
     model_args, data_args, training_args = parse(
         ["--run_config", str(PROPOSED), "--learning_rate", "1e-3", "--bf16", "false", "--train_scope=source"]
-        + ["--output_dir", "elsewhere", "--num_layers", "12", "--train_file", "a.jsonl"]
+        + ["--output_dir", "elsewhere", "--num_layers", "12", "--train_file", "a.jsonl"],
+        NerArguments,
     )
     assert (training_args.learning_rate, training_args.bf16, training_args.train_scope) == (1e-3, False, "source")
     assert (training_args.output_dir, model_args.num_layers) == ("elsewhere", 12)
@@ -133,7 +134,7 @@ def test_flags_that_are_typed_win():
 
 def test_an_unknown_flag_names_the_nearest():
     with pytest.raises(ConfigError, match="--learn_rate. The nearest flag is --learning_rate"):
-        parse(["--learn_rate", "1"])
+        parse(["--learn_rate", "1"], NerArguments)
 
 
 # ---- refusals ----

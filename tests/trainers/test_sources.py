@@ -1,0 +1,216 @@
+"""States on disk, several sources, and learned coordinates, on hosts of a few thousand weights."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
+
+from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.calibration import apply_fit
+from tests.conftest import WORDS
+from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
+from trainers.decoding import IGNORED
+from trainers.ner_data import Sentence
+from trainers.ner_windows import SentenceWindows
+from trainers.sources import Source, calibrate_all
+from trainers.state_cache import StreamCollator, WordStates, scores_of_words
+
+LABELS = ["O", "B-PER", "I-PER"]
+
+
+def bert(tokenizer, width: int = 64, blocks: int = 2, seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": 2, "intermediate_size": width}
+    return BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).eval()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sentences():
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(40):
+        words = [*generator.choice(WORDS, 2 + number % 5).tolist(), "supercalifragilistic"]
+        tags = ["B-PER" if word in ("anna", "ben", "carla", "david") else "O" for word in words]
+        rows.append(Sentence(words, tags, f"row {number}"))
+    return rows
+
+
+@pytest.fixture
+def windows(sentences, tokenizer):
+    return SentenceWindows(sentences, tokenizer, LABELS, 32)
+
+
+def words_of(host, tokenizer, windows, batch_size: int = 8) -> WordStates:
+    return WordStates(host, tokenizer, windows, batch_size)
+
+
+class TestWordStates:
+    def test_are_the_hosts_own(self, tokenizer, windows):
+        host = bert(tokenizer)
+        words = words_of(host, tokenizer, windows)
+        for index in (0, 7, 39):
+            item = windows[index]
+            with torch.no_grad():
+                hidden = host(torch.tensor([item["input_ids"]]), output_hidden_states=True).hidden_states
+            starts = windows.windows[index].starts
+            kept = words.states[words.offsets[index] : words.offsets[index + 1]]
+            for layer in range(3):
+                np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
+            assert words.labels[index].tolist() == [item["labels"][at] for at in starts]
+        assert words.covers_labels
+
+    def test_are_computed_once_for_a_host_and_a_text(self, tokenizer, windows, cache, monkeypatch):
+        words_of(bert(tokenizer), tokenizer, windows)
+        monkeypatch.setattr("trainers.state_cache.read_words", None)  # it would have to run the host
+        words_of(bert(tokenizer), tokenizer, windows)
+        with pytest.raises(TypeError):
+            words_of(bert(tokenizer, seed=1), tokenizer, windows)
+        assert not list(cache.glob("*.json")) or len(list(cache.glob("*.f16"))) == 1
+
+    def test_a_killed_run_is_continued(self, tokenizer, windows, monkeypatch):
+        import trainers.state_cache as module
+
+        whole = np.array(words_of(bert(tokenizer), tokenizer, windows).states)
+        for path in module.cache_folder().glob("*.f16"):
+            path.unlink()
+        read, calls = module.read_words, []
+
+        def read_some(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return read(*args)
+
+        monkeypatch.setattr(module, "SAVE_EVERY", 2)
+        monkeypatch.setattr(module, "read_words", read_some)
+        with pytest.raises(KeyboardInterrupt):
+            words_of(bert(tokenizer), tokenizer, windows)
+        assert not list(module.cache_folder().glob("*.f16"))
+        again = words_of(bert(tokenizer), tokenizer, windows)
+        assert len(calls) == 4 + 3, "two of five batches were on disk already"
+        np.testing.assert_array_equal(again.states, whole)
+
+    def test_no_room_is_said_before_the_host_runs(self, tokenizer, windows, monkeypatch):
+        usage = type("Usage", (), {"free": 10})
+        monkeypatch.setattr("trainers.state_cache.shutil.disk_usage", lambda path: usage)
+        with pytest.raises(DataError, match="has 0.0 GB left. Free some, set UNIHYPERLORA_CACHE"):
+            words_of(bert(tokenizer), tokenizer, windows)
+
+    def test_a_folder_that_cannot_be_written_is_said(self, tokenizer, windows, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("in the way", encoding="utf-8")
+        monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(DataError, match="cannot be kept"):
+            words_of(bert(tokenizer), tokenizer, windows)
+
+    def test_scores_of_words_are_those_of_their_sub_tokens(self, tokenizer, windows):
+        words = words_of(bert(tokenizer), tokenizer, windows)
+        longest = max(map(len, words.labels))
+        labels = np.full((len(words.labels), longest), IGNORED)
+        for row, own in enumerate(words.labels):
+            labels[row, : len(own)] = own
+        seen = {}
+        scores_of_words(words, lambda p: seen.update(predicted=p.predictions, true=p.label_ids) or {})(
+            EvalPrediction(labels, labels)
+        )
+        for index in range(len(windows)):
+            item = windows[index]["labels"]
+            row = seen["true"][index]
+            assert row[row != IGNORED].tolist() == [label for label in item if label != IGNORED]
+            assert [at for at in range(len(row)) if row[at] != IGNORED] == windows.windows[index].starts
+        assert (seen["predicted"] == seen["true"]).all()
+
+
+@pytest.fixture
+def anchor_file(tmp_path):
+    generator = np.random.default_rng(5)
+    path = tmp_path / "anchors.txt"
+    path.write_text("\n".join(" ".join(generator.choice(WORDS, 8)) for _ in range(60)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def made(tokenizer, windows, anchor_file, tmp_path):
+    """A trainer on two sources of other shapes."""
+    shape = {"stream_dim": 6, "atoms": 16, "anchor_dim": 16, "stream_width": 10, "stream_hidden": 8}
+    host = bert(tokenizer)
+    model = UniHyperLoraForTokenClassification.from_host(
+        host,
+        labels=LABELS,
+        task="people",
+        config=UniHyperLoraConfig(pathway="stream", **shape),
+        tokenizer=tokenizer,
+        anchor_file=anchor_file,
+    )
+    collate = DataCollatorForTokenClassification(tokenizer)
+    anchors = model.adapter.anchors.sentences()
+    hosts = (host, bert(tokenizer, width=32, blocks=5, seed=4))
+    sources = [Source(each, tokenizer, anchors, windows) for each in hosts]
+    args = UniHyperLoraTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=20,
+        per_device_train_batch_size=8,
+        coordinate_epochs=4,
+        max_flops_overhead_pct=1e9,
+        use_cpu=True,
+        report_to="none",
+        save_steps=10,
+        logging_steps=5,
+        disable_tqdm=True,
+    )
+    return UniHyperLoraTrainer(
+        model=model,
+        args=args,
+        sources=sources,
+        train_dataset=torch.utils.data.ConcatDataset([source.data for source in sources]),
+        data_collator=StreamCollator(collate),
+    )
+
+
+class TestLearnedCoordinates:
+    def test_are_learned_kept_and_what_every_source_is_lined_up_with(self, made, tokenizer, tmp_path):
+        model = made.model
+        before = model.adapter.anchors.canonical().detach().clone()
+        made.train()
+        kept = model.adapter.anchors.canonical().detach()
+        assert (kept - before).abs().mean() > 0.3, "the coordinates are still the principal components"
+        spread = kept.std(dim=1)
+        assert ((spread > 0.7) & (spread < 1.3)).all(), "coordinates have unit variance"
+        for source in made.sources:
+            z = apply_fit(source.fit, source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
+            correlation = torch.stack(
+                [
+                    torch.corrcoef(torch.stack([a, b]))[0, 1]
+                    for a, b in zip(z.flatten(0, 1).T, kept.flatten(0, 1).T, strict=True)
+                ]
+            )
+            assert correlation.mean() > 0.5
+        assert model.stream.fit is made.sources[0].fit
+        model.save_pretrained(tmp_path / "saved")
+        again = UniHyperLoraForTokenClassification.from_pretrained(
+            tmp_path / "saved", host=bert(tokenizer), tokenizer=tokenizer
+        )
+        inputs = tokenizer("anna flew to supercalifragilistic .", return_tensors="pt")
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-3, atol=1e-3)
+
+    def test_training_goes_on_where_it_stopped(self, made):
+        made.train()
+        whole = {name: value.clone() for name, value in made.model.adapter.state_dict().items()}
+        with torch.no_grad():
+            for parameter in made.model.adapter.parameters():
+                parameter.zero_()
+        made.train(resume_from_checkpoint=f"{made.args.output_dir}/checkpoint-10")
+        for name, value in made.model.adapter.state_dict().items():
+            torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
+
+    def test_none_are_learned_when_asked_for_none(self, made):
+        before = made.model.adapter.anchors.canonical().detach().clone()
+        made.args.coordinate_epochs = 0
+        calibrate_all(made.model, made.sources)
+        made.train()
+        assert torch.equal(made.model.adapter.anchors.canonical().detach(), before)

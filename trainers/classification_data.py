@@ -1,0 +1,283 @@
+"""Reading texts, or pairs of texts, with one label each: JSON lines, CSV and data sets of the Hub.
+
+Whatever the source, a label ends up as a *name*. A string is a name already; true and false are named True and False.
+A whole number is one of the given names where those are numbers themselves (1 … 5 stars), else the place of its name
+among them (0 of "negative", "positive"), and its own name where no names are given.
+
+Columns that are not named are guessed: the first entry of ``TEXT_COLUMNS`` and of ``LABEL_COLUMNS`` that is there.
+"""
+
+import csv
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_unihyperlora.errors import DataError
+
+from .reading import JSON_SUFFIXES, json_rows, listed, load_split, name_of_id, read_text, require_columns
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = (  # pairs first: a question without its passage is no example
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("question", "sentence"),
+    ("sentence", None),
+    ("text", None),
+    ("content", None),
+)
+LABEL_COLUMNS = ("label", "labels", "answer")
+UNKNOWN_ID = -1  # what the Hub's data sets have where a label is kept secret
+
+_NUMBER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, its pair if there is one, its label unless unknown, and where it was read: "train.csv, line 3"."""
+
+    text: str
+    pair: str | None
+    label: str | None
+    origin: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that are read; None for what there is none of."""
+
+    text: str
+    pair: str | None
+    label: str | None
+
+
+def read_file(
+    path: str | Path,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    label_column: str | None = None,
+    needs_label: bool = True,
+    label_names: list[str] | None = None,
+) -> list[Example]:
+    """Read every example of a JSON-lines or CSV file.
+
+    Args:
+        path: ``.jsonl``/``.json`` with one object a line, or ``.csv`` with a line of column names.
+        text_column, pair_column, label_column: names of the columns; guessed where None.
+        needs_label: refuse a file without a column of labels.
+        label_names: what whole numbers stand for.
+
+    Raises:
+        DataError: with the file, the line and what to do.
+    """
+    path = Path(path)
+    is_csv = path.suffix.lower() == ".csv"
+    if path.suffix.lower() in JSON_SUFFIXES:
+        rows = json_rows(path, {text_column or "text": "well done", label_column or "label": "positive"})
+    elif is_csv:
+        rows = _csv_rows(path)
+    else:
+        raise DataError(
+            f"{path}: unknown kind of file '{path.suffix}'. Give JSON lines ({', '.join(JSON_SUFFIXES)}) "
+            "or CSV (.csv)."
+        )
+    examples: list[Example] = []
+    columns = None
+    for origin, row in rows:
+        if columns is None:
+            columns = choose_columns(str(path), row, text_column, pair_column, label_column, needs_label)
+        if is_csv and columns.label is not None:
+            row[columns.label] = _typed(row[columns.label])
+        examples.append(_example(row, columns, label_names, origin))
+    if not examples:
+        raise DataError(f"{path} has no example in it. Give a file with at least one.")
+    return examples
+
+
+def read_hub_dataset(
+    name: str,
+    split: str,
+    config_name: str | None = None,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    label_column: str | None = None,
+    needs_label: bool = True,
+    label_names: list[str] | None = None,
+    **load_kwargs,
+) -> tuple[list[Example], list[str] | None]:
+    """Read one split of a data set of the Hub, or of a folder that ``datasets.load_dataset`` accepts.
+
+    Args:
+        name: Hub id or folder.
+        split: "train", or a slice such as "train[:90%]".
+        config_name: configuration of the data set, where it has several.
+        text_column, pair_column, label_column, needs_label, label_names: as for ``read_file``; names that the data
+            set declares come first, and its -1 is an unknown label.
+        **load_kwargs: passed on, such as ``cache_dir`` and ``token``.
+
+    Returns:
+        The examples, and the label names of the data set where it has them (a ``ClassLabel`` feature).
+
+    Raises:
+        DataError: it cannot be loaded, or its columns are not those asked for.
+    """
+    rows = load_split(name, split, config_name, **load_kwargs)
+    where = f"{name} ({split})"
+    columns = choose_columns(where, rows.column_names, text_column, pair_column, label_column, needs_label)
+    feature = rows.features[columns.label] if columns.label is not None else None
+    own_names = list(feature.names) if hasattr(feature, "names") else None
+    examples = []
+    for number, row in enumerate(rows):
+        origin = f"{where}, row {number}"
+        if own_names is not None:
+            label = row[columns.label]
+            row = row | {columns.label: None if label == UNKNOWN_ID else name_of_id(label, own_names, origin)}
+        examples.append(_example(row, columns, label_names, origin))
+    if not examples:
+        raise DataError(f"{where} has no example in it. Choose another split.")
+    return examples, own_names
+
+
+def choose_columns(
+    origin: str,
+    present: Iterable[str],
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    needs_label: bool = True,
+) -> Columns:
+    """The columns to read: those that were named, the others guessed.
+
+    Raises:
+        DataError: a named column is not there, or nothing can be guessed.
+    """
+    present = list(present)
+    if text is not None:
+        named = {"--text_column_name": text} | ({} if pair is None else {"--text_pair_column_name": pair})
+        require_columns(origin, present, named)
+    elif pair is not None:
+        raise DataError(f"--text_pair_column_name {pair} needs --text_column_name, for the first text of the pair.")
+    else:
+        known = [names for names in TEXT_COLUMNS if {*names} - {None} <= {*present}]
+        if not known:
+            raise DataError(
+                f"{origin} has no column that is known to hold text; it has {listed(present)}. Name it: "
+                "--text_column_name, and --text_pair_column_name for pairs."
+            )
+        text, pair = known[0]
+    if label is None:
+        label = next((name for name in LABEL_COLUMNS if name in present), None)
+        if label is None and needs_label:
+            raise DataError(
+                f"{origin} has no column that is known to hold labels; it has {listed(present)}. Name it: "
+                "--label_column_name."
+            )
+    elif needs_label:
+        require_columns(origin, present, {"--label_column_name": label})
+    elif label not in present:
+        label = None
+    logger.info("%s: text in %s, label in %s", origin, " and ".join(filter(None, (text, pair))), label or "no column")
+    return Columns(text, pair, label)
+
+
+def collect_labels(examples: Iterable[Example]) -> list[str]:
+    """The labels that occur, in an order that depends on nothing else: by number where all are, else by name."""
+    found = {example.label for example in examples} - {None}
+    return sorted(found, key=int) if all(map(_NUMBER.fullmatch, found)) else sorted(found)
+
+
+def check_splits(splits: Mapping[str, list[Example]], labels: list[str], whose: str) -> None:
+    """Check what only all splits together show; ``whose`` says where ``labels`` come from.
+
+    A class that the training split has no example of is worth a warning only: the data may be a small part.
+
+    Raises:
+        DataError: a label that is not one of ``labels``, a missing one outside "test", pairs in one split only.
+    """
+    known = set(labels)
+    first = next(iter(splits), None)
+    for split, examples in splits.items():
+        unknown = sum(example.label is None for example in examples)
+        if unknown and (split != "test" or unknown < len(examples)):
+            example = next(example for example in examples if example.label is None)
+            raise DataError(
+                f"{example.origin} has no label. Label every example; only a whole test set may have none."
+            )
+        for example in examples:
+            if example.label is not None and example.label not in known:
+                raise DataError(
+                    f"{example.origin}: label '{example.label}' is not in the label set of {whose}: {listed(labels)}. "
+                    "Correct the label, or start a task of its own for these labels."
+                )
+        if (examples[0].pair is None) != (splits[first][0].pair is None):
+            raise DataError(
+                f"Of {first} and {split} one has pairs of texts and the other single texts. Name the columns: "
+                "--text_column_name, and --text_pair_column_name for pairs."
+            )
+    absent = known - {example.label for example in splits.get("train", [])}
+    if absent and "train" in splits:
+        logger.warning(
+            "No example to train on has label %s: it will hardly ever be predicted.", listed(sorted(absent))
+        )
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a CSV file by column, each with the line that it ends on; every value is a string."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            origin = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{origin} does not have as many fields as the first line has columns "
+                    f"({listed(reader.fieldnames or [])}). Put a text with a comma or a line break in double quotes."
+                )
+            yield origin, row
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num} is not CSV ({error}). Write it again, or use JSON lines."
+        ) from error
+
+
+def _typed(label: str) -> str | int | None:
+    """A label of a CSV file, which has strings only, as JSON would have it."""
+    if label == "":
+        return None
+    return int(label) if _NUMBER.fullmatch(label) else label
+
+
+def _example(row: Mapping[str, object], columns: Columns, label_names: list[str] | None, origin: str) -> Example:
+    """Check one row and name its label."""
+    named = {"--text_column_name": columns.text}
+    named |= {"--text_pair_column_name": columns.pair} if columns.pair is not None else {}
+    named |= {"--label_column_name": columns.label} if columns.label is not None else {}
+    require_columns(origin, row, named)
+    texts = [None if column is None else row[column] for column in (columns.text, columns.pair)]
+    for column, text in zip((columns.text, columns.pair), texts, strict=True):
+        if column is not None and not isinstance(text, str):
+            raise DataError(f"{origin}: '{column}' must be a string, not {str(text)[:80]!r}. Name another column.")
+    label = None if columns.label is None else _label_name(row[columns.label], label_names, origin)
+    return Example(*texts, label, origin)
+
+
+def _label_name(label: object, names: list[str] | None, origin: str) -> str | None:
+    if label is None:
+        return None
+    if isinstance(label, str):
+        if not label.strip() or label.splitlines() != [label]:
+            raise DataError(f"{origin}: the label {label!r} is empty or has a line break in it.")
+        return label
+    if not isinstance(label, int):
+        raise DataError(
+            f"{origin}: a label is a string, a whole number or true/false, not {str(label)[:80]!r}. "
+            "Name another column: --label_column_name."
+        )
+    own_name = str(label)
+    if names is None or own_name in names or all(map(_NUMBER.fullmatch, names)):
+        return own_name
+    return name_of_id(int(label), names, origin)

@@ -1,0 +1,81 @@
+"""From examples to model inputs and back: token ids of a text or a pair, accuracy and macro F1, one label a line."""
+
+import logging
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from modeling_unihyperlora.errors import ConfigError
+
+from .classification_data import Example
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedTexts(Dataset):
+    """Examples as the host's tokenizer encodes them, ready for ``DataCollatorWithPadding``.
+
+    What does not fit is cut off at the end, of a pair always from the text that is longer by then.
+
+    Args:
+        examples: texts or pairs, alike in that and in whether they have labels.
+        tokenizer: a fast tokenizer.
+        labels: names of the ids 0 … C-1; every label must be one of them.
+        max_seq_length: sub-tokens an example may have, special ones included.
+
+    Raises:
+        ConfigError: ``max_seq_length`` leaves no room for the text.
+    """
+
+    def __init__(
+        self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_seq_length: int
+    ):
+        self.labels = labels
+        pairs = None if examples[0].pair is None else [example.pair for example in examples]
+        special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        if max_seq_length - special < (1 if pairs is None else 2):
+            raise ConfigError(
+                f"max_seq_length={max_seq_length} leaves no room for a text beside {special} special tokens. Choose a "
+                "larger one, such as 128."
+            )
+        encoded = tokenizer(
+            [example.text for example in examples], pairs, truncation="longest_first", max_length=max_seq_length
+        )
+        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        if cut:
+            logger.info("%d of %d texts are longer than %d sub-tokens and cut.", cut, len(examples), max_seq_length)
+        self._inputs = dict(encoded)
+        ids = {label: number for number, label in enumerate(labels)}
+        if examples[0].label is not None:
+            self._inputs["labels"] = [ids[example.label] for example in examples]
+
+    def __len__(self) -> int:
+        return len(self._inputs["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int]:
+        """``input_ids``, ``attention_mask`` and what else the host's tokenizer gives: (T,); ``labels`` if known."""
+        return {name: values[index] for name, values in self._inputs.items()}
+
+    def lines_of(self, label_ids: np.ndarray) -> list[str]:
+        """One label a line, from predicted ids (N,) in the order of this data set."""
+        return [self.labels[number] for number in label_ids]
+
+
+def best_class(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """``preprocess_logits_for_metrics``: logits (B, C) → the best id of each (B,)."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """``compute_metrics``: accuracy, and F1 averaged over the classes that occur in the data or are predicted.
+
+    Needs ``preprocess_logits_for_metrics=best_class``.
+    """
+    gold, found = prediction.label_ids, prediction.predictions
+    return {
+        "accuracy": float(accuracy_score(gold, found)),
+        "f1": float(f1_score(gold, found, average="macro", zero_division=0)),
+    }

@@ -1,0 +1,122 @@
+"""What every kind of data shares: lines of a file, splits of the Hub, columns, names of labels."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from modeling_unihyperlora.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+JSON_SUFFIXES = (".jsonl", ".json")
+PARQUET_BRANCH = "refs/convert/parquet"  # the Hub's own conversion, there for data sets made by a script
+
+_SHOWN = 24  # labels or columns listed in a message before the rest is only counted
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        DataError: it cannot be read, or line so-and-so is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line} is not UTF-8 (byte 0x{content[error.start]:02x}). "
+            "Convert the file, for instance: iconv -f latin1 -t utf-8."
+        ) from error
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines from number 1 on, cut at line feeds only: a word may hold any other separator."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        yield number, line.removesuffix("\r")
+
+
+def json_rows(path: Path, example: Mapping[str, object]) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON-lines file, each with where it stands; ``example`` is shown where a line is no JSON."""
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        origin = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{origin} is not JSON ({error}). Each line must be one object such as {json.dumps(example)}."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{origin} is a JSON {type(row).__name__}, not an object. Write one object a line (JSON lines), "
+                "not one list for the whole file."
+            )
+        yield origin, row
+
+
+def load_split(name: str, split: str, config_name: str | None, **load_kwargs):
+    """A split of a data set of the Hub, or of a folder that ``datasets.load_dataset`` accepts; no script is run.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    import datasets
+
+    try:
+        try:
+            return datasets.load_dataset(name, config_name, split=split, **load_kwargs)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error) or "revision" in load_kwargs:
+                raise
+            logger.warning("%s is made by a script, which is never run: reading %s instead.", name, PARQUET_BRANCH)
+            # On that branch the configuration is a folder.
+            return datasets.load_dataset(
+                name, data_dir=config_name, split=split, revision=PARQUET_BRANCH, **load_kwargs
+            )
+    except Exception as error:  # the library raises some twenty types; each means that the data are not to be had
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DataError(
+            f"The data set '{name}' (configuration {config_name or 'default'}, split {split}) cannot be loaded: "
+            f"{reason}. Check the name, the split and the connection, or give --train_file, --validation_file and "
+            "--test_file."
+        ) from error
+
+
+def require_columns(origin: str, present: Iterable[str], columns: Mapping[str, str]) -> None:
+    """Raise ``DataError`` where a column is not ``present``; ``columns`` maps the flag that names it to its name."""
+    for flag, column in columns.items():
+        if column not in present:
+            raise DataError(
+                f"{origin} has no column '{column}'; it has {listed(present)}. Name the right one: {flag}."
+            )
+
+
+def name_of_id(number: int, names: list[str], origin: str) -> str:
+    """The name of a label's id, or ``DataError`` where there is none."""
+    if not 0 <= number < len(names):
+        raise DataError(f"{origin}: id {number} is outside the {len(names)} labels: {listed(names)}.")
+    return names[number]
+
+
+def check_label_names(names: list[str], labels: list[str], whose: str) -> None:
+    """Raise ``DataError`` where a data set declares labels that ``labels`` lacks, used in a sentence or not."""
+    extra = [name for name in names if name not in set(labels)]
+    if extra:
+        raise DataError(
+            f"The data declare labels that {whose} does not have: {listed(extra)}. It has {listed(labels)}. "
+            "Use data with these labels, or give the task a name of its own with --task_name to add a head for them."
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, the first of them where there are many."""
+    names = [str(name) for name in names]
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + rest

@@ -1,0 +1,400 @@
+"""One run from the command line to ``all_results.json``, whatever the kind of task.
+
+A script describes its kind of task in a ``Task`` and calls ``run``. In this order: arguments, data and labels, model,
+Trainer, work (train, evaluate, predict), costs, results.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import logging as transformers_logging
+
+from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig
+from modeling_unihyperlora.accounting import measure
+from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel, read_config
+from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
+
+from .arguments import DataArguments, ModelArguments, check_arguments, parse
+from .baselines import BASELINES, make_baseline, measure_baseline
+from .reading import check_label_names
+from .results import write_arguments, write_results
+from .sources import sources_of
+from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
+from .tokenization import load_tokenizer
+from .trainer import UniHyperLoraTrainer
+from .training_args import UniHyperLoraTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task: how its data are read, shown to a model and scored.
+
+    A row is one labelled sentence, a dataclass with its ``origin``. A data set has ``lines_of(ids)``: the lines of
+    predictions.txt.
+    """
+
+    script: str  # whose name is in front of an error
+    default_name: str  # of the task in a new adapter
+    arguments: type[DataArguments]
+    model_class: type[UniHyperLoraPreTrainedModel]
+    read_file: Callable  # (path, label_names, **arguments.reading(split)) → rows
+    read_hub_dataset: Callable  # (name, split, config_name, label_names, **…) → rows and declared label names or None
+    collect_labels: Callable  # (rows) → label names in order
+    check_splits: Callable  # ({split: rows}, labels, whose labels) → None, or DataError
+    dataset: Callable[..., Dataset]  # (rows, tokenizer, labels, max_seq_length)
+    collator: Callable  # (tokenizer, padding, max_length, pad_to_multiple_of)
+    decode: Callable  # (labels) → preprocess_logits_for_metrics
+    scores: Callable  # (data set, arguments) → compute_metrics
+
+
+def run(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
+    """Do what the command line asks for.
+
+    Returns:
+        The content of ``all_results.json``.
+
+    Raises:
+        UniHyperLoraError: bad input, with what was given, what is allowed and what to do.
+    """
+    typed = sys.argv[1:] if command_line is None else command_line
+    model_args, data_args, training_args = parse(typed, task.arguments)
+    check_arguments(model_args, data_args, training_args)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+    set_up_logging(training_args, task.script)
+    set_seed(training_args.seed)
+
+    adapter = load_adapter(task.model_class, model_args, data_args.task_name) if model_args.adapter else None
+    name = data_args.task_name or (adapter and adapter.config.active_task) or task.default_name
+    task_labels = adapter.config.tasks[name]["labels"] if adapter and name in adapter.config.tasks else None
+    splits, labels = read_data(task, data_args, training_args, name, task_labels)
+
+    if adapter is None:
+        model = make_model(task.model_class, model_args, name, labels)
+    else:
+        model = adapter
+        if task_labels is None:
+            logger.info("Task '%s' is new to the adapter (it has %s).", name, ", ".join(model.config.tasks) or "none")
+            model.add_task(name, labels)
+        else:
+            model.set_task(name)
+    trainer, datasets = make_trainer(task, model, splits, labels, model_args, data_args, training_args)
+    metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
+
+    metrics |= costs(model, model_args, training_args)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
+        write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
+        metrics = write_results(training_args.output_dir, metrics)
+    return metrics
+
+
+# ---- before the work: data, model, trainer ----
+
+
+def load_adapter(
+    model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str | None
+) -> UniHyperLoraPreTrainedModel:
+    """The adapter of --adapter, on its own host or on --model_name_or_path.
+
+    Its active task is ``task_name`` where it has such a task. Else it stays the one that was saved, or becomes none
+    where that is of another kind: an adapter of tags may get a task of sentences.
+
+    Raises:
+        ConfigError: a flag asks for another shape than the adapter has, or ``task_name`` is of another kind.
+        AdapterFileError, HostError
+    """
+    config = None
+    try:
+        config = read_config(
+            Path(cached_file(args.adapter, CONFIG_NAME, revision=args.adapter_revision, **args.hub()))
+        )
+    except OSError:
+        pass  # from_pretrained says what is wrong
+    if config is not None and task_name in config.tasks:
+        config.activate(task_name)
+    elif config is not None and config.active_task is not None:
+        if config.tasks[config.active_task]["type"] != model_class.task_type:
+            config.active_task = None
+    routing = {name: value for name, value in args.shape().items() if name in ("router", "router_top_k")}
+    model = model_class.from_pretrained(
+        args.adapter,
+        config=config,
+        base_model_name_or_path=args.model_name_or_path,
+        base_model_revision=args.model_revision,
+        revision=args.adapter_revision,
+        **routing,
+        **args.hub(),
+    )
+    for name, value in args.shape().items():
+        if getattr(model.config, name) != value:
+            raise ConfigError(
+                f"--{name} {value} does not fit the adapter '{args.adapter}', which has {name} "
+                f"{getattr(model.config, name)}. Leave the flag out, or train a new adapter."
+            )
+    return model
+
+
+def make_model(
+    model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str, labels: list[str]
+) -> nn.Module:
+    """A fresh adapter on the host, or the baseline of --method."""
+    if args.method in BASELINES:
+        where = {"revision": args.model_revision or "main", **args.hub()}
+        return make_baseline(args.method, model_class.task_type, args.model_name_or_path, labels, args.lora_r, **where)
+    return model_class.from_host(
+        args.model_name_or_path,
+        labels=labels,
+        task=task_name,
+        config=UniHyperLoraConfig(**args.shape()),
+        revision=args.model_revision,
+        anchor_file=args.anchor_file,
+        **args.hub(),
+    )
+
+
+def read_data(
+    task: Task,
+    data_args: DataArguments,
+    training_args: UniHyperLoraTrainingArguments,
+    task_name: str,
+    task_labels: list[str] | None,
+) -> tuple[dict[str, list], list[str]]:
+    """The rows of every split that the run needs, and the labels.
+
+    The labels are those of the adapter's task where it has one; else those that the flags name, those that the data
+    set declares, or those that occur in the training split, whichever is there first.
+
+    Raises:
+        DataError: unreadable data, or a label that is not among those of the task.
+    """
+    needed = {
+        "train": training_args.do_train,
+        "validation": training_args.do_eval or training_args.eval_strategy != "no",
+        "test": training_args.do_predict,
+    }
+    given_names = data_args.id_names()
+    read = {split: read_split(task, data_args, split, given_names or task_labels) for split in needed if needed[split]}
+    splits = {split: rows for split, (rows, _) in read.items()}
+    declared = [names for _, names in read.values() if names]
+
+    labels = task_labels or given_names or next(iter(declared), None) or task.collect_labels(splits.get("train", []))
+    if len(labels) < 2:
+        raise DataError(
+            f"At least two labels are needed; found: {', '.join(labels) or 'none'}. Give --adapter, --do_train with "
+            f"data that has more, or name them with {task.arguments.NAMES_FLAG}."
+        )
+    whose = f"task '{task_name}' of the adapter" if task_labels else "this run"
+    check_label_names([*itertools.chain(*declared), *(given_names or [])], labels, whose)
+    task.check_splits(splits, labels, whose)
+    return splits, labels
+
+
+def read_split(
+    task: Task, args: DataArguments, split: str, id_names: list[str] | None
+) -> tuple[list, list[str] | None]:
+    """The rows of "train", "validation" or "test", and the labels that the data set itself declares."""
+    file, declared = args.file_of(split), None
+    if file is not None:
+        rows = task.read_file(file, label_names=id_names, **args.reading(split))
+    elif args.dataset_name is not None:
+        where = (args.dataset_name, args.split_of(split), args.dataset_config_name)
+        rows, declared = task.read_hub_dataset(*where, label_names=id_names, **args.reading(split))
+    else:
+        raise DataError(f"No {split} data: give --{split}_file or --dataset_name.")
+    logger.info("%s: %d sentences", split, len(rows))
+    return rows[: args.limit_of(split)], declared
+
+
+def make_trainer(
+    task: Task,
+    model: nn.Module,
+    splits: dict[str, list],
+    labels: list[str],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: UniHyperLoraTrainingArguments,
+) -> tuple[Trainer, dict[str, Dataset]]:
+    """The Trainer of the method, and every split as its host reads it."""
+    is_adapter = isinstance(model, UniHyperLoraPreTrainedModel)
+    if is_adapter:
+        host_config, trainer_class = model.host.config, UniHyperLoraTrainer
+        name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
+        logger.info(model.describe())
+    else:
+        host_config, trainer_class = model.config, Trainer
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        if model_args.method == "probe":
+            training_args.learning_rate = training_args.learning_rate_of("head")
+    check_host_size(host_config, name, model_args)
+    if model_args.tokenizer_name is not None:
+        name, revision = model_args.tokenizer_name, None
+    tokenizer = load_tokenizer(
+        name, revision=revision or "main", trust_remote_code=model_args.trust_remote_code, **model_args.hub()
+    )
+    if len(tokenizer) > host_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer '{name}' knows {len(tokenizer)} sub-tokens, the host {host_config.vocab_size}: "
+            "it is not the host's. Give the right one with --tokenizer_name."
+        )
+    length = min(data_args.max_seq_length, tokenizer.model_max_length, host_config.max_position_embeddings)
+    if length < data_args.max_seq_length:
+        logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
+    datasets = {split: task.dataset(rows, tokenizer, labels, length) for split, rows in splits.items()}
+    validation, train = datasets.get("validation"), datasets.get("train")
+    collator = task.collator(
+        tokenizer,
+        padding="max_length" if data_args.pad_to_max_length else True,
+        max_length=length if data_args.pad_to_max_length else None,
+        pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
+    )
+    scores, more = validation and task.scores(validation, data_args), {}
+    if is_adapter and model.config.pathway == "stream":
+        collator = StreamCollator(collator)
+        if train is not None:
+            sources = sources_of(
+                model,
+                tokenizer,
+                train,
+                model_args.source_hosts or [],
+                lambda other: task.dataset(splits["train"], other, labels, length),
+                **model_args.hub(),
+            )
+            train, more = ConcatDataset([source.data for source in sources]), {"sources": sources}
+        if validation is not None and data_args.cache_eval_states:
+            words = WordStates(model.host, tokenizer, validation)
+            if words.covers_labels:
+                validation, scores = CanonicalStates(words, lambda: model.stream.fit), scores_of_words(words, scores)
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=scores,
+        preprocess_logits_for_metrics=task.decode(labels),
+        **more,
+    )
+    return trainer, datasets
+
+
+def check_host_size(host_config, host: str, args: ModelArguments) -> None:
+    """Raise ``ConfigError`` if the host is not of the size that the run config or the flags state."""
+    for name, actual in (("hidden_size", host_config.hidden_size), ("num_layers", host_config.num_hidden_layers)):
+        stated = getattr(args, name)
+        if stated not in (None, actual):
+            raise ConfigError(
+                f"The run config or the command line states {name} {stated}, but the host '{host}' has {actual}. "
+                f"Choose the host that was meant, or give --{name} {actual}."
+            )
+
+
+def checkpoint_to_resume(args: UniHyperLoraTrainingArguments) -> str | None:
+    """The checkpoint of --resume_from_checkpoint: a folder, or "true" for the last one in the output folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    asked = str(args.resume_from_checkpoint or "false")
+    if asked.lower() == "false":
+        return None
+    found: str | None = asked
+    if asked.lower() == "true":
+        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if found is None or not Path(found).is_dir():
+        raise ConfigError(
+            f"--resume_from_checkpoint {asked}: no such checkpoint (output folder {args.output_dir}). Give a "
+            "checkpoint-<step> folder, or leave the flag out to start from the beginning."
+        )
+    return found
+
+
+def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:
+    """Progress to stderr, at the level of --log_level; the other processes of a launch stay quiet."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if args.log_level == "passive" and args.should_log else args.get_process_log_level()
+    for name in ("trainers", "modeling_unihyperlora"):
+        logging.getLogger(name).setLevel(level)
+    transformers_logging.set_verbosity(args.get_process_log_level())
+    logger.info("%s: process %d of %d on %s", script, args.process_index + 1, args.world_size, args.device)
+
+
+# ---- the work, and what it cost ----
+
+
+def work(
+    task: Task,
+    trainer: Trainer,
+    datasets: dict[str, Dataset],
+    splits: dict[str, list],
+    data_args: DataArguments,
+    zero_shot: bool,
+) -> dict[str, object]:
+    """Train, evaluate and predict as far as asked for; returns every figure found on the way.
+
+    Args:
+        zero_shot: the model knows the task from elsewhere, so that its score before any training means something.
+    """
+    args = trainer.args
+    metrics: dict[str, object] = {}
+
+    def report(part: str, figures: dict[str, float], split: str) -> None:
+        figures = figures | {f"{part}_samples": len(splits[split])}
+        trainer.log_metrics(part, figures)
+        trainer.save_metrics(part, figures, combined=False)
+        metrics.update(figures)
+
+    if args.do_train:
+        if zero_shot and "validation" in datasets:
+            report("zero_shot", trainer.evaluate(metric_key_prefix="zero_shot"), "validation")
+        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        report("train", trained.metrics, "train")
+    if args.do_eval:
+        report("eval", trainer.evaluate(), "validation")
+        if zero_shot and not args.do_train:
+            metrics |= {f"zero_shot_{name}": metrics[f"eval_{name}"] for name in ("f1", "accuracy")}
+        metrics["active_atoms_per_token"] = metrics.get("eval_active_atoms_per_token")
+    if args.do_predict:
+        trainer.compute_metrics = task.scores(datasets["test"], data_args)
+        predicted = trainer.predict(datasets["test"], metric_key_prefix="predict")
+        report("predict", predicted.metrics, "test")
+        if trainer.is_world_process_zero():
+            write_predictions(args.output_dir, datasets["test"].lines_of(predicted.predictions))
+    return metrics
+
+
+def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTrainingArguments) -> dict[str, object]:
+    """Bytes, multiply-adds, memory and parameters of what was trained here, or else of the adapter that was loaded."""
+    folder: str | Path | None = args.output_dir if args.do_train else None
+    if model_args.method in BASELINES:
+        return measure_baseline(model, model_args.method, folder)
+    if folder is None and model_args.adapter is not None:
+        hub = {"revision": model_args.adapter_revision, **model_args.hub()}
+        folder = Path(cached_file(model_args.adapter, WEIGHTS_NAME, **hub)).parent
+    figures = measure(model, folder=folder)
+    if model.stream is not None:
+        fit = [knot.r2 for knot in model.stream.fit]
+        figures |= {"calibration_seconds": model.stream.seconds, "calibration_r2": fit}
+    parts = figures.pop("parts")
+    return figures | {f"bytes_of_{part}": size for part, size in parts.items()}
+
+
+def write_predictions(folder: str, lines: Sequence[str]) -> None:
+    """``predictions.txt``: one line a sentence, in the order of the test split."""
+    with replacing(Path(folder) / "predictions.txt") as temporary:
+        Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
