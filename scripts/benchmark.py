@@ -1,11 +1,12 @@
 """Keep what a run measured, and draw the tables of the documents from what was kept.
 
     python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
+    python scripts/benchmark.py record runs/matrix --name conll2003-transfer
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
-costs, settings, host, data, versions, hardware. ``render`` writes results/README.md and the short table in README.md
-from those files alone.
+costs, settings, host, data, versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture.
+``render`` writes results/README.md and the short table in README.md from those files alone.
 """
 
 import argparse
@@ -33,18 +34,22 @@ COLUMNS = (
 )
 BASELINE_SCOPES = {"probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
+MATRIX = "transfer_matrix"  # what transfer.py calls its files
 
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    record = commands.add_parser("record", help="keep the results of one run")
+    record = commands.add_parser("record", help="keep the results of one run, or of a transfer matrix")
     record.add_argument("folder", type=Path)
     record.add_argument("--name", required=True)
     commands.add_parser("render", help="write results/README.md")
     args = parser.parse_args(command_line)
     if args.command == "record":
-        write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
+        if (args.folder / f"{MATRIX}.json").is_file():
+            keep_matrix(args.folder, args.name)
+        else:
+            write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
         records = read_records(RESULTS)
         readme = RESULTS.parent / "README.md"
@@ -85,12 +90,31 @@ def record_of(folder: Path) -> dict[str, object]:
     }
 
 
+def keep_matrix(folder: Path, name: str) -> None:
+    """Keep what transfer.py wrote: results/NAME.json and results/NAME.png.
+
+    Raises:
+        ConfigError: the matrix or its picture cannot be read.
+    """
+    try:
+        matrix = json.loads((folder / f"{MATRIX}.json").read_text(encoding="utf-8"))
+        picture = (folder / f"{MATRIX}.png").read_bytes()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} holds no whole matrix ({error}). Give the --output_dir of transfer.py."
+        ) from error
+    with replacing(RESULTS / f"{name}.png") as temporary:
+        Path(temporary).write_bytes(picture)
+    write_json(RESULTS / f"{name}.json", matrix)
+
+
 def read_records(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def rendered(records: dict[str, dict]) -> str:
-    """The tables as Markdown: runs that differ in nothing but their seed share a row."""
+    """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
+    matrices, records = _apart(records)
     lines = [
         "# Results",
         "",
@@ -125,17 +149,48 @@ def rendered(records: dict[str, dict]) -> str:
             for name, value in sorted(parts.items())
             if name.startswith("bytes_of_")
         ]
+    for name, matrix in matrices.items():
+        lines += transfer_table(name, matrix)
     return "\n".join(lines) + "\n"
+
+
+def transfer_table(name: str, matrix: dict) -> list[str]:
+    """A transfer matrix as Markdown lines: its picture, and its targets as rows."""
+    metric = "macro F1" if matrix["task"] == "classification" else "F1"
+    size = _count(matrix["adapter_bytes"])
+    columns = [column["label"] for column in matrix["columns"]]
+    names = ["target", "adapter from", f"{metric} there", *columns, "zero-shot / own", "calibration, s", "R² a knot"]
+    lines = [
+        *["", f"## {name}", ""],
+        f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
+        "Zero-shot: no label of the target, no gradient step.",
+        *["", f"![Scores of one adapter file on hosts it has not seen]({name}.png)", ""],
+        *["| " + " | ".join(names) + " |", "|---" * len(names) + "|"],
+    ]
+    for target, row in matrix["targets"].items():
+        fit = row["calibration_r2"]
+        cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
+        cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
+        cells += [_figure(row["zero_shot_over_own_stream"], 3), _figure(row["calibration_seconds"], 1)]
+        cells.append(" ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def summary(records: dict[str, dict]) -> str:
     """What a reader wants first: data, method, host, how it came there, F1, size."""
     lines = ["| data | method | host | scope | seeds | F1 | file, B |", "|---" * 7 + "|"]
-    for key, runs in _rows(records):
+    for key, runs in _rows(_apart(records)[1]):
         scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
         cells = [*key[:4], str(len(runs)), scores, _count(runs[0]["results"]["adapter_bytes"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _apart(records: dict[str, dict]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Transfer matrices and runs."""
+    matrices = {name: record for name, record in records.items() if record.get("kind") == "transfer"}
+    return matrices, {name: record for name, record in records.items() if name not in matrices}
 
 
 def _rows(records: dict[str, dict]) -> list[tuple[tuple, list[dict]]]:
@@ -172,6 +227,10 @@ def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
         return "–"
     mean = f"{statistics.mean(known):.{digits}f}"
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _figure(figure: dict | None, digits: int = 4) -> str:
+    return mean_and_deviation(figure["seeds"].values() if figure else [], digits)
 
 
 def _count(value: int | None) -> str:

@@ -53,6 +53,11 @@ def changed(one, two) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
+def fits(model) -> list[float]:
+    """R² a knot, but for the first: a random host's embeddings say nothing of a word's neighbours."""
+    return [knot.r2 for knot in model.stream.fit][1:]
+
+
 def test_shuffled_anchors_are_the_same_coordinates_at_other_words(adapter, other_host, tmp_path):
     real = load(adapter, other_host)
     control = load(shuffle_anchors(adapter, tmp_path / "control"), other_host)
@@ -61,14 +66,14 @@ def test_shuffled_anchors_are_the_same_coordinates_at_other_words(adapter, other
     assert (before == after).all(dim=-1).float().mean() < 0.2
     rows = [sorted(map(tuple, x.transpose(0, 1).flatten(1).tolist())) for x in (before, after)]
     assert rows[0] == rows[1]  # an anchor's coordinates at all knots stay together
-    assert max(control.stream.fit.r2[1:]) < 0.1 < min(real.stream.fit.r2[1:])
+    assert max(fits(control)) < 0.1 < min(fits(real))
 
 
 def test_a_random_map_fits_its_host_and_means_nothing(adapter, other_host, tmp_path):
     real = load(adapter, other_host)
     control = load(random_map(adapter, tmp_path / "control", str(other_host)), other_host)
     assert changed(real, control) == {"anchors.coordinates"}
-    assert min(control.stream.fit.r2) > min(real.stream.fit.r2)
+    assert min(fits(control)) > 0.9
     assert control.config.source_hosts == real.config.source_hosts
     for before, after in zip(*(model.adapter.anchors.canonical().detach() for model in (real, control)), strict=True):
         same_axis = np.corrcoef(before.T.numpy(), after.T.numpy())[:D, D:].diagonal()
