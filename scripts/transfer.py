@@ -32,7 +32,7 @@ logger = logging.getLogger("transfer")
 SCRIPTS = {"ner": "run_ner", "classification": "run_classification"}
 METRICS = {"ner": ("f1",), "classification": ("f1", "accuracy")}
 SET_HERE = (  # flags of the runs that are this script's to choose
-    "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed max_steps"
+    "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed"
 ).split()
 Value = float | list[float] | None
 

@@ -4,6 +4,7 @@ import ablation
 import numpy as np
 import pytest
 import torch
+
 from modeling_unihyperlora import calibration, stream
 from modeling_unihyperlora.adapter import Mixer, Routing
 from modeling_unihyperlora.anchors import COORDINATE_STEP

@@ -355,7 +355,7 @@ class TestRefusals:
             (["--lora_hosts", "four"], {}, ConfigError, "--lora_hosts four is no target. Choose from: two, three"),
             (["--delta_steps", 0], {}, ConfigError, "--delta_steps 0 trains nothing"),
             (["--seed", 1], {}, ConfigError, "--seed is chosen by this script"),
-            (["--max_steps=5"], {}, ConfigError, "--max_steps=5 is chosen by this script"),
+            (["--seed=5"], {}, ConfigError, "--seed=5 is chosen by this script"),
             (["--validation_file", "none.jsonl"], {}, DataError, "none.jsonl cannot be read"),
             (["--target_hosts", "no/such-host"], {}, HostError, "no/such-host"),
             (["--only", "magic"], {}, SystemExit, "2"),
