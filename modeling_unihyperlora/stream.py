@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging as hf_logging
 
 from .adapter import (
     KNOTS,
@@ -211,7 +212,9 @@ def disturb(z: torch.Tensor, fidelity: float, knot_dropout: float) -> torch.Tens
 
 def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
     """The host's states of the anchors in every layer that a knot uses: (layers, N, d), see ``word_states``."""
-    return word_states(host, tokenizer, sentences, layers_of(near_layers(host.config.num_hidden_layers)))
+    layers = layers_of(near_layers(host.config.num_hidden_layers))
+    with hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False) as bar:
+        return word_states(host, tokenizer, sentences, layers, progress=bar.update)
 
 
 def at_knots(anchor_states: torch.Tensor, host: nn.Module) -> torch.Tensor:

@@ -138,6 +138,7 @@ def rows(folder: Path) -> list[Row]:
         Row("3 knots: 0, 1/2, 1", change=only_knots(0, 2, 4)),
         Row("1 knot: 1/2", change=only_knots(2)),
         Row("16 coordinates a knot", ("--stream_dim", "16")),
+        Row("a smaller file", tuple("--anchor_dim 32 --stream_width 128 --stream_hidden 96".split())),
         Row("64 coordinates a knot", ("--stream_dim", "64", "--max_adapter_bytes", "2000000")),
     ]
 

@@ -41,6 +41,8 @@ class ModelArguments:
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
     stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
+    stream_width: int | None = field(default=None, metadata={"help": "Width of the stream's input map."})
+    stream_hidden: int | None = field(default=None, metadata={"help": "Width of its recurrent layer, each way."})
     stream_fidelity: float | None = field(
         default=None, metadata={"help": "Least correlation that noise leaves in training; 1 for no noise."}
     )
@@ -69,7 +71,10 @@ class ModelArguments:
 
     def shape(self) -> dict[str, object]:
         """The adapter's choices that were given."""
-        names = "pathway projector router router_top_k atoms anchor_dim stream_dim stream_fidelity stream_knot_dropout"
+        names = (
+            "pathway projector router router_top_k atoms anchor_dim "
+            "stream_dim stream_width stream_hidden stream_fidelity stream_knot_dropout"
+        )
         return {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
 
     def hub(self) -> dict[str, str]:
