@@ -48,7 +48,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentence", help="what to tag at the end; asked for at a terminal")
     parser.add_argument("--output_dir", default="runs/demo")
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=10)
     args = parser.parse_args(command_line)
     console, folder = Console(), Path(args.output_dir)
 

@@ -21,6 +21,7 @@ from modeling_unihyperlora.calibration import RIDGES, canonical_coordinates, fit
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
 from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
+from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
 
 WORDS = [f"word{i}" for i in range(40)]
 LABELS = ["O", "B-PER", "I-PER"]
@@ -343,6 +344,21 @@ class TestStream:
         model.set_train_scope("delta")
         trained = [name for name, p in model.adapter.named_parameters() if p.requires_grad]
         assert "tasks.people.delta.latent" in trained and all(name.startswith("tasks.people.") for name in trained)
+
+    @pytest.mark.parametrize("blocks", [2, 6])
+    def test_multiply_adds_agree_with_a_profiler_within_two_per_cent(self, blocks, tokenizer, anchor_file):
+        host = realistic("bert", 384, blocks)
+        alone = products_a_token(host, (1, 2))
+        config = UniHyperLoraConfig(pathway="stream")
+        model = UniHyperLoraForTokenClassification.from_host(
+            host, labels=LABELS, config=config, tokenizer=tokenizer, anchor_file=anchor_file
+        ).eval()
+        for parameter in (model.adapter.atoms_out, model.adapter.router_bias):
+            torch.nn.init.normal_(parameter.latent, 1.0, 0.1)
+        with torch.backends.mkldnn.flags(enabled=False):  # there the recurrent layer is one operation
+            together = products_a_token(model, (1, 2))
+        assert model.stream.host_multiply_adds(TOKENS) == pytest.approx(alone, rel=0.02)
+        assert model.stream.added_multiply_adds(3) == pytest.approx(together - alone, rel=0.02)
 
     def test_delta_changes_what_the_stream_computes(self, model, tokenizer):
         before = model(**batch(tokenizer)).logits
