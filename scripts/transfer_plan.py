@@ -21,6 +21,7 @@ BASELINES = ("probe", "lora")
 LORA_R = 8
 FILES = ("train_file", "validation_file")
 STREAM_TRAINING_FLAGS = ("coordinate_epochs", "anchor_file")  # mean something only where a stream begins
+LIMITS = ("max_flops_overhead_pct", "max_adapter_bytes", "logging_steps")  # change no result
 CHECK_EVERY = 100  # steps of δθ between two checkpoints, of which the best is kept
 
 
@@ -88,7 +89,7 @@ class Runner:
             )
         except (OSError, ValueError):
             return None
-        return results if mark == self._mark(cell) else None
+        return results if _without_limits(mark) == _without_limits(self._mark(cell)) else None
 
     def _adapter(self, cell: Cell) -> list[str]:
         if cell.source is None:
@@ -102,6 +103,14 @@ class Runner:
         source = None if cell.source is None else self._mark(cell.source)
         inputs = {given: digest for given, digest in self.digests.items() if given in cell.flags}
         return {"script": self.script, "name": cell.name, "flags": [*cell.flags], "inputs": inputs, "source": source}
+
+
+def _without_limits(mark: dict | None) -> dict | None:
+    """A mark without the flags that change no result."""
+    if mark is None:
+        return None
+    flags = without(mark["flags"], lambda flag: flag in LIMITS)
+    return mark | {"flags": flags, "source": _without_limits(mark["source"])}
 
 
 class Plan:

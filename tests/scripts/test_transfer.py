@@ -192,6 +192,12 @@ class TestRuns:
         go("--seeds", 0, 1)
         assert [run.name for run in runs[count:]] == ["probe-two-s1"]
 
+    def test_a_limit_that_was_kept_changes_no_run(self, go, runs):
+        go("--only", "zero_shot", "--max_flops_overhead_pct", 10)
+        count = len(runs)
+        matrix = go("--only", "zero_shot", "--max_flops_overhead_pct", 90, "--logging_steps", 7)
+        assert len(runs) == count and matrix["targets"]["two"]["zero_shot_f1"] is not None
+
     @pytest.mark.parametrize("change", ["flag", "data", "host"])
     def test_other_flags_data_or_hosts_make_it_stale(self, go, runs, tmp_path, monkeypatch, change):
         go("--only", "zero_shot", "probe")
