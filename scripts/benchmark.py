@@ -5,7 +5,8 @@
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
-costs, settings, host, data, versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture.
+costs, settings, host, data, versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture, of one
+of ablation.py the table.
 ``render`` writes results/README.md and the short table in README.md from those files alone.
 """
 
@@ -25,7 +26,8 @@ from modeling_unihyperlora.storage import replacing, write_json
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
     "method lora_r router train_scope max_steps per_device_train_batch_size learning_rate "
-    "num_train_epochs lr_scheduler_type warmup_steps lambda_f lambda_q seed bf16 max_seq_length"
+    "num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps weight_decay lambda_f lambda_q seed bf16 "
+    "max_seq_length"
 ).split()
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 COLUMNS = (
@@ -35,6 +37,7 @@ COLUMNS = (
 BASELINE_SCOPES = {"probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 MATRIX = "transfer_matrix"  # what transfer.py calls its files
+ABLATION = "ablation.json"  # what ablation.py calls its own
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -48,6 +51,8 @@ def main(command_line: list[str] | None = None) -> None:
     if args.command == "record":
         if (args.folder / f"{MATRIX}.json").is_file():
             keep_matrix(args.folder, args.name)
+        elif (args.folder / ABLATION).is_file():
+            write_json(RESULTS / f"{args.name}.json", ablation_of(args.folder))
         else:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
@@ -108,13 +113,28 @@ def keep_matrix(folder: Path, name: str) -> None:
     write_json(RESULTS / f"{name}.json", matrix)
 
 
+def ablation_of(folder: Path) -> dict[str, object]:
+    """What ablation.py wrote, with the settings of its first run.
+
+    Raises:
+        ConfigError: it cannot be read, or its first run is not finished.
+    """
+    try:
+        table = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / ABLATION} cannot be read ({error}). Give the folder of ablation.py.") from error
+    first = record_of(folder / "00")
+    kept = {name: first[name] for name in ("settings", "host", "data", "versions", "hardware")}
+    return kept | {"kind": "ablation", "rows": table["rows"]}
+
+
 def read_records(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def rendered(records: dict[str, dict]) -> str:
     """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
-    matrices, records = _apart(records)
+    matrices, ablations, records = (_of_kind(records, kind) for kind in ("transfer", "ablation", None))
     lines = [
         "# Results",
         "",
@@ -151,7 +171,29 @@ def rendered(records: dict[str, dict]) -> str:
         ]
     for name, matrix in matrices.items():
         lines += transfer_table(name, matrix)
+    for name, ablation in ablations.items():
+        lines += ablation_table(name, ablation)
     return "\n".join(lines) + "\n"
+
+
+def ablation_table(name: str, ablation: dict) -> list[str]:
+    """An ablation as Markdown lines: a row for each change, with the difference to what ships."""
+    shipped = ablation["rows"][0]["f1"]
+    settings, sentences = ablation["settings"], ablation["data"]["splits"]["train"]["sentences"]
+    lines = [
+        *("", f"## {name}", ""),
+        f"The stream with one thing changed, trained on {ablation['host']} on {sentences:,} sentences of "
+        f"{ablation['data']['name']} ({settings['coordinate_epochs']:g} epochs for the coordinates, then "
+        f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}), seed {settings['seed']}; "
+        "F1 there and zero-shot, and the difference to the first row.",
+        "",
+        "| | " + " | ".join(f"{host} | Δ" for host in shipped) + " |",
+        "|---" * (1 + 2 * len(shipped)) + "|",
+    ]
+    for row in ablation["rows"]:
+        cells = [f"{score:.4f} | {score - shipped[host]:+.4f}" for host, score in row["f1"].items()]
+        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def transfer_table(name: str, matrix: dict) -> list[str]:
@@ -180,17 +222,16 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
 def summary(records: dict[str, dict]) -> str:
     """What a reader wants first: data, method, host, how it came there, F1, size."""
     lines = ["| data | method | host | scope | seeds | F1 | file, B |", "|---" * 7 + "|"]
-    for key, runs in _rows(_apart(records)[1]):
+    for key, runs in _rows(_of_kind(records, None)):
         scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
         cells = [*key[:4], str(len(runs)), scores, _count(runs[0]["results"]["adapter_bytes"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _apart(records: dict[str, dict]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Transfer matrices and runs."""
-    matrices = {name: record for name, record in records.items() if record.get("kind") == "transfer"}
-    return matrices, {name: record for name, record in records.items() if name not in matrices}
+def _of_kind(records: dict[str, dict], kind: str | None) -> dict[str, dict]:
+    """Records of one kind; a run has none."""
+    return {name: record for name, record in records.items() if record.get("kind") == kind}
 
 
 def _rows(records: dict[str, dict]) -> list[tuple[tuple, list[dict]]]:

@@ -87,3 +87,20 @@ def test_a_record_names_no_folder_of_the_machine(tmp_path):
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no finished run"):
         benchmark.record_of(tmp_path)
+
+
+def test_an_ablation_is_a_table_of_differences(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    folder = a_run(tmp_path / "ablation" / "00", 0, 0.8).parent
+    arguments = json.loads((folder / "00/run_arguments.json").read_text())
+    arguments["data"]["splits"]["train"] = {"sentences": 3500, "sha256": "cd"}
+    arguments["coordinate_epochs"] = 6.0
+    (folder / "00/run_arguments.json").write_text(json.dumps(arguments))
+    with pytest.raises(ConfigError, match=r"ablation.json cannot be read"):
+        benchmark.ablation_of(folder)
+    rows = [{"row": "as shipped", "f1": {"source": 0.8, "b": 0.7}}, {"row": "no x", "f1": {"source": 0.81, "b": 0.6}}]
+    (folder / "ablation.json").write_text(json.dumps({"rows": rows}))
+    benchmark.main(["record", str(folder), "--name", "parts"])
+    text = benchmark.rendered(benchmark.read_records(tmp_path / "results"))
+    assert "| no x | 0.8100 | +0.0100 | 0.6000 | -0.1000 |" in text
+    assert "3,500 sentences of tweets (6 epochs for the coordinates, then 5 steps × 2), seed 0" in text
