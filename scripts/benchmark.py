@@ -179,6 +179,7 @@ def rendered(records: dict[str, dict]) -> str:
 def ablation_table(name: str, ablation: dict) -> list[str]:
     """An ablation as Markdown lines: a row for each change, with the difference to what ships."""
     shipped = ablation["rows"][0]["f1"]
+    hosts = sorted(shipped, key=lambda host: host != "source")  # the source first
     settings, sentences = ablation["settings"], ablation["data"]["splits"]["train"]["sentences"]
     lines = [
         *("", f"## {name}", ""),
@@ -187,11 +188,11 @@ def ablation_table(name: str, ablation: dict) -> list[str]:
         f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}), seed {settings['seed']}; "
         "F1 there and zero-shot, and the difference to the first row.",
         "",
-        "| | " + " | ".join(f"{host} | Δ" for host in shipped) + " |",
-        "|---" * (1 + 2 * len(shipped)) + "|",
+        "| | " + " | ".join(f"{host} | Δ" for host in hosts) + " |",
+        "|---" * (1 + 2 * len(hosts)) + "|",
     ]
     for row in ablation["rows"]:
-        cells = [f"{score:.4f} | {score - shipped[host]:+.4f}" for host, score in row["f1"].items()]
+        cells = [f"{row['f1'][host]:.4f} | {row['f1'][host] - shipped[host]:+.4f}" for host in hosts]
         lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
     return lines
 
