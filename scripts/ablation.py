@@ -127,6 +127,7 @@ def rows(folder: Path) -> list[Row]:
         Row("without atoms", change=no_atoms),
         Row("without router: the same atoms for every word", change=same_atoms_for_all_words),
         Row("without mixer: one weight for all depths", change=no_mixer),
+        Row("atoms for nothing: λ_F = 0", ("--lambda_f", "0")),
         Row("without token mixer: each word alone", change=words_alone),
         Row("without noise", ("--stream_fidelity", "1")),
         Row("without knot dropout", ("--stream_knot_dropout", "0")),
