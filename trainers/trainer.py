@@ -144,10 +144,10 @@ class UniHyperLoraTrainer(Trainer):
         config = self.unwrapped.config
         is_new = not any(task.get("trained", False) for task in config.tasks.values())
         config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
-        self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
         seconds = 0.0
         if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
             seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
+        self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if seconds:
             output.metrics["train_runtime"] += seconds

@@ -177,6 +177,9 @@ class TestLearnedCoordinates:
         model = made.model
         before = model.adapter.anchors.canonical().detach().clone()
         made.train()
+        first = made.state.log_history[0]
+        terms = sum(first[name] for name in ("task_loss", "lambda_f_loss", "lambda_q_loss"))
+        assert first["loss"] == pytest.approx(terms, abs=2e-3), "learning the coordinates counts as training here"
         kept = model.adapter.anchors.canonical().detach()
         assert (kept - before).abs().mean() > 0.3, "the coordinates are still the principal components"
         spread = kept.std(dim=1)
