@@ -51,6 +51,11 @@ def apply_fit(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Te
     )
 
 
+def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
+    """The same maps with their tensors on a device."""
+    return [knot._replace(matrix=knot.matrix.to(device), offset=knot.offset.to(device)) for knot in fit]
+
+
 def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
     """Whitened principal components of standardised states: (K, N, d) → (K, N, width), unit variance each.
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
 from .adapter import TaskParameters, UniHyperLoraAdapter
 from .anchors import join_anchors, read_anchors
 from .calibration import LOW_FIT, canonical_coordinates
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task
-from .errors import AdapterFileError, ConfigError, HostError, MergeError, UniHyperLoraError
+from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import describe_host, encoder_of, freeze, load_host, load_host_tokenizer
 from .injection import InjectedRun, Injection
-from .storage import WEIGHTS_NAME, load_adapter, save_adapter
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config, save_adapter
 from .stream import Stream, StreamRun, at_knots, read_anchor_states
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if config.pathway == "stream":
             states = read_anchor_states(model.host, tokenizer, sentences)
             model.adapter.anchors.set(
-                sentences, canonical_coordinates(at_knots(states, model.host), config.stream_dim)
+                sentences,
+                canonical_coordinates(at_knots(states, model.host.config.num_hidden_layers), config.stream_dim),
             )
             model.calibrate(tokenizer, states)
         if labels is not None:
@@ -172,8 +173,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in ("router", "router_top_k")}
         if kwargs:
             raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
-        weights = _adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, revision, hub)
-        stored = read_config(_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub))
+        weights = adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, revision, hub)
+        stored = read_config(adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub))
         if config is None:
             config = stored
         elif config.base_model_name_or_path != stored.base_model_name_or_path:  # as the Auto classes do it
@@ -378,7 +379,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
 
         Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
         """
-        known = self._host_arguments | {"canonical_states", "word_counts"}
+        known = self._host_arguments | {"canonical_states"}
         inputs = {name: value for name, value in inputs.items() if value is not None and name in known}
         return self.path.run(self._task(task), attention_mask, output_hidden_states, inputs)
 
@@ -413,41 +414,6 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 "another language, or trained for something else than text?",
                 ", ".join(f"{value:.2f}" for value in fit),
             )
-
-
-def read_config(path: Path) -> UniHyperLoraConfig:
-    """The configuration in a ``config.json``.
-
-    Raises:
-        AdapterFileError: it is not JSON, or not of this kind.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict) or content.pop("model_type", None) != UniHyperLoraConfig.model_type:
-        raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
-    try:
-        return UniHyperLoraConfig(**content)
-    except UniHyperLoraError:
-        raise
-    except Exception as error:  # transformers checks its own keys with many kinds of error
-        raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
-
-
-def _adapter_file(name: str | Path, file: str, revision: str, hub: dict) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
-        path = folder / hub.get("subfolder", "") / file
-        if not path.is_file():
-            raise AdapterFileError(f"{folder} has no {file}. Give the folder that save_pretrained wrote.")
-        return path
-    try:
-        return Path(cached_file(str(name), file, revision=revision, **hub))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(
-            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({error})."
-        ) from error
 
 
 def _given(**kwargs) -> dict:

@@ -75,7 +75,6 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         canonical_states: torch.Tensor | None = None,
-        word_counts: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
@@ -83,8 +82,8 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         """(B, T) ids, labels (B, T) with -100 where none → logits (B, T, C), mean cross-entropy.
 
         With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. The stream
-        may be given cached ``canonical_states`` (B, W, K, D) and ``word_counts`` (B,) instead of ids; labels and
-        logits are then those of words, (B, W) and (B, W, C).
+        may be given cached ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are
+        then those of words, (B, W) and (B, W, C).
         """
         run = self.run(
             task,
@@ -95,7 +94,6 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             canonical_states=canonical_states,
-            word_counts=word_counts,
         )
         logits = run.token_logits()
         loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
@@ -115,7 +113,6 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         canonical_states: torch.Tensor | None = None,
-        word_counts: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
@@ -131,7 +128,6 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             canonical_states=canonical_states,
-            word_counts=word_counts,
         )
         logits = run.sentence_logits()
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)

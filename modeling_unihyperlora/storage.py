@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .adapter import UniHyperLoraAdapter, part_of
-from .configuration_unihyperlora import FORMAT_VERSION
-from .errors import AdapterFileError
+from .configuration_unihyperlora import FORMAT_VERSION, UniHyperLoraConfig
+from .errors import AdapterFileError, UniHyperLoraError
 from .quantization import StoredTensor
 
 WEIGHTS_NAME = "model.safetensors"
@@ -37,6 +37,46 @@ def adapter_tensors(adapter: UniHyperLoraAdapter) -> dict[str, torch.Tensor]:
         buffer = buffer.detach().cpu()
         tensors[name] = (buffer.half() if buffer.is_floating_point() else buffer).contiguous()
     return tensors
+
+
+def read_config(path: Path) -> UniHyperLoraConfig:
+    """The configuration in a ``config.json``.
+
+    Raises:
+        AdapterFileError: it is not JSON, or not of this kind.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict) or content.pop("model_type", None) != UniHyperLoraConfig.model_type:
+        raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
+    try:
+        return UniHyperLoraConfig(**content)
+    except UniHyperLoraError:
+        raise
+    except Exception as error:  # transformers checks its own keys with many kinds of error
+        raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
+
+
+def adapter_file(name: str | Path, file: str, revision: str, hub: dict) -> Path:
+    """A file of an adapter, in its folder or from the Hub.
+
+    Raises:
+        AdapterFileError: there is none.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        path = folder / hub.get("subfolder", "") / file
+        if not path.is_file():
+            raise AdapterFileError(f"{folder} has no {file}. Give the folder that save_pretrained wrote.")
+        return path
+    try:
+        return Path(cached_file(str(name), file, revision=revision, **hub))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({error})."
+        ) from error
 
 
 def save_adapter(adapter: UniHyperLoraAdapter, config: dict[str, object], folder: Path) -> None:

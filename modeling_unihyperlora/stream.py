@@ -33,7 +33,7 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, apply_fit, cached_fit, fit_host, layers_of
+from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
 from .hosts import fingerprint
 
@@ -110,11 +110,8 @@ class Stream:
 
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
-        device = positions.device
-        if self.fit[0].matrix.device != device:
-            self.fit = [
-                knot._replace(matrix=knot.matrix.to(device), offset=knot.offset.to(device)) for knot in self.fit
-            ]
+        if self.fit[0].matrix.device != positions.device:
+            self.fit = fit_on(positions.device, self.fit)
         return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
 
     def run(
@@ -123,10 +120,11 @@ class Stream:
         """The stream of ``task`` on the host's states of token ids, or on cached states of words.
 
         Args:
-            inputs: what the host reads, or ``canonical_states`` (B, W, K, D) and ``word_counts`` (B,).
+            attention_mask: (B, T) of sub-tokens, or (B, W) of words where their states are given.
+            inputs: what the host reads, or ``canonical_states`` (B, W, K, D).
         """
         if "canonical_states" in inputs:
-            return self.follow(inputs["canonical_states"], inputs["word_counts"], task)
+            return self.follow(inputs["canonical_states"], attention_mask.sum(dim=1), task)
         z, lengths, word_of, hidden = self.read_host(attention_mask, inputs)
         run = self.follow(z, lengths, task)
         run.expected_atoms, run.active_atoms = _spread(run.expected_atoms, word_of), _spread(run.active_atoms, word_of)
@@ -217,11 +215,10 @@ def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
 
 
-def at_knots(anchor_states: torch.Tensor, host: nn.Module) -> torch.Tensor:
-    """Of ``read_anchor_states`` those of the layers nearest to the knots: (K, N, d)."""
-    blocks = host.config.num_hidden_layers
-    layers = layers_of(near_layers(blocks))
-    return anchor_states[[layers.index(layer) for layer in knot_layers(blocks)]]
+def at_knots(anchor_states: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """Of ``read_anchor_states`` those of the layers nearest to the knots: (K, N, d); the host has L blocks."""
+    layers = layers_of(near_layers(num_layers))
+    return anchor_states[[layers.index(layer) for layer in knot_layers(num_layers)]]
 
 
 def states_of_words(
@@ -232,17 +229,22 @@ def states_of_words(
     return torch.stack([hidden_states[layer][rows, positions] for layer in layers], dim=2)
 
 
-def word_positions(
-    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T).
-
-    A sentence in which no word begins counts its first token as one.
-    """
+def begins_of(
+    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which tokens begin a word, (B, T) bool; where none of a sentence does, its first token counts as one."""
     begins = begins_word[input_ids]
     if attention_mask is not None:
         begins = begins & (attention_mask > 0)
     begins[:, 0] |= ~begins.any(dim=1)
+    return begins
+
+
+def word_positions(
+    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T)."""
+    begins = begins_of(begins_word, input_ids, attention_mask)
     lengths = begins.sum(dim=1)
     word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
     order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]

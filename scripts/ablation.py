@@ -25,6 +25,7 @@ from modeling_unihyperlora.anchors import COORDINATE_STEP, join_anchors, read_an
 from modeling_unihyperlora.quantization import Grid
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.token_mixer import TokenMixer
+from trainers import state_cache
 
 logger = logging.getLogger("ablation")
 
@@ -105,8 +106,6 @@ def only_knots(*kept: int) -> Change:
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
-        import trainers.state_cache as state_cache
-
         def masked(*args) -> torch.Tensor:
             return apply_fit(*args) * mask
 
@@ -147,6 +146,7 @@ def rows(folder: Path) -> list[Row]:
 def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
     """Do the rows that are missing; returns the content of ``ablation.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model_name_or_path", required=True, help="Host to train on.")
     parser.add_argument("--target_hosts", nargs="+", default=[])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", help="Only the rows whose name begins so.")
@@ -159,9 +159,10 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
             continue
         folder = args.output_dir / f"{number:02d}"
         with row.change():
-            scores = {"source": _run([*passed, "--pathway", "stream", "--do_train", *row.flags], folder)}
+            source = ["--model_name_or_path", args.model_name_or_path, "--pathway", "stream", "--do_train"]
+            scores = {"source": _run([*passed, *source, *row.flags], folder)}
             for host in args.target_hosts:
-                moved = [*_without_training(passed), "--adapter", str(folder), "--model_name_or_path", host]
+                moved = [*passed, "--adapter", str(folder), "--model_name_or_path", host]
                 scores[Path(host).name] = _run(moved, folder / Path(host).name)
         table.append({"row": row.name, "f1": scores})
         write_json(args.output_dir / "ablation.json", {"rows": table})
@@ -176,12 +177,6 @@ def _run(flags: list[str], folder: Path) -> float:
             [*flags, "--do_eval", "--cache_eval_states", "--save_strategy", "no", "--output_dir", str(folder)]
         )
     return json.loads(done.read_text(encoding="utf-8"))["eval_f1"]
-
-
-def _without_training(flags: list[str]) -> list[str]:
-    """The flags without the source host, which a target takes the place of."""
-    at = flags.index("--model_name_or_path")
-    return [*flags[:at], *flags[at + 2 :]]
 
 
 if __name__ == "__main__":

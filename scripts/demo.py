@@ -140,29 +140,37 @@ def write_parts(tweets: list[Sentence], folder: Path) -> tuple[Path, Path]:
 
 def table_of(results: dict[str, object]) -> Table:
     """The figures of ``all_results.json`` that a reader wants first."""
-    table = Table(title="UniHyperLoRA on tweets, held-out part")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_row("entity F1", f"{results['eval_f1']:.3f}")
-    table.add_row("adapter file", f"{results['adapter_bytes']:,} B")
-    table.add_row("… of that the head", f"{results['head_bytes']:,} B")
-    table.add_row("… of that δθ", f"{results['delta_bytes']:,} B")
-    table.add_row("multiply-adds added", f"{results['flops_overhead_pct']:.2f} %")
-    table.add_row("extra RAM", f"{results['extra_ram_mb']:.2f} MB")
-    table.add_row("active atoms a token", f"{results['active_atoms_per_token']:.2f}")
-    table.add_row("training time", f"{results['train_runtime']:.0f} s")
-    return table
+    rows = {
+        "entity F1": f"{results['eval_f1']:.3f}",
+        "adapter file": f"{results['adapter_bytes']:,} B",
+        "… of that the head": f"{results['head_bytes']:,} B",
+        "… of that δθ": f"{results['delta_bytes']:,} B",
+        "multiply-adds added": f"{results['flops_overhead_pct']:.2f} %",
+        "extra RAM": f"{results['extra_ram_mb']:.2f} MB",
+        "active atoms a token": f"{results['active_atoms_per_token']:.2f}",
+        "training time": f"{results['train_runtime']:.0f} s",
+    }
+    return _two_columns("UniHyperLoRA on tweets, held-out part", "figure", rows)
 
 
 def transfer_table(results: dict, zero_shot: dict, probe: dict, control: dict) -> Table:
     """The same file on the second host, beside what that host does without it."""
-    table = Table(title="The same file on a host that it has never seen (3 blocks instead of 6, no label)")
-    table.add_column("entity F1 on the held-out part")
+    rows = {
+        "adapter where it was trained": f"{results['eval_f1']:.3f}",
+        "adapter on the other host, zero-shot": f"{zero_shot['zero_shot_f1']:.3f}",
+        "linear probe trained on the other host's labels": f"{probe['eval_f1']:.3f}",
+        "control: adapter with shuffled anchors": f"{control['zero_shot_f1']:.3f}",
+    }
+    title = "The same file on a host that it has never seen (3 blocks instead of 6, no label)"
+    return _two_columns(title, "entity F1 on the held-out part", rows)
+
+
+def _two_columns(title: str, left: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title)
+    table.add_column(left)
     table.add_column("value", justify="right")
-    table.add_row("adapter where it was trained", f"{results['eval_f1']:.3f}")
-    table.add_row("adapter on the other host, zero-shot", f"{zero_shot['zero_shot_f1']:.3f}")
-    table.add_row("linear probe trained on the other host's labels", f"{probe['eval_f1']:.3f}")
-    table.add_row("control: adapter with shuffled anchors", f"{control['zero_shot_f1']:.3f}")
+    for name, value in rows.items():
+        table.add_row(name, value)
     return table
 
 

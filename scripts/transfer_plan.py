@@ -163,20 +163,12 @@ class Plan:
         flags = self._load
         if column == "delta":
             every = min(CHECK_EVERY, self.args.delta_steps)
-            flags = [
-                *[*flags, "--do_train", "--train_scope", "delta", "--max_steps", self.args.delta_steps],
-                *[
-                    "--eval_strategy",
-                    "steps",
-                    "--eval_steps",
-                    every,
-                    "--save_strategy",
-                    "steps",
-                    "--save_steps",
-                    every,
-                ],
-                *["--save_total_limit", 1, "--load_best_model_at_end", "--metric_for_best_model", "f1"],
-            ]
+            more = (
+                f"--do_train --train_scope delta --max_steps {self.args.delta_steps} "
+                f"--eval_strategy steps --eval_steps {every} --save_strategy steps --save_steps {every} "
+                "--save_total_limit 1 --load_best_model_at_end --metric_for_best_model f1"
+            )
+            flags = [*flags, *more.split()]
         controls = {
             "shuffled": functools.partial(shuffle_anchors, seed=seed),
             "random_map": functools.partial(random_map, host=target, seed=seed),

@@ -17,8 +17,7 @@ from modeling_unihyperlora.anchors import word_states
 from modeling_unihyperlora.calibration import standardise
 from modeling_unihyperlora.errors import ConfigError
 from modeling_unihyperlora.hosts import load_host, load_host_tokenizer
-from modeling_unihyperlora.modeling_base import read_config
-from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, save_adapter
+from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
 
 
 def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> Path:

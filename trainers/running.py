@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig
 from modeling_unihyperlora.accounting import measure
-from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel, read_config
-from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
+from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
+from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, make_baseline, measure_baseline

@@ -9,6 +9,7 @@ of the adapter, on disturbed states. What it makes of the anchors is then rounde
 lined up with that as any other host would be, and training goes on from there.
 """
 
+import functools
 import logging
 import math
 import time
@@ -37,26 +38,34 @@ WARMUP = 0.1  # share of the steps
 
 
 class Source:
-    """What a host says of the anchors and of a data set; the host itself is not kept.
+    """What a host says of the anchors and of a data set.
 
     Args:
-        host: the encoder.
+        host: the encoder; kept until its states of the anchors are asked for.
         tokenizer: its fast tokenizer.
         sentences: the adapter's anchors.
         windows: the data set, see ``WordStates``.
+        fit: the host's map into the canonical space, if it is lined up already.
     """
 
-    def __init__(self, host: nn.Module, tokenizer, sentences: list[list[str]], windows: Dataset):
-        self.near = near_layers(host.config.num_hidden_layers)
-        self.anchor_states = read_anchor_states(host, tokenizer, sentences)
-        self.at_knots = at_knots(self.anchor_states, host)
+    def __init__(
+        self, host: nn.Module, tokenizer, sentences: list[list[str]], windows: Dataset, fit: HostFit | None = None
+    ):
+        self.num_layers: int = host.config.num_hidden_layers
         self.words = WordStates(host, tokenizer, windows)
         self.data = CanonicalStates(self.words, lambda: self.fit)
-        self.fit: HostFit = []
+        self.fit: HostFit = fit or []
+        self._to_read: tuple | None = (host, tokenizer, sentences)
+
+    @functools.cached_property
+    def anchor_states(self) -> torch.Tensor:
+        """(layers, N, d), see ``read_anchor_states``."""
+        to_read, self._to_read = self._to_read, None
+        return read_anchor_states(*to_read)
 
     def calibrate(self, coordinates: torch.Tensor) -> None:
         """Line the source up with (K, N, D) coordinates of the anchors."""
-        self.fit = fit_host(self.anchor_states, self.near, coordinates.detach().cpu())
+        self.fit = fit_host(self.anchor_states, near_layers(self.num_layers), coordinates.detach().cpu())
 
 
 def sources_of(
@@ -81,16 +90,16 @@ def sources_of(
         ConfigError: a host is named twice, or is the model's own.
         HostError, DataError
     """
-    anchors = model.adapter.anchors.sentences()
-    sources = [Source(model.host, tokenizer, anchors, train)]
+    anchors = model.adapter.anchors
+    sources = [Source(model.host, tokenizer, anchors.sentences(), train, model.stream.fit)]
     for name in others:
         host, other = load_host(name, **hub), load_tokenizer(name, **hub)
         described = describe_host(host, name)
         if described["fingerprint"] in [known["fingerprint"] for known in model.config.source_hosts]:
             raise ConfigError(f"The source host '{name}' is among the sources already; name each once.")
         model.config.source_hosts.append(described)
-        sources.append(Source(host, other, anchors, make_dataset(other)))
-    calibrate_all(model, sources)
+        sources.append(Source(host, other, anchors.sentences(), make_dataset(other)))
+        sources[-1].calibrate(anchors.canonical())
     return sources
 
 
@@ -115,7 +124,8 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     start = time.perf_counter()
     model, args = trainer.unwrapped, trainer.args
     config, anchors = model.config, model.adapter.anchors
-    wide = canonical_coordinates(sources[0].at_knots, min(WIDE, *sources[0].at_knots.shape[1:]))
+    first = at_knots(sources[0].anchor_states, sources[0].num_layers)
+    wide = canonical_coordinates(first, min(WIDE, *first.shape[1:]))
     for source in sources:
         source.calibrate(wide)
     device = anchors.coordinates.latent.device

@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from modeling_unihyperlora.adapter import near_layers
-from modeling_unihyperlora.calibration import HostFit, apply_fit, cache_folder, layers_of
+from modeling_unihyperlora.calibration import HostFit, apply_fit, cache_folder, fit_on, layers_of
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import fingerprint
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.stream import states_of_words, word_beginnings, word_positions
+from modeling_unihyperlora.stream import begins_of, states_of_words, word_beginnings, word_positions
 
 from .decoding import IGNORED
 
@@ -60,7 +60,8 @@ class WordStates:
         begins_word = word_beginnings(tokenizer, tokens)
         self.layers = layers = layers_of(near_layers(host.config.num_hidden_layers))
         items = [windows[index] for index in range(len(windows))]
-        positions = [_word_positions(begins_word, item["input_ids"]) for item in items]
+        ids = (torch.tensor([item["input_ids"]]) for item in items)
+        positions = [begins_of(begins_word, row)[0].nonzero().squeeze(1).tolist() for row in ids]
         self.offsets = np.cumsum([0, *map(len, positions)])
         self.positions = positions
         self.labels = [_labels(item["labels"], at) for item, at in zip(items, positions, strict=True)]
@@ -125,7 +126,9 @@ class CanonicalStates(Dataset):
     def __init__(self, words: WordStates, fit: Callable[[], HostFit]):
         self.words = words
         self.fit = fit
-        self._made: tuple[HostFit | None, dict[int, torch.Tensor]] = (None, {})
+        self._fit: HostFit | None = None  # what was made by it, here on the CPU
+        self._here: HostFit = []
+        self._made: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.words.labels)
@@ -133,15 +136,13 @@ class CanonicalStates(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar."""
         fit = self.fit()
-        if fit is not self._made[0]:
-            self._made = (fit, {})
-        made = self._made[1]
-        if index not in made:
+        if fit is not self._fit:
+            self._fit, self._here, self._made = fit, fit_on("cpu", fit), {}
+        if index not in self._made:
             start, end = self.words.offsets[index : index + 2]
             states = torch.from_numpy(np.array(self.words.states[start:end], np.float32))
-            here = [knot._replace(matrix=knot.matrix.cpu(), offset=knot.offset.cpu()) for knot in fit]
-            made[index] = apply_fit(here, states, self.words.layers).half()
-        return {"canonical_states": made[index].float(), "labels": torch.from_numpy(self.words.labels[index])}
+            self._made[index] = apply_fit(self._here, states, self.words.layers).half()
+        return {"canonical_states": self._made[index].float(), "labels": torch.from_numpy(self.words.labels[index])}
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:
@@ -179,7 +180,9 @@ class StreamCollator:
         labels = [item["labels"] for item in items]
         return {
             "canonical_states": pad([item["canonical_states"] for item in items], batch_first=True),
-            "word_counts": torch.tensor([len(item["canonical_states"]) for item in items]),
+            "attention_mask": pad(
+                [torch.ones(len(item["canonical_states"]), dtype=torch.long) for item in items], True
+            ),
             "labels": torch.stack(labels) if labels[0].dim() == 0 else pad(labels, True, IGNORED),
         }
 
@@ -194,11 +197,6 @@ def read_words(
     positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], inputs["attention_mask"])
     hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
     return states_of_words(hidden, layers, positions).half(), lengths
-
-
-def _word_positions(begins_word: torch.Tensor, input_ids: list[int]) -> list[int]:
-    begins = begins_word[torch.as_tensor(input_ids)].nonzero().squeeze(1).tolist()
-    return begins or [0]
 
 
 def _labels(labels, positions: list[int]) -> np.ndarray:

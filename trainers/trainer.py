@@ -55,11 +55,7 @@ class UniHyperLoraTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
         if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
-            if "word_counts" in inputs:
-                real = torch.arange(atoms.shape[1], device=atoms.device) < inputs["word_counts"][:, None]
-            else:
-                real = inputs.get("attention_mask", torch.ones_like(atoms))
-            real = real.to(atoms.dtype)
+            real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
             atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items = items.to(atoms.device).clamp_min(1)
@@ -170,8 +166,10 @@ class UniHyperLoraTrainer(Trainer):
                 f"{resume_from_checkpoint} is no checkpoint to resume from: it has no {LATENTS_NAME}. Give a "
                 "checkpoint-<step> folder that training wrote."
             )
-        load_latents(self.unwrapped.adapter, path)
-        if self.sources:
+        adapter = self.unwrapped.adapter
+        before = adapter.anchors.canonical() if self.sources else None
+        load_latents(adapter, path)
+        if before is not None and not torch.equal(before, adapter.anchors.canonical()):
             calibrate_all(self.unwrapped, self.sources)
 
     def _load_best_model(self) -> None:

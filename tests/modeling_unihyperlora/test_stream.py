@@ -300,7 +300,8 @@ class TestStream:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         z, counts, _, _ = model.stream.read_host(mask, {"input_ids": ids})
         positions, _, _ = word_positions(model.stream.begins_word, ids, mask)
-        words = model(canonical_states=z, word_counts=counts).logits
+        mask_of_words = torch.arange(z.shape[1]) < counts[:, None]
+        words = model(canonical_states=z, attention_mask=mask_of_words).logits
         tokens = model(**inputs).logits
         for row in range(2):
             for word in range(counts[row]):
