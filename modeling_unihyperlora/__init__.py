@@ -12,6 +12,7 @@ from .errors import (
     MergeError,
     UniHyperLoraError,
 )
+from .layouts import HostLayout
 from .modeling_unihyperlora import (
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HostError",
+    "HostLayout",
     "MergeError",
     "UniHyperLoraConfig",
     "UniHyperLoraError",

@@ -239,7 +239,7 @@ class UniHyperLoraAdapter(nn.Module):
         logits = own.head_bias()
         for state, key, weight in zip(states, keys, own.head_weight().chunk(len(KNOTS), dim=-1), strict=True):
             state = state.float()
-            rms = state.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+            rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
             logits = logits + F.linear(state / rms, weight @ self.projector.inward(key))
         return logits
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .errors import ConfigError
+from .layouts import layout_from
 
 FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
@@ -52,6 +53,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
         base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
         base_model_revision: commit, tag or branch of that host.
         source_hosts: what is recorded of the hosts that the adapter was trained on.
+        host_layouts: host family → the ``HostLayout`` that a user gave for it, as a dict.
         format_version: version of the file layout.
 
     Raises:
@@ -82,6 +84,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     source_hosts: list[dict[str, Any]] | None = None
+    host_layouts: dict[str, dict[str, Any]] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -135,6 +138,11 @@ class UniHyperLoraConfig(PreTrainedConfig):
             raise ConfigError("tasks must be a dict of task name → type and labels, source_hosts a list.")
         self.tasks = dict(self.tasks or {})
         self.source_hosts = list(self.source_hosts or [])
+        if not isinstance(self.host_layouts or {}, dict):
+            raise ConfigError(f"host_layouts must be a dict of host family → layout; got {self.host_layouts!r}.")
+        self.host_layouts = dict(self.host_layouts or {})
+        for family, layout in self.host_layouts.items():
+            layout_from(layout, family)
         for name, task in self.tasks.items():
             if not isinstance(task, dict):
                 raise ConfigError(f"Task {name!r} must be a dict with 'type' and 'labels'; got {task!r}.")

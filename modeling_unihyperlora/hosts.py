@@ -1,11 +1,11 @@
-"""What a host is made of: where its blocks are and which linear layers play which role in them.
-
-Adding a family is one entry in ``LAYOUTS``; paths are relative to the encoder (blocks) and to a block (roles).
-"""
+"""The host: its blocks and the sites of the update in them, loading it, and leaving it as it was."""
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -13,100 +13,82 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from .errors import HostError
-
-MODULE_TYPES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
-
-
-@dataclass(frozen=True)
-class HostLayout:
-    """Attribute paths of the blocks and of the six module types inside one block."""
-
-    blocks: str
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    ffn_up: str
-    ffn_down: str
-
-
-LAYOUTS = {
-    "bert": HostLayout(
-        blocks="encoder.layer",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        attention_output="attention.output.dense",
-        ffn_up="intermediate.dense",
-        ffn_down="output.dense",
-    ),
-    "distilbert": HostLayout(
-        blocks="transformer.layer",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
-        attention_output="attention.out_lin",
-        ffn_up="ffn.lin1",
-        ffn_down="ffn.lin2",
-    ),
-    "mpnet": HostLayout(
-        blocks="encoder.layer",
-        query="attention.attn.q",
-        key="attention.attn.k",
-        value="attention.attn.v",
-        attention_output="attention.attn.o",
-        ffn_up="intermediate.dense",
-        ffn_down="output.dense",
-    ),
-}
+from .layouts import LAYOUTS, MODULE_TYPES, HostLayout, layout_from
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer that takes an update: block 0…L-1, module type, the layer itself."""
+    """One linear layer that takes an update: block 0…L-1, the module types it serves, the layer itself.
+
+    A layer for query, key and value at once serves three; its outputs are theirs, in ``groups`` runs of each.
+    """
 
     block: int
-    module_type: str
-    linear: nn.Linear
+    module_types: tuple[str, ...]
+    linear: nn.Module
+    groups: int = 1
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of its input, and of the output for one module type."""
+        inward, outward = _widths(self.linear)
+        return {"input": inward, "output": outward // len(self.module_types)}
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Values of the module types (…, w) → (…, outputs of the layer), in the layer's order."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack([part.unflatten(-1, (self.groups, -1)) for part in parts], dim=-2).flatten(-3)
 
 
 class HostMap:
     """The blocks and sites of one encoder.
 
     Args:
-        host: an encoder of a family in ``LAYOUTS``.
+        host: an encoder.
+        layouts: layouts by family, which go before those of ``LAYOUTS``.
+
+    Attributes:
+        blocks: L modules; one that the host goes through several times is there several times.
+        sites: all linear layers that take an update, block by block.
 
     Raises:
         HostError: the family is unknown, or a block lacks a linear layer that its layout names.
     """
 
-    def __init__(self, host: nn.Module):
+    def __init__(self, host: nn.Module, layouts: dict[str, dict] | None = None):
         self.family = host.config.model_type
-        if self.family not in LAYOUTS:
+        self.layout = layout_of(host, layouts)
+        if self.layout is None:
             raise HostError(
                 f"Host family '{self.family}' ({type(host).__name__}) has no layout, so the injected update does not "
-                f"know its linear layers. Known families: {', '.join(LAYOUTS)}. Add one to hosts.LAYOUTS."
+                f"know its linear layers. Known families: {', '.join(LAYOUTS)}. Pass layout=HostLayout(…), or use "
+                "pathway='stream', which needs none."
             )
         if getattr(host.config, "chunk_size_feed_forward", 0):
             raise HostError(
                 "The host computes its feed-forward layers in chunks, so they do not see whole sentences. Load it "
                 "with chunk_size_feed_forward=0."
             )
-        layout = LAYOUTS[self.family]
-        self.blocks: list[nn.Module] = list(_submodule(host, layout.blocks, "the host"))
-        self.sites = list(self._find_sites(layout))
+        self.blocks = _blocks(host, self.layout)
+        if not self.blocks:
+            raise HostError(
+                f"No '{self.layout.block}' in {type(host).__name__}: it has no blocks where they should be."
+            )
+        self.sites = list(self._find_sites(host))
         self.hidden_size: int = host.config.hidden_size
 
-    def _find_sites(self, layout: HostLayout) -> Iterator[Site]:
+    def _find_sites(self, host: nn.Module) -> Iterator[Site]:
+        heads = host.config.num_attention_heads if self.layout.fused_by_head else 1
+        modules = len(dict.fromkeys(self.blocks))
         for index, block in enumerate(self.blocks):
-            for module_type in MODULE_TYPES:
-                linear = _submodule(block, getattr(layout, module_type), f"block {index}")
-                if not isinstance(linear, nn.Linear):
-                    raise HostError(
-                        f"Block {index}: '{getattr(layout, module_type)}' is a {type(linear).__name__}, "
-                        "a linear layer is needed. Load the host unquantised and unwrapped."
-                    )
-                yield Site(index, module_type, linear)
+            number = index * modules // len(self.blocks) if self.layout.shared_blocks else index
+            found: dict[nn.Module, tuple[str, ...]] = {}
+            for role in MODULE_TYPES:
+                for linear in _layers(host, block, self.layout.paths(role), index, number):
+                    found[linear] = (*found.get(linear, ()), role)
+            for linear, roles in found.items():
+                yield Site(index, roles, linear, heads if len(roles) > 1 else 1)
 
     def depth(self, block: int) -> float:
         """Relative depth ℓ/L of a block, its number ℓ counted from 1: in (0, 1]."""
@@ -116,23 +98,94 @@ class HostMap:
     def num_layers(self) -> int:
         return len(self.blocks)
 
+    def coverage(self) -> str:
+        """Module types found in all blocks, of six a block: "24/24"."""
+        return (
+            f"{len({(site.block, role) for site in self.sites for role in site.module_types})}/{6 * len(self.blocks)}"
+        )
 
-def _submodule(root: nn.Module, path: str, where: str) -> nn.Module:
+    def mergeable(self) -> bool:
+        """Whether a weight can take ΔW in: plain floating weights, each for one place and for tokens alone."""
+        weights = (site.linear.weight for site in self.sites)
+        plain = all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights)
+        alone = len({site.linear for site in self.sites}) == len(self.sites)
+        return self.layout.mergeable and plain and alone
+
+
+def layout_of(host: nn.Module, layouts: dict[str, dict] | None = None) -> HostLayout | None:
+    """The layout of a host's family: the user's, else the package's, else None."""
+    family = host.config.model_type
+    own = (layouts or {}).get(family)
+    return LAYOUTS.get(family) if own is None else layout_from(own, family)
+
+
+def num_layers_of(host: nn.Module) -> int:
+    """L. The blocks are counted where they are known: a pruned host may still state its old number."""
+    layout = layout_of(host)
+    return len(_blocks(host, layout)) if layout else host.config.num_hidden_layers
+
+
+def _blocks(host: nn.Module, layout: HostLayout) -> list[nn.Module]:
+    blocks: list[nn.Module] = []
+    for path in layout.paths("block"):
+        while (block := _find(host, path.format(len(blocks)))) is not None:
+            blocks.append(block)
+        if blocks:
+            break
+    if layout.shared_blocks and blocks:
+        total = host.config.num_hidden_layers
+        blocks = [blocks[number * len(blocks) // total] for number in range(total)]
+    return blocks
+
+
+def _layers(host: nn.Module, block: nn.Module, paths: tuple[str, ...], index: int, number: int) -> list[nn.Module]:
+    """The layers of one role in a block; ``number`` is that of its module in the host."""
+    found = [_find(host, path.format(number)) if "{}" in path else _find(block, path) for path in paths]
+    found = [(path, layer) for path, layer in zip(paths, found, strict=True) if layer is not None]
+    if paths and not found:
+        raise HostError(f"No '{' or '.join(paths)}' in block {index} ({type(block).__name__}).")
+    for path, layer in found:
+        if _widths(layer) is None:
+            raise HostError(
+                f"Block {index}: '{path}' is a {type(layer).__name__}, a linear layer is needed. Load the host "
+                "unwrapped."
+            )
+    return [layer for _, layer in found]
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
     try:
         return root.get_submodule(path)
-    except AttributeError as error:
-        raise HostError(f"No '{path}' in {where} ({type(root).__name__}): {error}.") from error
+    except AttributeError:
+        return None
+
+
+def _widths(layer: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer (quantised ones state them too) or of a convolution of width 1."""
+    if isinstance(layer, nn.Conv1d):
+        return (layer.in_channels, layer.out_channels) if layer.kernel_size == (1,) else None
+    inward, outward = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (inward, outward) if isinstance(inward, int) and isinstance(outward, int) else None
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
-    """The encoder inside a task model (…ForMaskedLM, …ForTokenClassification), or the model itself."""
+    """The encoder inside a task model (…ForMaskedLM, …ForTokenClassification), or the model itself.
+
+    Of an encoder and decoder it is the encoder, of a SentenceTransformer its transformers model.
+    """
+    model = getattr(model, "transformers_model", None) or model
     if not hasattr(model, "config"):
         raise HostError(
             f"A host must be a transformers model or the name of one; got {type(model).__name__}, which has no config."
         )
     if model.config.model_type == "unihyperlora":
         raise HostError("A UniHyperLoRA adapter was given as the host; give the encoder that it should sit on.")
-    return getattr(model, "base_model", model)
+    model = getattr(model, "base_model", model)
+    if (
+        getattr(model.config, "is_encoder_decoder", False) or _find(model, "encoder.block.0") is not None
+    ):  # T5: its encoder alone
+        model = model.get_encoder()
+    return model
 
 
 def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
@@ -151,7 +204,7 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             "or host=a_loaded_encoder."
         )
     try:
-        return AutoModel.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+        return AutoModel.from_pretrained(_transformers_folder(name_or_path), trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HostError(
@@ -161,6 +214,16 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
         ) from error
 
 
+def _transformers_folder(name_or_path: str) -> str:
+    """Where in a folder of sentence-transformers its transformers model lies; any other name as it is."""
+    try:
+        modules = json.loads((Path(name_or_path) / "modules.json").read_text(encoding="utf-8"))
+        inner = Path(name_or_path) / modules[0]["path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return str(name_or_path)
+    return str(inner) if (inner / "config.json").is_file() else str(name_or_path)
+
+
 def load_host_tokenizer(name_or_path: str | None):
     """The fast tokenizer in a host's folder or repository; its own code is never run.
 
@@ -168,7 +231,7 @@ def load_host_tokenizer(name_or_path: str | None):
         HostError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path or "", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(_transformers_folder(name_or_path or ""), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise HostError(
             f"The tokenizer of the host '{name_or_path}' cannot be loaded ({str(error).strip().splitlines()[0]}). "
@@ -176,9 +239,11 @@ def load_host_tokenizer(name_or_path: str | None):
         ) from error
 
 
-def freeze(host: nn.Module) -> None:
-    for parameter in host.parameters():
-        parameter.requires_grad_(False)
+def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
+    """The host's forward; the mask is left out where there is none, or where the host takes none (FNet)."""
+    if attention_mask is not None and "attention_mask" in inspect.signature(host.forward).parameters:
+        inputs["attention_mask"] = attention_mask
+    return host(return_dict=True, **inputs)
 
 
 def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
@@ -188,14 +253,25 @@ def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
     does not count: no state depends on it, and where a checkpoint has none transformers draws a random one.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(host.state_dict().items()):
+    for name, tensor in sorted(_plain_state(host).items()):
         if name.startswith("pooler."):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // values_a_tensor)].cpu().float()
+        sample = flat[:: max(1, flat.numel() // values_a_tensor)].cpu()
+        sample = (sample.dequantize() if sample.is_quantized else sample).float()
         digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain_state(host: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict's tensors; those that a quantised layer keeps packed are taken out of their packing."""
+    state = {}
+    for name, value in host.state_dict().items():
+        for number, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, torch.Tensor):
+                state[f"{name}.{number}" if isinstance(value, tuple) else name] = part
+    return state
 
 
 def describe_host(host: nn.Module, name: str | None) -> dict[str, object]:
@@ -204,7 +280,7 @@ def describe_host(host: nn.Module, name: str | None) -> dict[str, object]:
         "name": name,
         "family": host.config.model_type,
         "hidden_size": host.config.hidden_size,
-        "num_layers": host.config.num_hidden_layers,
+        "num_layers": num_layers_of(host),
         "fingerprint": fingerprint(host),
     }
 

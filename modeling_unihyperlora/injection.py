@@ -1,8 +1,10 @@
 """The injected update: hooks that add ΔW x to a host's linear layers during a forward pass of the adapter.
 
-The hooks act only inside ``Injection.running``; a host that is called on its own computes what it always did.
+The hooks act only inside ``Injection.running`` and only in the thread that is there; a host that is called on its own
+computes what it always did.
 """
 
+import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,30 +14,49 @@ import torch
 from torch import nn
 
 from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, knot_layers, read_atoms, route, write_atoms
-from .errors import HostError
-from .hosts import MODULE_TYPES, HostMap, Site
+from .errors import HostError, MergeError
+from .hold import Hold
+from .hosts import MODULE_TYPES, HostMap, Site, call_host
 
 
 class Pass:
-    """State of one forward pass: projected atoms, the current block's routing, counts of active atoms.
+    """State of one forward pass: projected atoms, the current block and its routing, counts of active atoms.
 
-    ``expected_atoms`` and ``active_atoms`` are (N,) sums over the blocks.
+    ``expected_atoms`` and ``active_atoms`` are (B, T) sums over the blocks. T may be longer than the sentences, where
+    the host pads them further.
     """
 
-    def __init__(self, atoms: ProjectedAtoms, task: str, real: torch.Tensor | None):
+    def __init__(self, atoms: ProjectedAtoms, task: str, mask: torch.Tensor | None):
         self.atoms = atoms
         self.task = task
-        self.real = real  # (N,) 1.0 for tokens, 0.0 for padding; None: all are tokens
+        self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
+        self.block: int | None = None
         self.routing: Routing | None = None
         self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
         self.expected_atoms: torch.Tensor | float = 0.0
         self.active_atoms: torch.Tensor | float = 0.0
+        self._calls: dict[nn.Module, int] = {}
+        self._used: set[nn.Module] = set()
         self._read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def read(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """``read_atoms``, shared by layers that take the very same input (query, key and value)."""
+    def enter(self, module: nn.Module, blocks: tuple[int, ...]) -> int:
+        """The block that begins with this call of a module, which serves ``blocks`` in turn."""
+        number = self._calls.get(module, 0)
+        self._calls[module] = number + 1
+        self._used.clear()
+        self.block = blocks[number % len(blocks)]
+        return self.block
+
+    def first_use(self, linear: nn.Module) -> bool:
+        """Whether a layer is used for the first time in its block, on the tokens; then come relative positions."""
+        again = linear in self._used
+        self._used.add(linear)
+        return not again
+
+    def read(self, x: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``read_atoms``, shared by layers that take the very same input ``x`` (query, key and value)."""
         if self._read is None or self._read[0] is not x or self._read[1] is not rows:
-            self._read = (x, rows, read_atoms(x.flatten(0, -2), rows, self.routing))
+            self._read = (x, rows, read_atoms(tokens.flatten(0, -2), rows, self.routing))
         return self._read[2]
 
 
@@ -76,32 +97,38 @@ class Injection:
     def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
         self.adapter = adapter
         self.host = host
-        self.map = HostMap(host)
+        self.map = HostMap(host, adapter.config.host_layouts)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
+        self.sites = {(site.block, site.linear): site for site in self.map.sites}
         self.plans = {site: self._plan(site) for site in self.map.sites}
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
         self.knot_layers = knot_layers(self.map.num_layers)
-        self.current: Pass | None = None
+        self._passes: dict[int, Pass] = {}  # by thread
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}
         self.merged_task: str | None = None
 
+    @property
+    def current(self) -> Pass | None:
+        """The forward pass that this thread is in."""
+        return self._passes.get(threading.get_ident())
+
     def _plan(self, site: Site) -> tuple[str, object, str, object]:
         """Side and projector key for reading, then for writing."""
-        width = {"input": site.linear.in_features, "output": site.linear.out_features}
-        read, write = self.adapter.projector.sides(site.module_type)
+        read, write = self.adapter.projector.sides(site.module_types[0])
         depth = self.depths[site.block]
         key = self.adapter.projector.key
-        return read, key(width[read], depth), write, key(width[write], depth)
+        return read, key(site.widths[read], depth), write, key(site.widths[write], depth)
 
     # ---- hooks ----
 
     def attach(self) -> None:
         """Hooks are partials of bound methods, not closures, so that a deep copy of the model uses its own adapter."""
-        for block, module in enumerate(self.map.blocks):
-            self._handles.append(module.register_forward_pre_hook(partial(self._route, block), with_kwargs=True))
-        for site in self.map.sites:
-            self._handles.append(site.linear.register_forward_hook(partial(self._update, site)))
+        for module in dict.fromkeys(self.map.blocks):
+            blocks = tuple(number for number, block in enumerate(self.map.blocks) if block is module)
+            self._handles.append(module.register_forward_pre_hook(partial(self._route, blocks), with_kwargs=True))
+        for linear in dict.fromkeys(site.linear for site in self.map.sites):
+            self._handles.append(linear.register_forward_hook(self._update))
 
     def remove(self) -> None:
         self.unmerge()
@@ -111,13 +138,13 @@ class Injection:
 
     @contextmanager
     def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
-        """Within it the host computes with the update; yields the counts of active atoms."""
-        real = None if attention_mask is None else (attention_mask.reshape(-1) > 0).float()
-        self.current = Pass(self.project(task), task, real)
+        """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
+        thread = threading.get_ident()
+        self._passes[thread] = Pass(self.project(task), task, attention_mask)
         try:
-            yield self.current
+            yield self._passes[thread]
         finally:
-            self.current = None
+            del self._passes[thread]
 
     def run(
         self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
@@ -126,20 +153,21 @@ class Injection:
         if output_hidden_states is not None:
             inputs = inputs | {"output_hidden_states": output_hidden_states}
         with self.running(task, attention_mask) as current:
-            out = self.host(attention_mask=attention_mask, return_dict=True, **inputs)
+            out = call_host(self.host, attention_mask, **inputs)
         last = out.last_hidden_state
+        tokens = last.shape[1]
         states = current.knot_states | {self.map.num_layers: last}
 
         def mean(total: torch.Tensor | float) -> torch.Tensor:
             total = torch.as_tensor(total, device=last.device).float() / self.map.num_layers
-            return total.expand(last.shape[:2].numel()).view(last.shape[:2])
+            return total[:, :tokens] if total.dim() else total.expand(last.shape[:2])
 
         return InjectedRun(
             self.adapter,
             task,
             last,
             out.hidden_states,
-            [states[layer] for layer in self.knot_layers],
+            [states[layer][:, :tokens] for layer in self.knot_layers],
             [self.adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS],
             mean(current.expected_atoms),
             mean(current.active_atoms),
@@ -153,11 +181,17 @@ class Injection:
         with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
             return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
-    def _route(self, block: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _route(self, blocks: tuple[int, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
         run, config = self.current, self.adapter.config
         if run is None:
             return
-        state = args[0] if args else kwargs["hidden_states"]
+        block = run.enter(module, blocks)
+        state = self._tokens_last(next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
+        if state.dim() != 3:
+            raise HostError(
+                f"Block {block} of the host gets states {tuple(state.shape)}, not (sentences, tokens, width). Load "
+                "the host with attn_implementation='sdpa', which does not pack sentences together."
+            )
         if block in self.knot_layers:
             run.knot_states[block] = state
         if config.router == "static":
@@ -167,36 +201,54 @@ class Injection:
             return
         rows = run.atoms.router_rows[self.route_keys[block]]
         run.routing = route(state.flatten(0, -2), rows, run.atoms.router_bias, config.router_top_k)
-        run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1)
-        run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1)
+        run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1).view(state.shape[:-1])
+        run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1).view(state.shape[:-1])
         own = self.adapter.tasks[run.task]
         if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
-            real = run.real if run.real is not None else torch.ones_like(run.routing.gates[:, 0])
-            own.track_mean_gate(run.routing, real)
+            mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])
+            real = nn.functional.pad((mask > 0).float(), (0, state.shape[1] - mask.shape[1]))
+            own.track_mean_gate(run.routing, real.flatten())
 
-    def _update(self, site: Site, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _update(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         run = self.current
-        if run is None or self.merged:
+        if run is None or self.merged or (site := self.sites.get((run.block, module))) is None:
+            return None
+        if not run.first_use(module):
             return None
         read_side, read_key, _, write_key = self.plans[site]
-        dots = run.read(args[0] if read_side == "input" else output, run.atoms.read[read_key])
-        coefficients = run.atoms.coefficients[site.block, MODULE_TYPES.index(site.module_type)]
-        update = write_atoms(dots, run.atoms.write[write_key], run.routing, coefficients)
-        return output + update.view_as(output).to(output.dtype)
+        x = args[0] if read_side == "input" else output
+        tokens, atoms = self._tokens_last(x), run.atoms
+        if run.routing.atoms is not None and tokens.shape[:-1].numel() != len(run.routing.atoms):
+            raise HostError(
+                f"In block {site.block} the {site.module_types[0]} layer reads {tokens.shape[:-1].numel()} vectors "
+                f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
+            )
+        dots = run.read(x, tokens, atoms.read[read_key])
+        weights = [atoms.coefficients[site.block, MODULE_TYPES.index(role)] for role in site.module_types]
+        update = site.join([write_atoms(dots, atoms.write[write_key], run.routing, weight) for weight in weights])
+        own = self._tokens_last(output)
+        return self._tokens_last(own + update.view_as(own).to(own.dtype))
+
+    def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""
+        return x.transpose(1, 2) if self.map.layout.channels_first else x
 
     # ---- costs ----
 
     def host_multiply_adds(self, sequence_length: int) -> int:
         """Multiply-adds a token of the host's blocks: its linear layers, QKᵀ and the weighted sum of V."""
-        linear = sum(site.linear.in_features * site.linear.out_features for site in self.map.sites)
-        queries = (site.linear.out_features for site in self.map.sites if site.module_type == "query")
+        linear = sum(
+            site.widths["input"] * site.widths["output"] * len(site.module_types) // getattr(site.linear, "groups", 1)
+            for site in self.map.sites
+        )
+        queries = (site.widths["output"] for site in self.map.sites if "query" in site.module_types)
         return linear + sum(2 * sequence_length * width for width in queries)
 
     def added_multiply_adds(self, labels: int) -> int:
         """Multiply-adds a token that the adapter and its head add; nothing but the head when merged.
 
         A block scores M atoms once; each layer then reads and writes k atoms (all M with the static router), and
-        layers that share an input share the reading. The squares of the norms and the division by them count as well.
+        query, key and value share the reading. The squares of the norms and the division by them count as well.
         """
         config = self.adapter.config
         total = (labels + 2) * len(KNOTS) * self.map.hidden_size
@@ -206,9 +258,9 @@ class Injection:
         if config.router == "token":
             total += self.map.num_layers * (config.atoms + 1) * self.map.hidden_size
         for site, (read_side, _, write_side, _) in self.plans.items():
-            width = {"input": site.linear.in_features, "output": site.linear.out_features}
-            shares_reading = read_side == "input" and site.module_type in ("key", "value")
-            total += used * (width[write_side] + (0 if shares_reading else width[read_side]))
+            shares_reading = read_side == "input" and site.module_types in (("key",), ("value",))
+            writes = site.widths[write_side] * len(site.module_types)
+            total += used * (writes + (0 if shares_reading else site.widths[read_side]))
         return total
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
@@ -222,9 +274,12 @@ class Injection:
         """ΔW (out, in) of one site in float64, with the static router's fixed mask."""
         atoms = self.project(task)
         _, read_key, _, write_key = self.plans[site]
-        coefficients = atoms.coefficients[site.block, MODULE_TYPES.index(site.module_type)]
-        weights = (atoms.mean_gate * coefficients).double()
-        return (atoms.write[write_key].double().T * weights) @ atoms.read[read_key].double()
+        read, write = atoms.read[read_key].double(), atoms.write[write_key].double()
+        parts = []
+        for role in site.module_types:
+            weights = (atoms.mean_gate * atoms.coefficients[site.block, MODULE_TYPES.index(role)]).double()
+            parts.append(read.T * weights @ write)  # (in, w)
+        return site.join(parts).T
 
     @property
     def merged(self) -> bool:
@@ -232,24 +287,38 @@ class Injection:
 
     @torch.no_grad()
     def merge(self, task: str) -> None:
-        """Add ΔW to each site's weight; the original weights are kept for ``unmerge``."""
+        """Add ΔW to each site's weight; the original weights are kept for ``unmerge``.
+
+        Raises:
+            MergeError: the host's weights cannot take it, or other adapters are on the host.
+            HostError: a weight would not be finite.
+        """
+        if not self.map.mergeable():
+            raise MergeError(
+                f"The weights of this host ({self.map.family}) cannot take the update in: they are shared between "
+                "depths or with positions, grouped, or quantised. It is computed beside them instead."
+            )
+        Hold.check_alone(self.host)
         updated = {}
         for site in self.map.sites:
             weight = site.linear.weight
             updated[site] = (weight.double() + self.delta_weight(site, task)).to(weight.dtype)
             if not torch.isfinite(updated[site]).all():
                 raise HostError(
-                    f"Merging would make block {site.block} {site.module_type} not finite; nothing merged."
+                    f"Merging would make block {site.block} {'/'.join(site.module_types)} not finite; nothing merged."
                 )
         for site, weight in updated.items():
             self._originals[site] = site.linear.weight.detach().clone()
             site.linear.weight.copy_(weight)
         self.merged_task = task
+        Hold.on(self.host).merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give every site its own weight back, bit for bit."""
         for site, weight in self._originals.items():
             site.linear.weight.copy_(weight)
+        if self.merged:
+            Hold.on(self.host).merged = False
         self._originals.clear()
         self.merged_task = None

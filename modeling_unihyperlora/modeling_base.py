@@ -3,6 +3,7 @@
 ``save_pretrained`` writes the adapter alone; ``from_pretrained`` reads it and puts it on a host, its own or any other.
 """
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -18,8 +19,10 @@ from .anchors import join_anchors, read_anchors
 from .calibration import LOW_FIT, canonical_coordinates
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
-from .hosts import describe_host, encoder_of, freeze, load_host, load_host_tokenizer
+from .hold import Hold
+from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
+from .layouts import HostLayout, layout_from
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config, save_adapter
 from .stream import Stream, StreamRun, at_knots, read_anchor_states
 
@@ -60,13 +63,13 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if host is None:
             host = load_host(config.base_model_name_or_path, revision=config.base_model_revision)
         self.host = encoder_of(host)
+        Hold.check(self.host)
         self.adapter = UniHyperLoraAdapter(config).to(self.host.device)
         self.stream: Stream | None = None  # bound by ``calibrate``
         self.injection: Injection | None = None
         if config.pathway == "inject":
             self.injection = Injection(self.adapter, self.host)  # refuses an unknown family, the host still untouched
-        self._trainable_in_host = [p for p in self.host.parameters() if p.requires_grad]
-        freeze(self.host)
+        Hold.take(self.host, self)
         if self.injection is not None:
             self.injection.attach()
         self._host_arguments = set(inspect.signature(self.host.forward).parameters)
@@ -87,6 +90,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         tokenizer=None,
         anchor_file: str | Path | None = None,
+        layout: HostLayout | dict | None = None,
         **host_kwargs,
     ) -> "UniHyperLoraPreTrainedModel":
         """A fresh adapter on a host; until it is trained the host computes what it always did.
@@ -99,6 +103,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             revision: commit, tag or branch of the host.
             tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
             anchor_file: anchor text for the stream, one sentence a line; the package's own when None.
+            layout: where the host's family keeps its linear layers, for the injected update on a family that the
+                package does not know; it is saved with the adapter.
             **host_kwargs: ``dtype``, ``cache_dir``, ``token``, ``local_files_only`` for loading the host.
 
         Raises:
@@ -110,6 +116,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         else:
             name, host = str(host), load_host(str(host), revision=revision, **host_kwargs)
         config.base_model_name_or_path, config.base_model_revision = name or None, revision
+        _keep_layout(config, layout, host)
         if config.pathway == "stream":
             if tokenizer is None:
                 tokenizer = load_host_tokenizer(name)
@@ -122,7 +129,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             states = read_anchor_states(model.host, tokenizer, sentences)
             model.adapter.anchors.set(
                 sentences,
-                canonical_coordinates(at_knots(states, model.host.config.num_hidden_layers), config.stream_dim),
+                canonical_coordinates(at_knots(states, num_layers_of(model.host)), config.stream_dim),
             )
             model.calibrate(tokenizer, states)
         if labels is not None:
@@ -146,6 +153,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         revision: str = "main",
         dtype: torch.dtype | str | None = None,
         tokenizer=None,
+        layout: HostLayout | dict | None = None,
         **kwargs,
     ) -> "UniHyperLoraPreTrainedModel":
         """Read an adapter and put it on a host.
@@ -160,6 +168,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             revision: the adapter's revision.
             dtype: of a host that is loaded here.
             tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
+            layout: where the linear layers of this host's family are, see ``from_host``.
             **kwargs: ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, ``subfolder``.
 
         Raises:
@@ -194,6 +203,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             host = load_host(
                 config.base_model_name_or_path, revision=config.base_model_revision, **_given(dtype=dtype), **hub
             )
+        _keep_layout(config, layout, host)
         adapter = UniHyperLoraAdapter(config)  # before the host is touched: a bad file leaves it as it was
         load_adapter(adapter, weights)
         model = cls(config, host=host)
@@ -349,8 +359,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         """Take the adapter off and return the host as it was given; this model cannot be used afterwards."""
         if self.injection is not None:
             self.injection.remove()
-        for parameter in self._trainable_in_host:
-            parameter.requires_grad_(True)
+        Hold.release(self.host, self)
         return self.host
 
     def describe(self) -> str:
@@ -359,14 +368,14 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             fit = "not calibrated" if self.stream is None else " ".join(f"{k.r2:.2f}" for k in self.stream.fit)
             return (
                 f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
-                f"({self.host.config.model_type}, {self.host.config.num_hidden_layers} blocks x "
+                f"({self.host.config.model_type}, {num_layers_of(self.host)} blocks x "
                 f"{self.host.config.hidden_size}): pathway stream, R² a knot {fit}, tasks {sorted(self.config.tasks)}"
             )
-        sites, blocks = len(self.injection.map.sites), self.injection.map.num_layers
+        found = self.injection.map
         return (
             f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
-            f"({self.injection.map.family}, {blocks} blocks x {self.injection.map.hidden_size}): "
-            f"{sites}/{6 * blocks} sites, pathway {self.config.pathway}, projector {self.config.projector}, "
+            f"({found.family}, {found.num_layers} blocks x {found.hidden_size}): {found.coverage()} sites, "
+            f"pathway {self.config.pathway}, projector {self.config.projector}, "
             f"router {self.config.router}, tasks {sorted(self.config.tasks)}"
         )
 
@@ -414,6 +423,14 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 "another language, or trained for something else than text?",
                 ", ".join(f"{value:.2f}" for value in fit),
             )
+
+
+def _keep_layout(config: UniHyperLoraConfig, layout: HostLayout | dict | None, host: nn.Module) -> None:
+    """Note a user's layout in the configuration, under the family of the host that it came with."""
+    if layout is not None:
+        family = encoder_of(host).config.model_type
+        content = dataclasses.asdict(layout_from(layout, family))
+        config.host_layouts = config.host_layouts | {family: content}
 
 
 def _given(**kwargs) -> dict:

@@ -45,10 +45,11 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
     ) -> UniHyperLoraOutput:
-        """(B, T) ids → states (B, T, d); those of the stream's host are its own, since nothing changes them."""
+        """(B, T) ids, or images for a ViT → states (B, T, d); those of the stream's host are its own, since nothing changes them."""
         run = self.run(
             task,
             attention_mask,
@@ -57,6 +58,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
         )
         return UniHyperLoraOutput(last_hidden_state=run.last_hidden_state, **_shared(run))
 
@@ -112,13 +114,14 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         canonical_states: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids or cached states, labels (B,) → logits (B, C), mean cross-entropy (see the token model)."""
+        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy (see the token model)."""
         run = self.run(
             task,
             attention_mask,
@@ -127,6 +130,7 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
             canonical_states=canonical_states,
         )
         logits = run.sentence_logits()

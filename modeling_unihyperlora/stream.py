@@ -35,7 +35,7 @@ from .adapter import (
 from .anchors import word_states
 from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
-from .hosts import fingerprint
+from .hosts import call_host, fingerprint, num_layers_of
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Stream:
     ):
         self.adapter = adapter
         self.host = host
-        self.num_layers: int = host.config.num_hidden_layers
+        self.num_layers: int = num_layers_of(host)
         self.hidden_size: int = host.config.hidden_size
         self.near = near_layers(self.num_layers)
         self.layers = layers_of(self.near)
@@ -135,7 +135,7 @@ class Stream:
     @torch.no_grad()
     def read_host(self, attention_mask: torch.Tensor | None, inputs: dict) -> tuple:
         """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states."""
-        out = self.host(attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **inputs)
+        out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
         self.begins_word = self.begins_word.to(inputs["input_ids"].device)
         positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
         return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
@@ -210,7 +210,7 @@ def disturb(z: torch.Tensor, fidelity: float, knot_dropout: float) -> torch.Tens
 
 def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
     """The host's states of the anchors in every layer that a knot uses: (layers, N, d), see ``word_states``."""
-    layers = layers_of(near_layers(host.config.num_hidden_layers))
+    layers = layers_of(near_layers(num_layers_of(host)))
     with hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False) as bar:
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
 

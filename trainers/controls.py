@@ -16,7 +16,7 @@ from modeling_unihyperlora.adapter import UniHyperLoraAdapter, knot_layers
 from modeling_unihyperlora.anchors import word_states
 from modeling_unihyperlora.calibration import standardise
 from modeling_unihyperlora.errors import ConfigError
-from modeling_unihyperlora.hosts import load_host, load_host_tokenizer
+from modeling_unihyperlora.hosts import load_host, load_host_tokenizer, num_layers_of
 from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
 
 
@@ -59,7 +59,7 @@ def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, t
         tokenizer = tokenizer or load_host_tokenizer(str(host))
         host = load_host(str(host))
     tokenizer = tokenizer or load_host_tokenizer(host.config.name_or_path)
-    layers = knot_layers(host.config.num_hidden_layers)
+    layers = knot_layers(num_layers_of(host))
     states = word_states(host, tokenizer, loaded.anchors.sentences(), layers)
     return _save(loaded, random_coordinates(states, loaded.config.stream_dim, seed), folder)
 

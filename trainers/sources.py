@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.adapter import KNOTS, near_layers
 from modeling_unihyperlora.calibration import HostFit, canonical_coordinates, fit_host
-from modeling_unihyperlora.hosts import describe_host, load_host
+from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
 from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
 
 from .state_cache import CanonicalStates, WordStates
@@ -51,7 +51,7 @@ class Source:
     def __init__(
         self, host: nn.Module, tokenizer, sentences: list[list[str]], windows: Dataset, fit: HostFit | None = None
     ):
-        self.num_layers: int = host.config.num_hidden_layers
+        self.num_layers: int = num_layers_of(host)
         self.words = WordStates(host, tokenizer, windows)
         self.data = CanonicalStates(self.words, lambda: self.fit)
         self.fit: HostFit = fit or []

@@ -24,7 +24,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from modeling_unihyperlora.adapter import near_layers
 from modeling_unihyperlora.calibration import HostFit, apply_fit, cache_folder, fit_on, layers_of
 from modeling_unihyperlora.errors import DataError
-from modeling_unihyperlora.hosts import fingerprint
+from modeling_unihyperlora.hosts import fingerprint, num_layers_of
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.stream import begins_of, states_of_words, word_beginnings, word_positions
 
@@ -58,7 +58,7 @@ class WordStates:
     def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase, windows: Dataset, batch_size: int = 32):
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         begins_word = word_beginnings(tokenizer, tokens)
-        self.layers = layers = layers_of(near_layers(host.config.num_hidden_layers))
+        self.layers = layers = layers_of(near_layers(num_layers_of(host)))
         items = [windows[index] for index in range(len(windows))]
         ids = (torch.tensor([item["input_ids"]]) for item in items)
         positions = [begins_of(begins_word, row)[0].nonzero().squeeze(1).tolist() for row in ids]
@@ -194,7 +194,8 @@ def read_words(
     """States of a batch's words (B, W, layers, d) float16, and words a window (B,)."""
     known = inspect.signature(host.forward).parameters
     inputs = {name: value.to(host.device) for name, value in batch.items() if name in known}
-    positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], inputs["attention_mask"])
+    mask = batch["attention_mask"].to(host.device)
+    positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], mask)
     hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
     return states_of_words(hidden, layers, positions).half(), lengths
 

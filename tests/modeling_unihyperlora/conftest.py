@@ -7,49 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, MPNetConfig, MPNetModel
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.hosts import LAYOUTS, MODULE_TYPES
+from modeling_unihyperlora.hosts import MODULE_TYPES
 from modeling_unihyperlora.quantization import StoredTensor
+from tests.modeling_unihyperlora.families import VOCABULARY, tiny_host
 
-VOCABULARY = 40
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
 
 
 @pytest.fixture(scope="session")
 def make_host():
     """make_host("bert", width=…, layers=…, seed=…) → a random encoder without dropout, in evaluation mode."""
-
-    def make(family: str = "bert", width: int = 32, layers: int = 3, seed: int = 0, inner: int | None = None):
-        common = {"vocab_size": VOCABULARY, "pad_token_id": 1}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            if family == "distilbert":
-                config = DistilBertConfig(
-                    dim=width, n_layers=layers, n_heads=4, hidden_dim=inner or 2 * width, dropout=0.0, **common
-                )
-                config.attention_dropout = 0.0
-                host = DistilBertModel(config)
-            else:
-                shape = {
-                    "hidden_size": width,
-                    "num_hidden_layers": layers,
-                    "num_attention_heads": 4,
-                    "intermediate_size": inner or 2 * width,
-                    "hidden_dropout_prob": 0.0,
-                    "attention_probs_dropout_prob": 0.0,
-                }
-                config = (BertConfig if family == "bert" else MPNetConfig)(**shape, **common)
-                host = (BertModel if family == "bert" else MPNetModel)(config, add_pooling_layer=False)
-            for parameter in host.parameters():  # transformers' 0.02 would leave all tokens nearly alike
-                if parameter.dim() == 2:
-                    nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
-                else:
-                    parameter.data += 0.1 * torch.randn_like(parameter)
-        return host.eval()
-
-    return make
+    return tiny_host
 
 
 @pytest.fixture(scope="session")
@@ -142,26 +112,24 @@ def _reference(model, batch: dict[str, torch.Tensor], task: str | None = None) -
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
     run = _Run(model, values, task)
-    layout = LAYOUTS[host.config.model_type]
-    blocks = host.get_submodule(layout.blocks)
-    for index, block in enumerate(blocks):
-        for kind, module_type in enumerate(MODULE_TYPES):
-            path = getattr(layout, module_type)
-            parent, _, leaf = path.rpartition(".")
-            own = _Linear(block.get_submodule(path), run, index, len(blocks), kind)
-            setattr(block.get_submodule(parent), leaf, own)
-        blocks[index] = _Block(block, run)
+    names = {module: name for name, module in model.host.named_modules()}
+    for linear, site in {site.linear: site for site in model.injection.map.sites}.items():
+        own = _Linear(host.get_submodule(names[linear]), run, site.module_types)
+        host.set_submodule(names[linear], own)
+    for block in dict.fromkeys(model.injection.map.blocks):
+        host.set_submodule(names[block], _Block(host.get_submodule(names[block]), run))
     host = host.double()
     hidden = host(**batch).last_hidden_state
     states = [*run.inputs, hidden]  # after 0, 1, … L blocks
     logits = values[f"tasks.{task}.head_bias"]
     weight = values[f"tasks.{task}.head_weight"].view(-1, 5, model.config.anchor_dim)
     for knot in range(5):
-        state = states[math.floor(len(blocks) * knot / 4 + 0.5)]
+        state = states[math.floor((len(states) - 1) * knot / 4 + 0.5)]
         if model.task_type == "sequence_classification":
-            real = batch["attention_mask"].double().unsqueeze(-1)
+            mask = batch.get("attention_mask", torch.ones(hidden.shape[:2]))
+            real = mask.double().unsqueeze(-1)
             state = (state * real).sum(dim=1) / real.sum(dim=1)
-        scaled = state / state.square().mean(dim=-1, keepdim=True).sqrt()
+        scaled = state / state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
         logits = logits + scaled @ run.inward(hidden.shape[-1]).T @ weight[:, knot].T
     counts = [torch.stack(x).mean(dim=0).view(hidden.shape[:2]) for x in (run.expected, run.active)]
     result = {"logits": logits, "hidden": hidden, "values": values}
@@ -174,8 +142,14 @@ class _Run:
     def __init__(self, model, values, task):
         self.values, self.task, self.config = values, task, model.config
         self.mean_gate = model.adapter.tasks[task].mean_gate.half().double()
+        self.blocks = model.host.config.num_hidden_layers
+        self.heads = model.host.config.num_attention_heads
+        self.family = model.host.config.model_type
         self.chosen: list[list[tuple[int, torch.Tensor]]] = []  # for each token: (atom, gate)
         self.expected, self.active, self.inputs = [], [], []
+
+    def tokens_last(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2) if self.family == "squeezebert" else x
 
     def wave(self, name: str, width: int) -> torch.Tensor:
         """P(w) (w, D), entry by entry as the formula is printed."""
@@ -190,10 +164,10 @@ class _Run:
     def inward(self, width: int) -> torch.Tensor:
         return self.wave("inward_waves", width).T
 
-    def coefficients(self, block: int, blocks: int, kind: int) -> torch.Tensor:
+    def coefficients(self, kind: int) -> torch.Tensor:
         """(g_θ + δθ)(ℓ/L, type), (M,)."""
         place = torch.zeros(8, dtype=torch.float64)
-        place[0], place[1], place[2 + kind] = 1, (block + 1) / blocks, 1
+        place[0], place[1], place[2 + kind] = 1, len(self.inputs) / self.blocks, 1
         wave = torch.sin(self.values["mixer.hidden"] @ place)
         mixed = self.values["mixer.output"] @ torch.cat([wave, torch.ones(1, dtype=torch.float64)])
         return mixed + place @ self.values[f"tasks.{self.task}.delta"]
@@ -213,7 +187,7 @@ class _Run:
         inward = self.inward(tokens.shape[-1])
         self.chosen, expected, active = [], [], []
         for x in tokens:
-            scores = weight @ (inward @ x) / x.square().mean().sqrt() + bias + task
+            scores = weight @ (inward @ x) / x.square().mean().clamp_min(1e-12).sqrt() + bias + task
             best = sorted(range(len(scores)), key=lambda j: -scores[j].item())[: self.config.router_top_k]
             beats_null = [j for j in best if scores[j] > 0]
             # Below the null choice an atom is not used; the gradient of its gate is that of its probability.
@@ -231,25 +205,52 @@ class _Block(nn.Module):
         super().__init__()
         self.block, self.run = block, run
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.block, name)  # a host may ask a block for its attention type
+
     def forward(self, hidden_states, *args, **kwargs):
-        self.run.inputs.append(hidden_states)
-        self.run.route(hidden_states)
+        state = self.run.tokens_last(hidden_states)
+        self.run.inputs.append(state)
+        self.run.route(state)
         return self.block(hidden_states, *args, **kwargs)
 
 
 class _Linear(nn.Module):
-    def __init__(self, linear: nn.Linear, run: _Run, block: int, blocks: int, kind: int):
+    def __init__(self, linear: nn.Module, run: _Run, roles: tuple[str, ...]):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.run, self.place = run, (block, blocks, kind)
+        self.linear, self.run, self.kinds = linear, run, [MODULE_TYPES.index(role) for role in roles]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight
+
+    def rows(self, position: int, outputs: int) -> list[int]:
+        """Which outputs of the layer are those of the role at this position."""
+        if self.run.family == "deberta":  # head by head, in each first the query's, then the key's, then the value's
+            width = outputs // (self.run.heads * len(self.kinds))
+            starts = [(head * len(self.kinds) + position) * width for head in range(self.run.heads)]
+        else:
+            width = outputs // len(self.kinds)
+            starts = [position * width]
+        return [row for start in starts for row in range(start, start + width)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        run = self.run
-        into = run.values["atoms_in"] @ run.inward(self.weight.shape[1])  # rows v_jᵀ P_in
-        out = run.values["atoms_out"] @ run.wave("outward_waves", self.weight.shape[0]).T  # rows P_out u_j
-        c = run.coefficients(*self.place)
-        results = []
-        for token, gates in zip(x.reshape(-1, x.shape[-1]), run.chosen, strict=True):
-            delta = sum(gate * c[j] * torch.outer(out[j], into[j]) for j, gate in gates)
-            results.append((self.weight + delta) @ token + self.bias)
-        return torch.stack(results).view(*x.shape[:-1], -1)
+        run, plain = self.run, self.linear(x)
+        x, plain = run.tokens_last(x), run.tokens_last(plain)
+        if x.shape[:2] != run.inputs[-1].shape[:2]:
+            return run.tokens_last(plain)  # relative positions
+        into = run.values["atoms_in"] @ run.inward(x.shape[-1])  # rows v_jᵀ P_in
+        deltas = []
+        for gates in run.chosen:
+            delta = x.new_zeros(plain.shape[-1], x.shape[-1])
+            for position, kind in enumerate(self.kinds):
+                rows, c = self.rows(position, plain.shape[-1]), run.coefficients(kind)
+                out = run.values["atoms_out"] @ run.wave("outward_waves", len(rows)).T  # rows P_out u_j
+                own = sum(gate * c[j] * torch.outer(out[j], into[j]) for j, gate in gates)
+                delta = delta.index_add(0, torch.tensor(rows), own)
+            deltas.append(delta)
+        update = torch.stack([delta @ token for delta, token in zip(deltas, x.flatten(0, 1), strict=True)])
+        return run.tokens_last(plain + update.view_as(plain))

@@ -201,12 +201,9 @@ class TestArguments:
         with pytest.raises(HostError, match="cannot be loaded"):
             self.load(adapter_folder)
 
-    def test_unknown_family(self, adapter_folder):
-        from transformers import ElectraConfig, ElectraModel
-
-        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        host = ElectraModel(ElectraConfig(vocab_size=40, embedding_size=16, **shape))
-        with pytest.raises(HostError, match="'electra'.*bert, distilbert, mpnet"):
+    def test_unknown_family(self, adapter_folder, make_host):
+        host = make_host("rembert")
+        with pytest.raises(HostError, match="'rembert'.*bert.*mpnet.*layout="):
             self.load(adapter_folder, host=host)
         assert is_untouched(host)
 

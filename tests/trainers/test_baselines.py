@@ -11,12 +11,12 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertModel,
+    ConvBertConfig,
+    ConvBertModel,
     DistilBertConfig,
     DistilBertModel,
     MPNetConfig,
     MPNetModel,
-    RobertaConfig,
-    RobertaModel,
 )
 
 from modeling_unihyperlora import ConfigError, HostError
@@ -31,7 +31,7 @@ HOSTS = {
         DistilBertConfig(vocab_size=40, dim=16, n_layers=3, n_heads=2, hidden_dim=32)
     ),
     "mpnet": lambda: MPNetModel(MPNetConfig(**SHAPE, intermediate_size=32)),
-    "roberta": lambda: RobertaModel(RobertaConfig(**SHAPE, intermediate_size=32)),
+    "convbert": lambda: ConvBertModel(ConvBertConfig(**SHAPE, intermediate_size=32, embedding_size=16)),
 }
 ATTENTION, FEED_FORWARD = 4 * (16 + 16), 2 * (16 + 32)  # sums of the widths on both sides of a block's linear layers
 DENSE, CLASSIFIER = 16 * 16 + 16, 16 * 3 + 3
@@ -156,9 +156,9 @@ def test_a_head_for_other_labels(host_of, tmp_path):
 
 
 def test_lora_knows_the_families_of_the_injected_update_alone(host_of):
-    with pytest.raises(HostError, match="Host family 'roberta' .* has no layout"):
-        make_baseline("lora", "token_classification", host_of("roberta"), LABELS)
-    make_baseline("full", "token_classification", host_of("roberta"), LABELS)
+    with pytest.raises(HostError, match="Host family 'convbert' .* has no layout"):
+        make_baseline("lora", "token_classification", host_of("convbert"), LABELS)
+    make_baseline("full", "token_classification", host_of("convbert"), LABELS)
 
 
 def test_without_peft(host_of, monkeypatch):
