@@ -49,7 +49,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         output_hidden_states: bool | None = None,
         task: str | None = None,
     ) -> UniHyperLoraOutput:
-        """(B, T) ids, or images for a ViT → states (B, T, d); those of the stream's host are its own, since nothing changes them."""
+        """(B, T) ids, or images for a ViT → states (B, T, d); the stream leaves those of its host as they are."""
         run = self.run(
             task,
             attention_mask,
@@ -121,7 +121,7 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         output_hidden_states: bool | None = None,
         task: str | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy (see the token model)."""
+        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy (as for tokens)."""
         run = self.run(
             task,
             attention_mask,

@@ -120,7 +120,8 @@ class TestInject:
         with torch.no_grad():
             plain = host(**batch).last_hidden_state
             model = injected(family, host=host)
-            assert not torch.equal(model.run(None, batch.get("attention_mask"), None, **batch_of(batch))[2], plain)
+            run = model.run(None, batch.get("attention_mask"), None, **batch_without_mask(batch))
+            assert not torch.equal(run.last_hidden_state, plain)
             broken = list(model.injection.map.sites)[-1].linear.register_forward_pre_hook(_fail)
             with pytest.raises(ZeroDivisionError):
                 model(**batch)
@@ -184,6 +185,7 @@ class TestInject:
             assert not any(p.requires_grad for p in model.host.parameters())
             assert torch.equal(model(**batch).logits, before)
 
+    @pytest.mark.slow  # seconds a family
     def test_inject_compile(self, family, injected):
         """torch.compile traces the host with the hooks in it and computes the same."""
         model, batch = injected(family), inputs(family)
@@ -198,7 +200,7 @@ def _fail(module, args):
     raise ZeroDivisionError
 
 
-def batch_of(batch: dict) -> dict:
+def batch_without_mask(batch: dict) -> dict:
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
@@ -285,9 +287,7 @@ class TestStream:
     def test_stream_detach(self, family, streamed):
         host, batch = tiny_host(family, layers=2), inputs(family)
         own = {name: value for name, value in batch.items() if family != "fnet" or name != "attention_mask"}
-        host(
-            **own, output_hidden_states=True
-        )  # transformers puts hooks of its own on some hosts and leaves them there
+        host(**own, output_hidden_states=True)  # transformers leaves hooks of its own on some
         host.train()
         before = state_of(host)
         with torch.no_grad():
@@ -300,6 +300,8 @@ class TestStream:
             assert torch.equal(host.eval()(**own).last_hidden_state, plain)
 
     def test_stream_bfloat16(self, family, streamed):
+        if family == "fnet":
+            pytest.skip("torch has no Fourier transform in bfloat16 on a CPU, so the host itself does not run")
         batch, model = inputs(family), streamed(tiny_host(family, layers=2))
         low = streamed(tiny_host(family, layers=2).to(torch.bfloat16))
         with torch.no_grad():
