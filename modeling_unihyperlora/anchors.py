@@ -12,7 +12,7 @@ from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import DataError, HostError
-from .hosts import call_host
+from .hosts import call_host, check_states
 from .quantization import Grid, StoredTensor
 
 COORDINATE_STEP = 0.375  # of 4-bit coordinates of unit variance: from -3 to 2.625
@@ -135,6 +135,7 @@ def word_states(
             )
             ids, mask = encoded["input_ids"].to(host.device), encoded["attention_mask"].to(host.device)
             hidden = call_host(host, mask, input_ids=ids, output_hidden_states=True).hidden_states
+            check_states(host, hidden, ids)
             for row, index in enumerate(chosen):
                 words = encoded.word_ids(row)
                 first = {word: position for position, word in reversed(list(enumerate(words))) if word is not None}

@@ -246,6 +246,17 @@ def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
     return host(return_dict=True, **inputs)
 
 
+def check_states(host: nn.Module, hidden_states: tuple[torch.Tensor, ...] | None, input_ids: torch.Tensor) -> None:
+    """Raise ``HostError`` unless a host returned L+1 states (B, T, d) for ids (B, T): all that the stream needs."""
+    layers, shape = num_layers_of(host), (*input_ids.shape, host.config.hidden_size)
+    found = [tuple(state.shape) for state in hidden_states or ()]
+    if len(found) != layers + 1 or any(state != shape for state in found):
+        raise HostError(
+            f"{type(host).__name__} returns {len(found)} hidden states of shapes {sorted(set(found))}; the stream "
+            f"needs {layers + 1} (num_hidden_layers + 1) of {shape}. If the host was changed, correct its config."
+        )
+
+
 def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
     """SHA-256 (16 hex digits) over names, shapes and evenly spaced values of the host's weights.
 
@@ -257,9 +268,8 @@ def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
         if name.startswith("pooler."):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // values_a_tensor)].cpu()
-        sample = (sample.dequantize() if sample.is_quantized else sample).float()
+        flat = (tensor.dequantize() if tensor.is_quantized else tensor).detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // values_a_tensor)].cpu().float()
         digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -67,7 +67,8 @@ def layout_from(content: HostLayout | Mapping, family: str) -> HostLayout:
         if fields[name].type is bool:
             good = isinstance(value, bool)
         else:
-            good = all(isinstance(path, str) and path for path in ([value] if isinstance(value, str) else value or ()))
+            paths = [value] if isinstance(value, str) else value
+            good = isinstance(paths, list | tuple) and all(isinstance(path, str) and path for path in paths)
         if not good:
             raise ConfigError(f"The layout of '{family}' has {name}={value!r}; a path, a list of paths or a bool.")
     layout = HostLayout(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})

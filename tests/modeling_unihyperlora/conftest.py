@@ -116,8 +116,10 @@ def _reference(model, batch: dict[str, torch.Tensor], task: str | None = None) -
     for linear, site in {site.linear: site for site in model.injection.map.sites}.items():
         own = _Linear(host.get_submodule(names[linear]), run, site.module_types)
         host.set_submodule(names[linear], own)
-    for block in dict.fromkeys(model.injection.map.blocks):
-        host.set_submodule(names[block], _Block(host.get_submodule(names[block]), run))
+    wrapped = {block: _Block(host.get_submodule(names[block]), run) for block in model.injection.map.blocks}
+    for name, module in model.host.named_modules(remove_duplicate=False):  # a block may be there twice
+        if module in wrapped:
+            host.set_submodule(name, wrapped[module])
     host = host.double()
     hidden = host(**batch).last_hidden_state
     states = [*run.inputs, hidden]  # after 0, 1, … L blocks
