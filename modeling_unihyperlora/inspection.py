@@ -1,0 +1,119 @@
+"""What is in an adapter's file, and how it fits a host: what ``python -m modeling_unihyperlora inspect`` prints."""
+
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
+
+from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct
+from .adapter import KNOTS, UniHyperLoraAdapter, part_of
+from .calibration import LOW_FIT
+from .hosts import MODULE_TYPES, fingerprint
+from .modeling_unihyperlora import UniHyperLoraModel
+from .quantization import Grid, RowInteger, StoredTensor
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
+
+FAIR_FIT = 0.3  # mean R² under which a host is reported as a fair fit only
+
+
+def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, object]:
+    """An adapter's parts, tasks and origin; no host is loaded.
+
+    Args:
+        name: the adapter's folder or Hub id.
+        revision: on the Hub.
+
+    Returns:
+        ``config`` (UniHyperLoraConfig), ``bytes`` (of the weights file), ``tensors`` (rows of part, name, shape, bits,
+        bytes).
+
+    Raises:
+        AdapterFileError, ConfigError: no adapter there, or it is damaged.
+    """
+    weights = adapter_file(name, WEIGHTS_NAME, revision, {})
+    config = read_config(adapter_file(name, CONFIG_NAME, revision, {}))
+    adapter = UniHyperLoraAdapter(config)
+    load_adapter(adapter, weights)
+    tensors = [
+        {
+            "part": part_of(tensor),
+            "name": tensor,
+            "shape": tuple(module.latent.shape),
+            "bits": _bits(module),
+            "bytes": sum(t.numel() * t.element_size() for t in module.encode().values()),
+        }
+        for tensor, module in adapter.named_modules()
+        if isinstance(module, StoredTensor)
+    ]
+    for tensor, buffer in adapter.named_buffers():
+        bits = 16 if buffer.is_floating_point() else 8 * buffer.element_size()
+        tensors.append(
+            {
+                "part": part_of(tensor),
+                "name": tensor,
+                "shape": tuple(buffer.shape),
+                "bits": bits,
+                "bytes": buffer.numel() * bits // 8,
+            }
+        )
+    return {"config": config, "bytes": weights.stat().st_size, "tensors": sorted(tensors, key=lambda row: row["part"])}
+
+
+def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict[str, object]:
+    """How an adapter fits a host; the stream is calibrated for it.
+
+    Returns:
+        ``describe`` (one line), ``sites`` (module type → blocks that have it) and ``blocks``, or ``knots`` (rows of
+        depth, layers, R²); ``flops_overhead_pct`` at 128 tokens with the active task's head, ``warnings``.
+
+    Raises:
+        AdapterFileError, ConfigError, HostError
+    """
+    model = UniHyperLoraModel.from_pretrained(name, base_model_name_or_path=host, revision=revision)
+    task = model.config.tasks.get(model.config.active_task, {"labels": []})
+    report = {
+        "describe": model.describe(),
+        "flops_overhead_pct": flops_overhead_pct(model.path, len(task["labels"])),
+        "warnings": [],
+    }
+    sources = {source.get("fingerprint") for source in model.config.source_hosts}
+    if model.injection is not None:
+        sites = model.injection.map.sites
+        report["blocks"] = model.injection.map.num_layers
+        report["sites"] = {
+            role: len({site.block for site in sites if role in site.module_types}) for role in MODULE_TYPES
+        }
+        if fingerprint(model.host) not in sources:
+            report["warnings"].append(
+                "The adapter was not trained on this host, and the injected update does not carry over to others: "
+                "expect what an untrained adapter would score, unless it is trained here."
+            )
+    else:
+        report["knots"] = [
+            {"depth": depth, "layers": knot.layers, "r2": knot.r2}
+            for depth, knot in zip(KNOTS, model.stream.fit, strict=True)
+        ]
+        fit = sum(knot.r2 for knot in model.stream.fit) / len(KNOTS)
+        if fit < LOW_FIT:
+            report["warnings"].append(
+                f"Mean R² {fit:.2f}: the host hardly fits the canonical space, expect low scores. Is it of another "
+                "language, or trained for something else than text?"
+            )
+        elif fit < FAIR_FIT:
+            report["warnings"].append(
+                f"Mean R² {fit:.2f}: a fair fit, as that of very small hosts; expect clearly less than on the source."
+            )
+    if report["flops_overhead_pct"] > MAX_FLOPS_OVERHEAD_PCT:
+        report["warnings"].append(
+            f"{report['flops_overhead_pct']:.1f} % extra multiply-adds, over the budget of {MAX_FLOPS_OVERHEAD_PCT:g}."
+        )
+    return report
+
+
+def over_budget(report: dict[str, object]) -> bool:
+    """Whether an adapter's file is larger than the budget."""
+    return report["bytes"] > MAX_ADAPTER_BYTES
+
+
+def _bits(module: StoredTensor) -> int:
+    codec = module.codec
+    return codec.bits if isinstance(codec, RowInteger) else 4 if isinstance(codec, Grid) else 16

@@ -1,0 +1,83 @@
+"""``python -m modeling_unihyperlora inspect``: what it says is what is in the file and on the host."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.__main__ import main
+from modeling_unihyperlora.inspection import inspect_adapter, inspect_on_host
+from modeling_unihyperlora.storage import WEIGHTS_NAME
+
+
+@pytest.fixture
+def host_folder(make_host, tmp_path):
+    make_host(layers=4).save_pretrained(tmp_path / "host")
+    return str(tmp_path / "host")
+
+
+@pytest.fixture
+def adapter_folder(make_model, make_host, tmp_path):
+    make_model(host=make_host(layers=4)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_rows_are_the_tensors_of_the_file(adapter_folder):
+    report = inspect_adapter(adapter_folder)
+    stored = load_file(adapter_folder / WEIGHTS_NAME)
+    assert report["bytes"] == (adapter_folder / WEIGHTS_NAME).stat().st_size
+    sizes = {name: stored[name].numel() * stored[name].element_size() for name in stored}
+    for row in report["tensors"]:
+        assert row["bytes"] == sizes.pop(row["name"]) + sizes.pop(f"{row['name']}.scale", 0)
+    assert not sizes
+    bits = {row["name"]: row["bits"] for row in report["tensors"]}
+    assert (bits["atoms_in"], bits["mixer.hidden"], bits["tasks.ner.delta"], bits["router_bias"]) == (8, 4, 4, 16)
+
+
+def test_on_the_host_that_it_was_trained_on_and_on_another(adapter_folder, host_folder, make_host, tmp_path):
+    own = inspect_on_host(adapter_folder, host_folder)
+    assert own["sites"] == dict.fromkeys(own["sites"], 4) and own["blocks"] == 4
+    assert not any("not trained on this host" in warning for warning in own["warnings"])
+    make_host("roberta", layers=2).save_pretrained(tmp_path / "other")
+    other = inspect_on_host(adapter_folder, str(tmp_path / "other"))
+    assert other["blocks"] == 2 and any("not trained on this host" in warning for warning in other["warnings"])
+
+
+def test_the_streams_fit_and_what_to_expect_of_it(tiny_host, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
+    words = "anna ben carla david paris rome oslo lima lives works in at near the a and from to flew .".split()
+    order = torch.randint(0, len(words), (40, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "anchors.txt").write_text("\n".join(" ".join(words[i] for i in line) for line in order))
+    shape = {"stream_dim": 8, "atoms": 12, "anchor_dim": 8, "stream_width": 8, "stream_hidden": 6}
+    config = UniHyperLoraConfig(pathway="stream", **shape)
+    model = UniHyperLoraForTokenClassification.from_host(
+        str(tiny_host), labels=["O", "B-A"], task="ner", config=config, anchor_file=tmp_path / "anchors.txt"
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    report = inspect_on_host(tmp_path / "adapter", str(tiny_host))
+    fit = [knot.r2 for knot in model.stream.fit]
+    assert [knot["r2"] for knot in report["knots"]] == fit and [k["depth"] for k in report["knots"]][::4] == [0, 1]
+    assert sum(fit) / 5 > 0.3 and not any("R²" in warning for warning in report["warnings"])
+    shuffled = model.adapter.anchors.coordinates.latent
+    shuffled.data.copy_(shuffled.data[torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(0))])
+    model.save_pretrained(tmp_path / "shuffled")
+    main(["inspect", str(tmp_path / "shuffled"), "--host", str(tiny_host)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "expect low scores" in printed and "Calibration on this host" in printed
+
+
+def test_as_a_command(adapter_folder, host_folder, monkeypatch, capsys):
+    """As ``python -m`` runs it: the tables, and one line for what cannot be done."""
+    monkeypatch.setattr(sys, "argv", ["inspect", "inspect", str(adapter_folder), "--host", host_folder])
+    runpy.run_module("modeling_unihyperlora", run_name="__main__")
+    printed = capsys.readouterr().out
+    for expected in ("atoms_in", "16 × 12", "B-A", "ner (active)", "24/24", "extra multiply-adds"):
+        assert expected in printed
+    config = adapter_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"atoms": 17}))
+    with pytest.raises(SystemExit, match="^inspect: .*the configuration asks for"):
+        runpy.run_module("modeling_unihyperlora", run_name="__main__")
