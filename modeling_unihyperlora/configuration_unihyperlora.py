@@ -20,6 +20,7 @@ _ALLOWED = {
     "router_top_k": (1, 2, 3),
 }
 _MOST_ANCHOR_BYTES = 1_000_000
+_MOST_COORDINATES = 10_000_000
 _LARGEST_SIZE = 4096  # far over any budget; keeps a damaged config.json from asking for all memory
 
 
@@ -130,6 +131,11 @@ class UniHyperLoraConfig(PreTrainedConfig):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= _MOST_ANCHOR_BYTES:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be at most {_MOST_ANCHOR_BYTES}.")
+        if self.anchor_words * self.stream_dim > _MOST_COORDINATES:
+            raise ConfigError(
+                f"anchor_words={self.anchor_words} of stream_dim={self.stream_dim} is not allowed; their product, the "
+                f"coordinates a knot, must be at most {_MOST_COORDINATES:,}."
+            )
         if self.router_top_k > self.atoms:
             raise ConfigError(f"router_top_k={self.router_top_k} exceeds atoms={self.atoms}.")
         if type(self.delta_step) not in (int, float) or not 1e-6 <= self.delta_step <= 1e6:

@@ -5,9 +5,10 @@
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
-costs, settings, host, data, versions, hardware. Of a folder of transfer.py it keeps the matrix and its picture, of one
-of ablation.py the table.
-``render`` writes results/README.md and the short table in README.md from those files alone.
+costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
+its picture, of one of ablation.py the table.
+``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md from those files
+alone.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from host_tables import host_tables
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.storage import replacing, write_json
 
@@ -29,14 +31,15 @@ SETTINGS = (
     "num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps weight_decay lambda_f lambda_q seed bf16 "
     "max_seq_length"
 ).split()
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
 COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
 )
 BASELINE_SCOPES = {"probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
-MATRIX = "transfer_matrix"  # what transfer.py calls its files
+WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
 ABLATION = "ablation.json"  # what ablation.py calls its own
 
 
@@ -49,20 +52,20 @@ def main(command_line: list[str] | None = None) -> None:
     commands.add_parser("render", help="write results/README.md")
     args = parser.parse_args(command_line)
     if args.command == "record":
-        if (args.folder / f"{MATRIX}.json").is_file():
-            keep_matrix(args.folder, args.name)
+        drawn = [stem for stem in WITH_PICTURE if (args.folder / f"{stem}.json").is_file()]
+        if drawn:
+            keep_with_picture(args.folder / drawn[0], args.name)
         elif (args.folder / ABLATION).is_file():
             write_json(RESULTS / f"{args.name}.json", ablation_of(args.folder))
         else:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
         records = read_records(RESULTS)
-        readme = RESULTS.parent / "README.md"
-        before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
+        readme, hosts = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "HOSTS.md"
         for path, text in {
             RESULTS / "README.md": rendered(records),
-            readme: f"{before}{BEGIN}\n{summary(records)}\n{END}{after}",
+            readme: between(readme.read_text(encoding="utf-8"), *MARKS, summary(records)),
+            hosts: between(hosts.read_text(encoding="utf-8"), *HOST_MARKS, host_tables(records)),
         }.items():
             with replacing(path) as temporary:
                 Path(temporary).write_text(text, encoding="utf-8")
@@ -95,18 +98,29 @@ def record_of(folder: Path) -> dict[str, object]:
     }
 
 
-def keep_matrix(folder: Path, name: str) -> None:
-    """Keep what transfer.py wrote: results/NAME.json and results/NAME.png.
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """A document with what is between two marks replaced."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+def keep_with_picture(written: Path, name: str) -> None:
+    """Keep a table and its picture: results/NAME.json and results/NAME.png.
+
+    Args:
+        written: path of the two files without their endings.
+        name: what to call them.
 
     Raises:
-        ConfigError: the matrix or its picture cannot be read.
+        ConfigError: one of them cannot be read.
     """
     try:
-        matrix = json.loads((folder / f"{MATRIX}.json").read_text(encoding="utf-8"))
-        picture = (folder / f"{MATRIX}.png").read_bytes()
+        matrix = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+        picture = written.with_suffix(".png").read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} holds no whole matrix ({error}). Give the --output_dir of transfer.py."
+            f"{written.parent} holds no whole matrix ({error}). Give the --output_dir of transfer.py or "
+            "pruned_hosts.py."
         ) from error
     with replacing(RESULTS / f"{name}.png") as temporary:
         Path(temporary).write_bytes(picture)

@@ -20,8 +20,17 @@ from modeling_unihyperlora.hosts import LAYOUTS, encoder_of
 from modeling_unihyperlora.quantization import StoredTensor
 from tests.modeling_unihyperlora.families import STREAM_ONLY, VOCABULARY, tiny_host
 
-INJECT = sorted(LAYOUTS)
-TEXT = sorted({*INJECT, *STREAM_ONLY} - {"vit"})
+# What differs from another family in nothing that matters here is left to the slow tests, and so to the table.
+LIKE_BERT = {"camembert", "electra", "nomic_bert", "roberta", "xlm-roberta"}
+LIKE_IN_STATES = LIKE_BERT | {"bert", "big_bird", "deberta", "distilbert", "mobilebert", "nystromformer", "rembert"}
+
+
+def families(names: set[str], slow: set[str]) -> list:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in sorted(names)]
+
+
+INJECT = families({*LAYOUTS}, LIKE_BERT)
+TEXT = families({*LAYOUTS, *STREAM_ONLY} - {"vit"}, LIKE_IN_STATES)
 LABELS = ["O", "B-A", "I-A"]
 NO_MERGE = {"albert", "deberta-v2", "squeezebert"}
 

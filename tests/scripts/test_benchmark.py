@@ -69,10 +69,22 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", results)
-    (tmp_path / "README.md").write_text(f"above\n{benchmark.BEGIN}\nold\n{benchmark.END}\nbelow\n")
+    (tmp_path / "docs").mkdir()
+    for page, (begin, end) in (("README.md", benchmark.MARKS), ("docs/HOSTS.md", benchmark.HOST_MARKS)):
+        (tmp_path / page).write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     for seed, score in enumerate((0.7, 0.8)):
         benchmark.main(["record", str(a_run(tmp_path / str(seed), seed, score)), "--name", f"run-s{seed}"])
+    families = {"bert": {"inject_merge": "passed", "inject_compile": "no compiler", "stream_detach": "failed"}}
+    record = {"kind": "host_families", "families": families, "versions": {"torch": "2"}}
+    (results / "families.json").write_text(json.dumps(record))
+    outcomes = {"cut off": {"refused": 1200, "loaded, equal logits": 3}}
+    record = {"kind": "adapter_fuzz", "files": 1203, "seed": 0, "failures": [], "outcomes": outcomes}
+    (results / "fuzz.json").write_text(json.dumps(record))
     benchmark.main(["render"])
+    hosts = (tmp_path / "docs" / "HOSTS.md").read_text()
+    assert hosts.startswith("above\n") and hosts.endswith("below\n") and "old" not in hosts
+    assert "| bert | ✓ | (1) |" in hosts and "1. no compiler." in hosts and "| bert | ✗ |" in hosts
+    assert "| cut off | 1,200 | 3 | 0 | 0 |" in hosts
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
     assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 |" in readme

@@ -326,7 +326,9 @@ class TestMatrix:
         results = tmp_path / "results"
         results.mkdir()
         monkeypatch.setattr(benchmark, "RESULTS", results)
-        (tmp_path / "README.md").write_text(f"{benchmark.BEGIN}\n{benchmark.END}")
+        for page, marks in (("README.md", benchmark.MARKS), ("docs/HOSTS.md", benchmark.HOST_MARKS)):
+            (tmp_path / page).parent.mkdir(exist_ok=True)
+            (tmp_path / page).write_text("\n".join(marks))
         benchmark.main(["record", str(tmp_path / "out"), "--name", "tweets-transfer"])
         assert (results / "tweets-transfer.png").read_bytes() == (tmp_path / "out/transfer_matrix.png").read_bytes()
         assert json.loads((results / "tweets-transfer.json").read_text())["kind"] == "transfer"

@@ -1,0 +1,96 @@
+"""The tables of docs/HOSTS.md, from the records of host_families.py, pruned_hosts.py and fuzz_adapter.py."""
+
+FEATURES = {  # of the tests, in the order of the columns
+    "all_sites": "all six module types",
+    "formula": "the formula in float64",
+    "save_load": "save, load, equal",
+    "gradient_scope": "gradient in scope only",
+    "detach": "detach bit-equal",
+    "merge": "merge exact or refused",
+    "two_adapters": "two adapters",
+    "deepcopy": "deepcopy",
+    "bfloat16": "bfloat16",
+    "compile": "torch.compile",
+    "task_model": "in a task model",
+}
+
+
+def host_tables(records: dict[str, dict]) -> str:
+    """All tables that there are records for, as Markdown."""
+    lines = []
+    for name, record in records.items():
+        make = {"host_families": family_table, "pruned_hosts": pruned_table, "adapter_fuzz": fuzz_table}
+        if record.get("kind") in make:
+            lines += make[record["kind"]](name, record)
+    return "\n".join(lines)
+
+
+def family_table(name: str, record: dict) -> list[str]:
+    """Family × feature, a table for each pathway; ✓ passed, ✗ failed, a number for a note."""
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(record["versions"].items()))
+    lines = [f"From results/{name}.json ({versions}). ✓ the test passed, ✗ it failed, – there is none.", ""]
+    notes: list[str] = []
+    for pathway, title in (("inject", "The injected update"), ("stream", "The stream")):
+        families = {
+            family: {feature.removeprefix(f"{pathway}_"): outcome for feature, outcome in features.items()}
+            for family, features in sorted(record["families"].items())
+            if any(feature.startswith(f"{pathway}_") for feature in features)
+        }
+        columns = [feature for feature in FEATURES if any(feature in tested for tested in families.values())]
+        lines += [f"### {title}", "", f"| family | {' | '.join(FEATURES[feature] for feature in columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for family, tested in families.items():
+            cells = [_mark(tested.get(feature), notes) for feature in columns]
+            lines.append(f"| {family} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines + [f"{number}. {note}." for number, note in enumerate(notes, 1)] + [""]
+
+
+def _mark(outcome: str | None, notes: list[str]) -> str:
+    if outcome is None:
+        return "–"
+    if outcome in ("passed", "failed"):
+        return "✓" if outcome == "passed" else "✗"
+    if outcome not in notes:
+        notes.append(outcome)
+    return f"({notes.index(outcome) + 1})"
+
+
+def pruned_table(name: str, record: dict) -> list[str]:
+    """F1 of one adapter by host and blocks left."""
+    data = record["data"]
+    sentences = data["splits"]["validation"]["sentences"]
+    sources = " and ".join(host["name"] for host in record["source_hosts"])
+    lines = [
+        f"### {name}",
+        "",
+        f"One adapter from {sources} on {data['name']}, {sentences:,} sentences, zero-shot on hosts of which the "
+        "first blocks are kept; F1, R² a knot.",
+        "",
+        f"![F1 over the number of blocks that are left](../results/{name}.png)",
+        "",
+        "| host | blocks | F1 | R² a knot |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        fit = " ".join(f"{value:.2f}" for value in row["calibration_r2"] or [])
+        lines.append(f"| {row['host']} | {row['layers']} of {row['of']} | {row['eval_f1']:.4f} | {fit} |")
+    return [*lines, ""]
+
+
+def fuzz_table(name: str, record: dict) -> list[str]:
+    """What became of damaged adapters."""
+    outcomes = ("refused", "loaded, equal logits", "loaded, other logits", "failed")
+    lines = [
+        "### Damaged adapters",
+        "",
+        f"{record['files']:,} files, seed {record['seed']}, from results/{name}.json; "
+        f"{len(record['failures'])} neither refused with the package's error nor scored the same.",
+        "",
+        f"| damage | {' | '.join(outcomes)} |",
+        "|---" * (len(outcomes) + 1) + "|",
+    ]
+    for damage, counts in record["outcomes"].items():
+        cells = (f"{counts.get(outcome, 0):,}" for outcome in outcomes)
+        lines.append(f"| {damage} | {' | '.join(cells)} |")
+    return [*lines, ""]

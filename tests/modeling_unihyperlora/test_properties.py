@@ -1,0 +1,139 @@
+"""What holds for adapters and hosts of any shape, tried on random ones."""
+
+import dataclasses
+import json
+import string
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.adapter import KNOTS, UniHyperLoraAdapter, knot_layers, near_layers
+from modeling_unihyperlora.configuration_unihyperlora import TASK_TYPES
+from modeling_unihyperlora.hosts import Site
+from modeling_unihyperlora.layouts import LAYOUTS, layout_from
+from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
+from tests.modeling_unihyperlora.families import VOCABULARY, tiny_host
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+names = st.text(string.ascii_letters, min_size=1, max_size=8).map(lambda name: f"t-{name}")
+labels = st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=5, unique=True)
+tasks = st.dictionaries(names, st.tuples(st.sampled_from(TASK_TYPES), labels), min_size=1, max_size=3)
+
+
+@st.composite
+def configs(draw) -> UniHyperLoraConfig:
+    atoms, width = draw(st.integers(1, 20)), draw(st.integers(1, 16))
+    pathway = draw(st.sampled_from(["inject", "stream"]))
+    size = st.integers(1, 12)
+    return UniHyperLoraConfig(
+        pathway=pathway,
+        router=draw(st.sampled_from(["token", "static"])) if pathway == "inject" else "token",
+        atoms=atoms,
+        anchor_dim=width,
+        router_top_k=draw(st.integers(1, min(3, atoms))),
+        mixer_hidden=draw(size),
+        stream_dim=draw(st.integers(1, width)),
+        stream_width=draw(size),
+        stream_hidden=draw(size),
+        anchor_words=draw(st.integers(0, 30)),
+        anchor_text_bytes=draw(st.integers(0, 30)),
+        delta_step=draw(st.floats(1e-4, 10)),
+        tasks={name: {"type": kind, "labels": given_} for name, (kind, given_) in draw(tasks).items()},
+    )
+
+
+@few
+@given(config=configs(), seed=st.integers(0, 2**16), scale=st.floats(1e-6, 1e3))
+def test_a_file_gives_back_what_was_saved(config, seed, scale):
+    """Values as they are computed with, bit for bit, and the same file when saved again."""
+    torch.manual_seed(seed)
+    adapter = UniHyperLoraAdapter(config)
+    for module in adapter.modules():
+        if isinstance(module, StoredTensor):
+            module.latent.data.copy_(scale * torch.randn_like(module.latent))
+    for buffer in adapter.buffers():
+        buffer.copy_(torch.rand(buffer.shape) * 100)
+    with tempfile.TemporaryDirectory() as folder:
+        first, again = Path(folder) / "first", Path(folder) / "again"
+        save_adapter(adapter, json.loads(config.to_json_string(use_diff=False)), first)
+        loaded = UniHyperLoraAdapter(read_config(first / "config.json"))
+        load_adapter(loaded, first / WEIGHTS_NAME)
+        save_adapter(loaded, json.loads(loaded.config.to_json_string(use_diff=False)), again)
+        for name in ("config.json", WEIGHTS_NAME):
+            assert (first / name).read_bytes() == (again / name).read_bytes()
+        assert load_file(first / WEIGHTS_NAME)
+    for (name, module), other in zip(adapter.named_modules(), loaded.modules(), strict=True):
+        if isinstance(module, StoredTensor):
+            assert torch.equal(module(), other()), name
+    assert loaded.config.tasks == config.tasks
+
+
+@few
+@given(
+    family=st.sampled_from(["bert", "distilbert", "mpnet", "modernbert", "deberta", "eurobert"]),
+    heads_width=st.integers(1, 6),
+    layers=st.integers(1, 5),
+    inner=st.integers(1, 40),
+    router=st.sampled_from(["token", "static"]),
+    tokens=st.integers(1, 6),
+    seed=st.integers(0, 100),
+)
+def test_any_shape_of_host(family, heads_width, layers, inner, router, tokens, seed, stir):
+    """All sites are found, the update does something finite, a merged one the same, and the host comes back."""
+    host = tiny_host(family, width=8 * heads_width, layers=layers, inner=inner, seed=seed)
+    ids = torch.randint(2, VOCABULARY, (2, tokens), generator=torch.Generator().manual_seed(seed))
+    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    config = UniHyperLoraConfig(atoms=8, anchor_dim=6, mixer_hidden=3, router=router)
+    model = UniHyperLoraForTokenClassification.from_host(host, labels=["a", "b"], config=config).eval()
+    assert model.injection.map.coverage() == f"{6 * layers}/{6 * layers}"
+    with torch.no_grad():
+        plain = host(input_ids=ids).last_hidden_state
+        assert torch.equal(model.run(None, None, None, input_ids=ids).last_hidden_state, plain)
+        run = stir(model).run(None, None, None, input_ids=ids)
+        assert torch.isfinite(run.last_hidden_state).all() and run.active_atoms.shape == ids.shape
+        if router == "static":
+            assert not torch.equal(run.last_hidden_state, plain)
+            model.merge()
+            merged = host(input_ids=ids).last_hidden_state
+            torch.testing.assert_close(merged, run.last_hidden_state, atol=1e-3, rtol=1e-3)
+        model.detach()
+        assert torch.equal(host(input_ids=ids).last_hidden_state, plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
+
+
+@given(layers=st.integers(1, 300))
+def test_knots_of_any_depth(layers):
+    at, near = knot_layers(layers), near_layers(layers)
+    assert at[0] == 0 and at[-1] == layers and at == sorted(at)
+    assert all(abs(layer - knot * layers) <= 0.5 for layer, knot in zip(at, KNOTS, strict=True))
+    assert all(
+        layer in around and 0 <= min(around) and max(around) <= layers for layer, around in zip(at, near, strict=True)
+    )
+
+
+@given(groups=st.integers(1, 4), width=st.integers(1, 4), roles=st.integers(1, 3))
+def test_joined_roles_come_apart_again(groups, width, roles):
+    """A fused layer's outputs: ``groups`` times the same number of each role's, in the order of the roles."""
+    parts = [torch.arange(groups * width) + 1000 * role for role in range(roles)]
+    joined = Site(0, ("query", "key", "value")[:roles], nn.Linear(1, 1), groups).join(parts)
+    expected = [
+        1000 * role + group * width + i
+        for group in range(groups if roles > 1 else 1)
+        for role in range(roles)
+        for i in range(width if roles > 1 else groups * width)
+    ]
+    assert joined.tolist() == expected
+
+
+@pytest.mark.parametrize("family", sorted(LAYOUTS))
+def test_a_layout_survives_its_json(family):
+    layout = LAYOUTS[family]
+    assert layout_from(json.loads(json.dumps(dataclasses.asdict(layout))), family) == layout
