@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +125,18 @@ def num_layers_of(host: nn.Module) -> int:
     """L. The blocks are counted where they are known: a pruned host may still state its old number."""
     layout = layout_of(host)
     return len(_blocks(host, layout)) if layout else host.config.num_hidden_layers
+
+
+def linear_multiply_adds(host: nn.Module) -> int:
+    """Multiply-adds a token of a host's linear layers but the pooler's; a shared block's count at each depth."""
+    layout = layout_of(host)
+    uses = Counter(_blocks(host, layout) if layout else [])
+    times = {module: number for block, number in uses.items() for module in block.modules()}
+    total = 0
+    for name, module in host.named_modules():
+        if "pooler" not in name and (widths := _widths(module)) is not None:
+            total += math.prod(widths) // getattr(module, "groups", 1) * times.get(module, 1)
+    return total
 
 
 def _blocks(host: nn.Module, layout: HostLayout) -> list[nn.Module]:

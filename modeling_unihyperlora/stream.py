@@ -35,7 +35,7 @@ from .adapter import (
 from .anchors import word_states
 from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
-from .hosts import call_host, fingerprint, num_layers_of
+from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 
 
 @dataclass
@@ -93,8 +93,7 @@ class Stream:
         self.near = near_layers(self.num_layers)
         self.layers = layers_of(self.near)
         self.disturbs = True
-        linear = [m for name, m in host.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name]
-        self._host_linear = sum(m.in_features * m.out_features for m in linear)
+        self._host_linear = linear_multiply_adds(host)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.begins_word = word_beginnings(tokenizer, tokens)
 

@@ -12,6 +12,7 @@ runs.
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -139,16 +140,19 @@ def draw(curve: dict[str, object], path: Path) -> None:
     figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     hosts = list(dict.fromkeys(row["host"] for row in curve["rows"]))
-    for host, colour in zip(hosts, COLOURS * len(hosts), strict=False):
+    for number, host in enumerate(hosts):
         rows = [row for row in curve["rows"] if row["host"] == host]
         layers, scores = [row["layers"] for row in rows], [row["eval_f1"] for row in rows]
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(layers, scores, color=colour, marker="o", linewidth=1.8, label=host)
-        for x, y in zip(layers, scores, strict=True):
-            axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        for point in zip(layers, scores, strict=True):
+            best = max(row["eval_f1"] for row in curve["rows"] if row["layers"] == point[0])
+            place = {"xytext": (0, 7 if point[1] == best else -14), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{point[1]:.3f}", point, fontsize=8, color=colour, **place)
     axes.set_xlabel("blocks left (the last point of a line is the whole host)", color=INK)
     axes.set_ylabel("entity F1", color=INK)
     axes.set_xticks(sorted({row["layers"] for row in curve["rows"]}))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(math.floor(20 * min(row["eval_f1"] for row in curve["rows"]) - 1) / 20, 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     names = " and ".join(host["name"] for host in curve["source_hosts"])

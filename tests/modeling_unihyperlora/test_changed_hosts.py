@@ -20,7 +20,7 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
 )
 from modeling_unihyperlora.anchors import word_states
-from modeling_unihyperlora.hosts import encoder_of, fingerprint, load_host, load_host_tokenizer
+from modeling_unihyperlora.hosts import encoder_of, fingerprint, linear_multiply_adds, load_host, load_host_tokenizer
 from tests.conftest import tiny_tokenizer
 
 load = UniHyperLoraForTokenClassification.from_pretrained
@@ -152,6 +152,26 @@ class TestChanged:
             plain = whole.encoder(**make_batch()).last_hidden_state
             torch.testing.assert_close(model.host(**make_batch()).last_hidden_state, plain)
         assert "12/12 sites" in model.describe()
+
+    def test_gradient_checkpointing_of_the_host_does_not_act(self, make_host, make_model, make_batch):
+        """transformers checkpoints in training mode alone, and the host stays out of it: the same gradients."""
+        host, batch = make_host(), make_batch()
+        host.gradient_checkpointing_enable()
+        gradients = []
+        for model in (make_model(host=host), make_model()):
+            model.train()(**batch, labels=batch["input_ids"] % 5).loss.backward()
+            gradients.append([p.grad for p in model.adapter.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+        with pytest.raises(ValueError, match="checkpointing"):
+            model.gradient_checkpointing_enable()
+
+    def test_multiply_adds_of_shared_blocks_count_at_each_depth(self, make_host):
+        """Of grouped convolutions only those that there are."""
+        bert = 3 * (4 * 32 * 32 + 2 * 32 * 64)
+        assert linear_multiply_adds(make_host("bert")) == bert
+        assert linear_multiply_adds(make_host("albert")) == bert + 16 * 32  # and the map of its embeddings
+        squeezed = 3 * (4 * 32 * 32 - 32 * 32 // 2 + 32 * 64 // 4 + 32 * 64)
+        assert linear_multiply_adds(make_host("squeezebert", k_groups=1, v_groups=1, output_groups=1)) == squeezed
 
 
 class TestSentenceTransformers:
