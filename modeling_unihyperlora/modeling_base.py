@@ -367,13 +367,13 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if self.injection is None:
             fit = "not calibrated" if self.stream is None else " ".join(f"{k.r2:.2f}" for k in self.stream.fit)
             return (
-                f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
+                f"UniHyperLoRA on {self.host.config.name_or_path or type(self.host).__name__} "
                 f"({self.host.config.model_type}, {num_layers_of(self.host)} blocks x "
                 f"{self.host.config.hidden_size}): pathway stream, R² a knot {fit}, tasks {sorted(self.config.tasks)}"
             )
         found = self.injection.map
         return (
-            f"UniHyperLoRA on {self.config.base_model_name_or_path or type(self.host).__name__} "
+            f"UniHyperLoRA on {self.host.config.name_or_path or type(self.host).__name__} "
             f"({found.family}, {found.num_layers} blocks x {found.hidden_size}): {found.coverage()} sites, "
             f"pathway {self.config.pathway}, projector {self.config.projector}, "
             f"router {self.config.router}, tasks {sorted(self.config.tasks)}"
@@ -389,7 +389,13 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
         """
         known = self._host_arguments | {"canonical_states"}
-        inputs = {name: value for name, value in inputs.items() if value is not None and name in known}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        reads = {self.host.main_input_name, "inputs_embeds", "canonical_states"}
+        if not inputs.keys() & known & reads:
+            raise ConfigError(
+                f"This host reads {self.host.main_input_name}; the call gave {sorted(inputs) or 'nothing'}."
+            )
+        inputs = {name: value for name, value in inputs.items() if name in known}
         return self.path.run(self._task(task), attention_mask, output_hidden_states, inputs)
 
     @property

@@ -17,6 +17,7 @@ from modeling_unihyperlora import (
     HostLayout,
     MergeError,
     UniHyperLoraConfig,
+    UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
 from modeling_unihyperlora.anchors import word_states
@@ -337,6 +338,14 @@ def test_states_in_another_number_than_layers_are_refused(make_host, tmp_path):
     host.encoder.layer = host.encoder.layer[:1]
     with pytest.raises(HostError, match="1 hidden states|2 hidden states"):
         word_states(host, tiny_tokenizer(), [["anna", "lives"]], [0, 1, 2])
+
+
+def test_input_that_the_host_does_not_read(make_model, make_batch):
+    with pytest.raises(ConfigError, match="This host reads input_ids; the call gave nothing"):
+        make_model()()
+    model = make_model("vit", cls=UniHyperLoraForSequenceClassification)
+    with pytest.raises(ConfigError, match="reads pixel_values; the call gave .'input_ids'."):
+        model(**make_batch())
 
 
 def test_task_model_with_its_own_labels(make_host, make_model, make_batch):
