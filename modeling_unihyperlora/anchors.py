@@ -120,7 +120,8 @@ def word_states(
     for sentence in sentences:
         offsets.append(offsets[-1] + len(sentence))
     states = torch.full((len(layers), offsets[-1], host.config.hidden_size), torch.nan)
-    limit = min(tokenizer.model_max_length, getattr(host.config, "max_position_embeddings", 512) - 2)
+    positions = getattr(host.config, "max_position_embeddings", 0)
+    limit = min(tokenizer.model_max_length, (positions if positions > 0 else 512) - 2)
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     try:
         for start in range(0, len(order), batch_size):

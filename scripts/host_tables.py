@@ -18,10 +18,14 @@ FEATURES = {  # of the tests, in the order of the columns
 def host_tables(records: dict[str, dict]) -> str:
     """All tables that there are records for, as Markdown."""
     lines = []
-    for name, record in records.items():
-        make = {"host_families": family_table, "pruned_hosts": pruned_table, "adapter_fuzz": fuzz_table}
-        if record.get("kind") in make:
-            lines += make[record["kind"]](name, record)
+    for kind, table in {
+        "host_families": family_table,
+        "pruned_hosts": pruned_table,
+        "adapter_fuzz": fuzz_table,
+    }.items():
+        for name, record in records.items():
+            if record.get("kind") == kind:
+                lines += table(name, record)
     return "\n".join(lines)
 
 
@@ -85,7 +89,7 @@ def fuzz_table(name: str, record: dict) -> list[str]:
         "### Damaged adapters",
         "",
         f"{record['files']:,} files, seed {record['seed']}, from results/{name}.json; "
-        f"{len(record['failures'])} neither refused with the package's error nor scored the same.",
+        f"{len(record['failures'])} raised another error, hung, left a trace on the host or loaded other weights.",
         "",
         f"| damage | {' | '.join(outcomes)} |",
         "|---" * (len(outcomes) + 1) + "|",
