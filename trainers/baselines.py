@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from modeling_unihyperlora.errors import ConfigError, HostError
-from modeling_unihyperlora.hosts import HostMap
+from modeling_unihyperlora.hosts import HostMap, encoder_of
 
 BASELINES = ("probe", "lora", "full")
 LORA_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's
@@ -104,7 +104,7 @@ def _with_lora(model: nn.Module, task_type: str, rank: int) -> nn.Module:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    sites = {id(site.linear) for site in HostMap(model.base_model).sites}
+    sites = {id(site.linear) for site in HostMap(encoder_of(model)).sites}
     config = LoraConfig(
         task_type=_PEFT_TASK_TYPES[task_type],
         r=rank,

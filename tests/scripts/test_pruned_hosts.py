@@ -47,6 +47,7 @@ def test_shared_blocks_cannot_be_cut(tmp_path):
         pruned_hosts.prune(str(tmp_path / "albert"), 1, tmp_path / "pruned")
 
 
+@pytest.mark.slow
 def test_a_curve_from_one_adapter(host, write_jsonl, tmp_path, monkeypatch):
     """Train for a step, score it on 1, 2 and 4 blocks, keep the curve; a second call does nothing again."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
