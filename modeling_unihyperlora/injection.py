@@ -174,6 +174,7 @@ class Injection:
             attention_mask,
         )
 
+    @torch.compiler.disable  # once a pass at most; its values are those of the file, see StoredTensor
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}

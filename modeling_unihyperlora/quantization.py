@@ -88,6 +88,7 @@ class StoredTensor(nn.Module):
         self.codec = codec
         self.latent = nn.Parameter(initial.float())
 
+    @torch.compiler.disable  # a compiler that fuses casts keeps the very digits that rounding is there to drop
     def forward(self) -> torch.Tensor:
         return _StraightThrough.apply(self.latent, self.codec.round(self.latent.detach().float()))
 

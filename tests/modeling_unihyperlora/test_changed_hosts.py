@@ -340,6 +340,18 @@ def test_states_in_another_number_than_layers_are_refused(make_host, tmp_path):
         word_states(host, tiny_tokenizer(), [["anna", "lives"]], [0, 1, 2])
 
 
+@pytest.mark.slow
+def test_machine_code_computes_with_the_values_of_the_file(make_model, make_batch):
+    """Inductor fuses casts; the rounding of stored values must not be fused away."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    model, batch = make_model(), make_batch()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch.testing.assert_close(torch.compile(model)(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("positions", [-1, 0])
 def test_a_host_without_a_largest_position(positions, make_host):
     """XLNet says -1: its positions are relative."""
