@@ -9,7 +9,7 @@ from .adapter import KNOTS, UniHyperLoraAdapter, part_of
 from .calibration import LOW_FIT
 from .hosts import MODULE_TYPES, fingerprint
 from .modeling_unihyperlora import UniHyperLoraModel
-from .quantization import Grid, RowInteger, StoredTensor
+from .quantization import Grid, RowInteger, StoredTensor, TwoBit
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
 
 FAIR_FIT = 0.3  # mean R² under which a host is reported as a fair fit only
@@ -116,4 +116,4 @@ def over_budget(report: dict[str, object]) -> bool:
 
 def _bits(module: StoredTensor) -> int:
     codec = module.codec
-    return codec.bits if isinstance(codec, RowInteger) else 4 if isinstance(codec, Grid) else 16
+    return codec.bits if isinstance(codec, RowInteger) else {Grid: 4, TwoBit: 2}.get(type(codec), 16)
