@@ -271,7 +271,8 @@ def check_arguments(
             "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
             "with --train_scope source."
         )
-    if model_args.source_hosts and (model_args.pathway != "stream" or training_args.train_scope == "delta"):
+    new_but_no_stream = model_args.adapter is None and model_args.pathway != "stream"
+    if model_args.source_hosts and (new_but_no_stream or training_args.train_scope == "delta"):
         raise ConfigError(
             "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "
             "source, or leave it out: an injected update, δθ and the baselines are trained on one host."
