@@ -27,3 +27,16 @@ class BudgetError(UniHyperLoraError):
 
 class MergeError(UniHyperLoraError):
     """The update cannot be folded into the host's weights without changing what the model computes."""
+
+
+class HubError(UniHyperLoraError):
+    """The adapter cannot be pushed; what the repository had before is still there."""
+
+
+class ExportError(UniHyperLoraError):
+    """The adapter cannot be written in another format."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; other libraries say it in many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
