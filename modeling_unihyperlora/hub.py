@@ -3,11 +3,14 @@
 A push is safe to repeat: what the repository has already is not sent again, and a commit is made whole or not at all.
 """
 
+import contextlib
 import logging
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.utils import CONFIG_NAME
@@ -20,6 +23,7 @@ from .storage import WEIGHTS_NAME, load_adapter, read_config, write_json
 from .untrusted import check_inside, read_json_object
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, LICENCE_NAME, *CODE_FILES)
 PASSING = (408, 429, 500, 502, 503, 504)  # answers that a later attempt may not get
@@ -88,21 +92,41 @@ def push_folder(
         logger.info("To push to %s:\n%s", repo_id, listing(sizes))
         if dry_run:
             return Push(repo_id, sizes, list(FILES))
-        try:
-            push = _push_patiently(
-                Path(staged), repo_id, private, revision, create_pr, token, commit_message, commit_description
+        with _in_one_sentence(repo_id):
+            message = (commit_message, commit_description)
+            push = _patiently(
+                lambda: _push_once(Path(staged), repo_id, private, revision, create_pr, token, *message),
+                once=create_pr,  # an answer that was lost must not lead to a second pull request
             )
-        except HubError:
-            raise
-        except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
-            status = _status(error)
-            reason = REASONS.get(status) or f"the Hub cannot be reached or failed: {first_line(error)}"
-            raise HubError(
-                f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. What was there before is "
-                "untouched."
-            ) from error
     logger.info("In %s now, %d changed:\n%s", push.url, len(push.changed), listing(push.files | push.others))
     return push
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: bool | str | None = None) -> str:
+    """Make a repository unless it is there already; returns its full name.
+
+    Raises:
+        HubError: it cannot be made.
+    """
+    with _in_one_sentence(repo_id):
+        api = HfApi(token=token)
+        return _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+@contextlib.contextmanager
+def _in_one_sentence(repo_id: str) -> Iterator[None]:
+    """Whatever the client raises becomes a ``HubError`` that says what to do."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
+        status = _status(error)
+        reason = REASONS.get(status) or f"the Hub cannot be reached or failed: {first_line(error)}"
+        raise HubError(
+            f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. What was there before is "
+            "untouched."
+        ) from error
 
 
 def listing(files: dict[str, int]) -> str:
@@ -131,7 +155,7 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
     content = read_json_object(sources[CONFIG_NAME]) | {"auto_map": AUTO_MAP}
     name = content.get("base_model_name_or_path")
     if base_model_name_or_path is not None:
-        for host in content["source_hosts"]:
+        for host in content.get("source_hosts") or []:
             host["name"] = base_model_name_or_path if host["name"] == name else host["name"]
         content["base_model_name_or_path"] = base_model_name_or_path
     elif not is_hub_id(name):
@@ -141,7 +165,7 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
             "name a host. If it is on the Hub, push with --base_model_name_or_path.",
             name,
         )
-    for host in content["source_hosts"]:
+    for host in content.get("source_hosts") or []:
         host["name"] = public_name(host["name"])
     write_json(staged / CONFIG_NAME, content)
     copy_code(staged)
@@ -152,15 +176,14 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
     write_card(staged, repo_id, **card)
 
 
-def _push_patiently(staged: Path, repo_id: str, private, revision, create_pr, token, *message) -> Push:
-    """Try again what may pass: every step leaves things as they were, or as they are to be."""
+def _patiently(work: Callable[[], T], once: bool = False) -> T:
+    """Try again what may pass: every step of ``work`` leaves things as they were, or as they are to be."""
     start, wait = time.monotonic(), 1.0
     while True:
         try:
-            return _push_once(staged, repo_id, private, revision, create_pr, token, *message)
+            return work()
         except Exception as error:
-            status = _status(error)
-            may_pass = (status in PASSING or _is_connection(error)) and not create_pr  # no second pull request
+            may_pass = (_status(error) in PASSING or _is_connection(error)) and not once
             wait = max(wait, _retry_after(error))
             if not may_pass or time.monotonic() - start + wait > PATIENCE:
                 raise

@@ -31,7 +31,6 @@ def client_environment(url: str, home: Path, user: str | None = "alice") -> dict
         "HF_HUB_ETAG_TIMEOUT": "2",
         "HF_HUB_DOWNLOAD_TIMEOUT": "2",
         "UNIHYPERLORA_CACHE": str(home / "unihyperlora"),
-        "OMP_NUM_THREADS": "1",
         "NO_PROXY": "127.0.0.1,localhost",
     }
     return keep | own | ({"HF_TOKEN": f"token-of-{user}"} if user else {})
