@@ -184,8 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
                 sent = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
             if self.hub.faults.take(self.asked, "truncated"):
                 sent, announced = body[: len(body) // 2], len(body) // 2
-            if self.hub.faults.take(self.asked, "cut_download"):
-                sent, cut = body[: len(body) // 2], True
+        if self.hub.faults.take(self.asked, "cut_download"):
+            sent, cut = sent[: len(body) // 2], True
         self.status = status
         self.send_response(status)
         lines = {"Content-Type": "application/json", "Content-Length": str(announced)} | (headers or {})

@@ -39,9 +39,9 @@ result = {
     "states": AutoModel.from_pretrained("alice/token", **FLAG)(**ids).last_hidden_state.tolist(),
     "tokenizer": AutoTokenizer.from_pretrained("alice/token", **FLAG)(SENTENCE)["input_ids"],
 }
-tagger = pipeline("token-classification", model="alice/token", **FLAG)
+tagger = pipeline("token-classification", model="alice/token", ignore_labels=[], **FLAG)
 result["tagged"] = [[piece["word"], piece["entity"], float(piece["score"])] for piece in tagger(SENTENCE)]
-tagger = pipeline("token-classification", model="alice/token", model_kwargs=dict(other), **FLAG)
+tagger = pipeline("token-classification", model="alice/token", model_kwargs=other, ignore_labels=[], **FLAG)
 result["tagged, other host"] = [[piece["word"], piece["entity"], float(piece["score"])] for piece in tagger(SENTENCE)]
 [label] = pipeline("text-classification", model="alice/sequence", **FLAG)(SENTENCE)
 result["label"] = [label["label"], label["score"]]
@@ -60,7 +60,14 @@ def marker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub(put_hosts, adapter_folder, make_adapter, tmp_path_factory, marker):
+def first_version(make_adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    make_adapter(seed=9).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(put_hosts, adapter_folder, first_version, tmp_path_factory, marker):
     """Two adapters, one of them with another first version; a host and an adapter with code that leaves a mark."""
     with HubServer() as server:
         put_hosts(server)
@@ -70,9 +77,7 @@ def hub(put_hosts, adapter_folder, make_adapter, tmp_path_factory, marker):
             stage(folder, staged, repo, "alice/source")
             return server.store.put(repo, {path.name: path.read_bytes() for path in staged.iterdir()})
 
-        first = tmp_path_factory.mktemp("first")
-        make_adapter(seed=9).save_pretrained(first)
-        commit = put("alice/token", first)
+        commit = put("alice/token", first_version)
         server.store.repos["alice/token"].tags["v1"] = commit
         put("alice/token", adapter_folder("token"))
         put("alice/sequence", adapter_folder("sequence"))
@@ -90,7 +95,7 @@ def hub(put_hosts, adapter_folder, make_adapter, tmp_path_factory, marker):
 
 
 @pytest.fixture(scope="module")
-def expected(adapter_folder, make_adapter, tiny_host, other_host):
+def expected(adapter_folder, first_version, tiny_host, other_host):
     """The same by this process, from folders."""
     ids = {"input_ids": torch.tensor(IDS)}
 
@@ -102,7 +107,7 @@ def expected(adapter_folder, make_adapter, tiny_host, other_host):
     return {
         "token": logits("token", adapter_folder("token"), tiny_host),
         "token, other host": logits("token", adapter_folder("token"), other_host),
-        "token, v1": make_adapter(seed=9)(**ids).logits.tolist(),
+        "token, v1": logits("token", first_version, tiny_host),
         "sequence": logits("sequence", adapter_folder("sequence"), tiny_host),
     }
 
