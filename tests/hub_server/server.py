@@ -305,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
     def put_blob(self, oid: str) -> None:
         found = hashlib.sha256(self.body).hexdigest()
         if found != oid or self.hub.faults.take(self.asked, "wrong_hash"):
-            raise Refused(422, f"The content does not have the announced SHA-256 {oid[:12]}…")
+            raise Refused(422, f"The content does not have the announced SHA-256 {oid[:12]}")
         self.hub.store.blobs[oid] = self.body
         self._answer(200)
 

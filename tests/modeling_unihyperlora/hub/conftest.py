@@ -5,6 +5,7 @@ import random
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from transformers import BertConfig, BertModel
 
 from hub_server import HubServer
@@ -100,6 +101,7 @@ def hub(monkeypatch, put_hosts, tmp_path):
         settings |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_ETAG_TIMEOUT": 1}
         for name, value in settings.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the endpoint that it was made with
         monkeypatch.setenv("HF_TOKEN", "token-of-alice")
         huggingface_hub.close_session()
         yield server
