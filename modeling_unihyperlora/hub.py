@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from .adapter import UniHyperLoraAdapter
 from .card import CARD_NAME, LICENCE_NAME, is_hub_id, public_name, write_card, write_licence
-from .errors import AdapterFileError, ConfigError, HubError, first_line
+from .errors import AdapterFileError, ConfigError, HubError, first_line, http_status
 from .publishing import AUTO_MAP, CODE_FILES, copy_code
 from .storage import WEIGHTS_NAME, load_adapter, read_config, write_json
 from .untrusted import check_inside, read_json_object
@@ -121,7 +121,7 @@ def _in_one_sentence(repo_id: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
-        status = _status(error)
+        status = http_status(error)
         reason = REASONS.get(status) or f"the Hub cannot be reached or failed: {first_line(error)}"
         raise HubError(
             f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. What was there before is "
@@ -183,7 +183,7 @@ def _patiently(work: Callable[[], T], once: bool = False) -> T:
         try:
             return work()
         except Exception as error:
-            may_pass = (_status(error) in PASSING or _is_connection(error)) and not once
+            may_pass = (http_status(error) in PASSING or _is_connection(error)) and not once
             wait = max(wait, _retry_after(error))
             if not may_pass or time.monotonic() - start + wait > PATIENCE:
                 raise
@@ -226,23 +226,13 @@ def _remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, tuple[in
     return {item.path: (item.size, item.blob_id) for item in tree if hasattr(item, "blob_id")}
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, if there is one."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            return status
-        error = error.__cause__
-    return None
-
-
 def _is_connection(error: BaseException | None) -> bool:
     """Whether a connection failed; the clients use httpx or httpx2, and workers wrap what they raise."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
             ("httpx", "httpcore")
         ):
-            return _status(error) is None
+            return http_status(error) is None
         error = error.__cause__
     return False
 
