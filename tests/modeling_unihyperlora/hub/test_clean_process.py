@@ -203,6 +203,7 @@ def test_offline_from_the_cache_and_from_a_folder(hub, expected, adapter_folder,
     assert hub.take_requests() == []
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_card_run_as_pasted(hub, tmp_path):
     """Each python block of the pushed README.md in a fresh process: the first without the package."""
     entry = hub.store.files(hub.store.repos["alice/token"], "main")["README.md"]

@@ -30,6 +30,7 @@ def one_sentence(error) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "kind", "how"),
     [
@@ -112,6 +113,7 @@ def load(hub, adapter_folder, tmp_path):
     return load_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "kind", "how"),
     [
