@@ -14,7 +14,7 @@ WITHOUT_PACKAGE = (
     "import sys\nfor name in ('modeling_unihyperlora', 'trainers'):\n    sys.modules[name] = None\n"
     "import importlib.util\n"
 )
-FINISH = "\nimport json\nprint('RESULT ' + json.dumps(result))\n"
+FINISH = "\nimport json\nprint('\\nRESULT ' + json.dumps(result))\n"
 
 
 def client_environment(url: str, home: Path, user: str | None = "alice") -> dict[str, str]:
