@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _IGNORED_ARGUMENTS = (
     "trust_remote_code",
+    "use_safetensors",  # nothing else is ever read
     "code_revision",
     "adapter_kwargs",
     "_from_auto",

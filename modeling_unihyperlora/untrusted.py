@@ -40,9 +40,7 @@ def check_header(path: Path) -> None:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER_BYTES:
-                raise AdapterFileError(
-                    f"{path} announces a header of {size} bytes; at most {MAX_HEADER_BYTES} is read."
-                )
+                raise ValueError(f"it announces a header of {size} bytes, at most {MAX_HEADER_BYTES} are read")
             json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
