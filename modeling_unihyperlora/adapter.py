@@ -136,13 +136,18 @@ def place_features(depths: torch.Tensor) -> torch.Tensor:
 
 
 def knot_features(knots: torch.Tensor) -> torch.Tensor:
-    """The same for the stream, where a place is a depth and no module type: (K,) → (K, 8)."""
-    types = torch.zeros(len(knots), len(MODULE_TYPES), device=knots.device)
-    return torch.cat([torch.ones_like(knots)[:, None], knots[:, None], types], dim=-1)
+    """The same for the stream, where a place is a knot: [1, its depth, which one it is], (K,) → (K, 8)."""
+    which = torch.eye(len(knots), len(MODULE_TYPES), device=knots.device)
+    return torch.cat([torch.ones_like(knots)[:, None], knots[:, None], which], dim=-1)
 
 
 def append_one(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+
+
+def atom_width(config: UniHyperLoraConfig) -> int:
+    """Coordinates that an atom has: of the canonical space, or of the stream in it."""
+    return config.anchor_dim if config.pathway == "inject" else config.stream_dim
 
 
 def head_inputs(config: UniHyperLoraConfig) -> int:
@@ -155,7 +160,7 @@ class TaskParameters(nn.Module):
 
     def __init__(self, config: UniHyperLoraConfig, labels: int):
         super().__init__()
-        width = config.anchor_dim
+        width = atom_width(config)
         self.delta = StoredTensor(torch.zeros(2 + len(MODULE_TYPES), config.atoms), Grid(config.delta_step))
         self.embedding = StoredTensor(torch.zeros(width), Half())
         self.head_weight = StoredTensor(torch.zeros(labels, head_inputs(config)), RowInteger(HEAD_BITS))
@@ -176,11 +181,13 @@ class UniHyperLoraAdapter(nn.Module):
     def __init__(self, config: UniHyperLoraConfig):
         super().__init__()
         self.config = config
-        shape = (config.atoms, config.anchor_dim)
-        scale = 1 / math.sqrt(config.anchor_dim)
+        shape = (config.atoms, atom_width(config))
+        scale = 1 / math.sqrt(shape[1])
         self.atoms_in = StoredTensor(torch.randn(shape) * scale, RowInteger(DICTIONARY_BITS))  # V
-        # U starts at zero, so a fresh adapter leaves its host's function unchanged.
-        self.atoms_out = StoredTensor(torch.zeros(shape), RowInteger(DICTIONARY_BITS))
+        # An injected U starts at zero, so that a fresh adapter leaves its host's function unchanged. In the stream
+        # there is nothing to leave unchanged, and δθ is to find atoms in all directions.
+        u_scale = 0.0 if config.pathway == "inject" else scale
+        self.atoms_out = StoredTensor(torch.randn(shape) * u_scale, RowInteger(DICTIONARY_BITS))
         if config.pathway == "inject":
             self.projector = DimensionProjector(config.anchor_dim)
         else:

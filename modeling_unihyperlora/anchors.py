@@ -12,15 +12,15 @@ from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import DataError, HostError
-from .quantization import Grid, StoredTensor
+from .quantization import StoredTensor, TwoBit
 
-COORDINATE_STEP = 0.375  # of 4-bit coordinates of unit variance: from -3 to 2.625
+COORDINATE_STEP = 1.0  # of coordinates of unit variance: -1.5, -0.5, 0.5 and 1.5
 PACKAGE_ANCHORS = Path(__file__).with_name("anchors.txt")
 MIN_ANCHORS = 256
 
 
 class Anchors(nn.Module):
-    """What the adapter keeps of its anchors: their text, and their canonical coordinates at each knot in 4 bits.
+    """What the adapter keeps of its anchors: their text, and their canonical coordinates at each knot in 2 bits.
 
     Attributes:
         text: (bytes,) uint8, UTF-8, one sentence a line.
@@ -32,7 +32,7 @@ class Anchors(nn.Module):
         self.knots = knots
         self.register_buffer("text", torch.zeros(config.anchor_text_bytes, dtype=torch.uint8))
         shape = (knots * config.anchor_words, config.stream_dim)
-        self.coordinates = StoredTensor(torch.zeros(shape), Grid(COORDINATE_STEP))
+        self.coordinates = StoredTensor(torch.zeros(shape), TwoBit(COORDINATE_STEP))
         self.coordinates.requires_grad_(False)
 
     def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:

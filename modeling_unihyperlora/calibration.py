@@ -77,13 +77,16 @@ def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
     return coordinates
 
 
-def fit_host(states: torch.Tensor, near: list[list[int]], coordinates: torch.Tensor) -> HostFit:
+def fit_host(
+    states: torch.Tensor, near: list[list[int]], coordinates: torch.Tensor, stored: list[int] | None = None
+) -> HostFit:
     """Ridge regression of the coordinates on a host's states, one knot at a time.
 
     Args:
-        states: (layers, N, d) all that ``near`` names, in the order of the layers; anchors with NaN are left out.
+        states: (layers, N, d), in the order of the layers; anchors with NaN are left out.
         near: for each knot the layers whose states are used.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
+        stored: the layers that ``states`` are of; all that ``near`` names by default.
 
     Raises:
         HostError: fewer than D usable anchors.
@@ -94,7 +97,7 @@ def fit_host(states: torch.Tensor, near: list[list[int]], coordinates: torch.Ten
             f"Only {int(usable.sum())} of {len(usable)} anchors can be read by this host's tokenizer; more than "
             f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host."
         )
-    stored = layers_of(near)
+    stored = stored or layers_of(near)
     fits = []
     for layers, target in zip(near, coordinates, strict=True):
         features = torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)

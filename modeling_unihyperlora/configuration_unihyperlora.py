@@ -35,14 +35,13 @@ class UniHyperLoraConfig(PreTrainedConfig):
         router: "token" chooses atoms for each token; "static" uses one fixed mask and can be merged.
         router_top_k: atoms a token may use in a block, 1 to 3.
         atoms: M, number of rank-one atoms.
-        anchor_dim: d0, width of the canonical space.
+        anchor_dim: d0, width of the canonical space of the injected update.
         mixer_hidden: width of the mixer's sine layer.
         stream_dim: canonical coordinates that the stream uses at each knot.
         stream_width: width of the token mixer's input map.
         stream_hidden: width of each direction of its recurrent layer.
         stream_fidelity: in training a sentence's coordinates are mixed with noise down to a correlation drawn from
             U(stream_fidelity, 1); 1 for none.
-        stream_knot_dropout: probability that a sentence loses a knot in training.
         stream_dropout: dropout before and after the recurrent layer in training.
         anchor_words: N, words of the anchor text.
         anchor_text_bytes: its length.
@@ -73,7 +72,6 @@ class UniHyperLoraConfig(PreTrainedConfig):
     stream_width: int = 160
     stream_hidden: int = 128
     stream_fidelity: float = 0.6
-    stream_knot_dropout: float = 0.1
     stream_dropout: float = 0.2
     anchor_words: int = 0
     anchor_text_bytes: int = 0
@@ -118,9 +116,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
             raise ConfigError(
                 "router='static' is for the injected update; the stream routes every word. Leave it out."
             )
-        if self.pathway == "stream" and self.stream_dim > self.anchor_dim:
-            raise ConfigError(f"stream_dim={self.stream_dim} exceeds the atoms' anchor_dim={self.anchor_dim}.")
-        for name, most in (("stream_fidelity", 1), ("stream_knot_dropout", 0.9), ("stream_dropout", 0.9)):
+        for name, most in (("stream_fidelity", 1), ("stream_dropout", 0.9)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= most:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be a number from 0 to {most}.")

@@ -34,11 +34,11 @@ class RowInteger:
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         codes, scale = self.codes(value)
-        packed = pack_nibbles(codes) if self.bits == 4 else codes.to(torch.int8)
+        packed = pack(codes, 4) if self.bits == 4 else codes.to(torch.int8)
         return {"": packed, ".scale": scale.bfloat16()}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        codes = unpack_nibbles(stored[""], shape) if self.bits == 4 else stored[""].float()
+        codes = unpack(stored[""], shape, 4) if self.bits == 4 else stored[""].float()
         return codes * stored[".scale"].float()
 
 
@@ -55,10 +55,29 @@ class Grid:
         return self.codes(value) * self.step
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"": pack_nibbles(self.codes(value))}
+        return {"": pack(self.codes(value), 4)}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return unpack_nibbles(stored[""], shape) * self.step
+        return unpack(stored[""], shape, 4) * self.step
+
+
+class TwoBit:
+    """Integers -2…1 at (code + ½)·``step``, four to a byte; of unit variance, step 1 is about the best."""
+
+    def __init__(self, step: float):
+        self.step = step
+
+    def codes(self, value: torch.Tensor) -> torch.Tensor:
+        return (value / self.step).floor().clamp(-2, 1)
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return (self.codes(value) + 0.5) * self.step
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": pack(self.codes(value), 2)}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return (unpack(stored[""], shape, 2) + 0.5) * self.step
 
 
 class Half:
@@ -74,7 +93,7 @@ class Half:
         return stored[""].float()
 
 
-Codec = RowInteger | Grid | Half
+Codec = RowInteger | Grid | TwoBit | Half
 
 
 class StoredTensor(nn.Module):
@@ -113,15 +132,14 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Codes -8…7 of any shape → uint8 of half as many bytes (the first code of a pair in the low nibble)."""
-    flat = codes.reshape(-1).to(torch.int16) + 8
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_full((1,), 8)])
-    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes of 2 or 4 ``bits`` and any shape → uint8, 8/bits of them in a byte, the first one lowest."""
+    flat, each = codes.reshape(-1).to(torch.int16), 8 // bits
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each) + 2 ** (bits - 1)
+    return (flat << torch.arange(0, 8, bits, device=flat.device)).sum(dim=1).to(torch.uint8)
 
 
-def unpack_nibbles(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Inverse of ``pack_nibbles``: float32 codes of ``shape``."""
-    pairs = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(-1)
-    return (pairs.float() - 8)[: torch.Size(shape).numel()].reshape(shape)
+def unpack(packed: torch.Tensor, shape: torch.Size, bits: int) -> torch.Tensor:
+    """Inverse of ``pack``: float32 codes of ``shape``."""
+    codes = packed[:, None] >> torch.arange(0, 8, bits, device=packed.device) & 2**bits - 1
+    return (codes.float() - 2 ** (bits - 1)).reshape(-1)[: torch.Size(shape).numel()].reshape(shape)

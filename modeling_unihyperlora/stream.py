@@ -3,14 +3,15 @@
 Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
 
 A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's states of a word, those of
-neighbouring layers side by side, become z = P_in h, by the host's calibration; z is routed as a token is in the
-injected update, and its atoms act on it,
+neighbouring layers side by side, become z = P_in h, by the host's calibration. δθ, which is tuned on one host, amends
+that map in the directions of all atoms. Then z is routed as a token is in the injected update, and its own atoms act:
 
-    z ← z + Σ_j gate_j · (g_θ + δθ)(τ)_j · u_j (v_jᵀ z)
+    z ← z + Σ_{all j} δθ(τ)_j · u_j (v_jᵀ z)
+    z ← z + Σ_{j in top-k} gate_j · g_θ(τ)_j · u_j (v_jᵀ z)
 
-with the first D coordinates of u_j and v_j and no module type. The knots side by side feed a bidirectional recurrent
-layer over the words of the sentence, whose outputs the head reads. Nothing of this depends on the host's width, depth
-or tokenizer, and the host is never modified.
+where τ names the knot instead of a module type. The knots side by side feed a bidirectional recurrent layer over the
+words of the sentence, whose outputs the head reads. Nothing of this depends on the host's width, depth or tokenizer,
+and the host is never modified.
 """
 
 import json
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from transformers.utils import logging as hf_logging
 
 from .adapter import (
@@ -143,25 +145,29 @@ class Stream:
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
         adapter, config = self.adapter, self.adapter.config
-        own, dim = adapter.tasks[task], config.stream_dim
+        own = adapter.tasks[task]
         if adapter.training and self.disturbs:
-            z = disturb(z, config.stream_fidelity, config.stream_knot_dropout)
-        rows_in, rows_out = adapter.atoms_in()[:, :dim], adapter.atoms_out()[:, :dim]
+            z = disturb(z, config.stream_fidelity)
+        rows_in, rows_out = adapter.atoms_in(), adapter.atoms_out()
         router = adapter.router_weight()
         bias = adapter.router_bias() + router @ own.embedding()
         places = knot_features(torch.tensor(KNOTS, device=z.device))
-        coefficients = adapter.mixer(places) + places @ own.delta()
+        coefficients, amendments = adapter.mixer(places), places @ own.delta()
+        cells = torch.arange(z.shape[0] * z.shape[1]).view(z.shape[:2])
+        packed = pack_padded_sequence(cells, lengths.cpu(), batch_first=True, enforce_sorted=False).to(z.device)
+        words = z.flatten(0, 1)[packed.data]
         moved, expected, active = [], 0.0, 0.0
         for k in range(len(KNOTS)):
-            flat = z[:, :, k].flatten(0, 1)
-            routing = route(flat, router[:, :dim], bias, config.router_top_k)
+            flat = words[:, k]
+            flat = flat + flat @ ((rows_in.T * amendments[k]) @ rows_out)
+            routing = route(flat, router, bias, config.router_top_k)
             update = write_atoms(read_atoms(flat, rows_in, routing), rows_out, routing, coefficients[k])
-            moved.append((flat + update).view_as(z[:, :, k]))
+            moved.append(flat + update)
             expected = expected + routing.probabilities.sum(dim=-1) / len(KNOTS)
             active = active + (routing.gates > 0).sum(dim=-1) / len(KNOTS)
-        features = adapter.token_mixer(torch.cat(moved, dim=-1), lengths)
-        words = z.shape[:2]
-        return StreamRun(adapter, task, features, lengths, expected.view(words), active.view(words))
+        features = adapter.token_mixer(packed._replace(data=torch.cat(moved, dim=-1))).data
+        features, expected, active = (_unpack(x, packed.data, z.shape[:2]) for x in (features, expected, active))
+        return StreamRun(adapter, task, features, lengths, expected, active)
 
     def host_multiply_adds(self, sequence_length: int) -> int:
         """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
@@ -172,7 +178,7 @@ class Stream:
         """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
         config, knots = self.adapter.config, len(KNOTS)
         project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
-        atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k)
+        atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k + config.stream_dim)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
         return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
@@ -180,6 +186,15 @@ class Stream:
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host and its table of word beginnings."""
         return [*(tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)), self.begins_word]
+
+
+def _unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Values of packed words (N, …) → (B, W, …) by their cells in it, the others 0.
+
+    As ``pad_packed_sequence``, whose gradient copies the whole batch once for every length of a sentence.
+    """
+    padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
+    return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])
 
 
 def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
@@ -190,8 +205,8 @@ def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
     return words.gather(1, index)
 
 
-def disturb(z: torch.Tensor, fidelity: float, knot_dropout: float) -> torch.Tensor:
-    """What another host would do to the coordinates: each correlates less with the source's, whole knots are missing.
+def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
+    """What another host would do to the coordinates: each correlates less with the source's.
 
     A calibrated host has coordinates of unit variance whose correlation with the source's is some ρ < 1. A sentence
     draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
@@ -199,13 +214,9 @@ def disturb(z: torch.Tensor, fidelity: float, knot_dropout: float) -> torch.Tens
     Args:
         z: (B, W, K, D) coordinates of unit variance.
         fidelity: the least ρ; 1 leaves the coordinates alone.
-        knot_dropout: probability that a sentence loses a knot.
     """
-    if fidelity < 1:
-        rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
-        z = rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
-    keep = torch.rand(z.shape[0], 1, z.shape[2], 1, device=z.device) >= knot_dropout
-    return z * keep / (1 - knot_dropout)
+    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
+    return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
 
 
 def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:

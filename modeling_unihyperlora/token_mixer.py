@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .quantization import Half, RowInteger, StoredTensor
 
@@ -43,18 +44,17 @@ class TokenMixer(nn.Module):
         )
         self.hidden = hidden
 
-    def forward(self, z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """(B, W, K·D) and the words of each sentence (B,) → (B, W, F); zero beyond a sentence's end."""
-        x = self.dropout(nn.functional.gelu(nn.functional.linear(z, self.inward(), self.inward_bias())))
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    def forward(self, words: PackedSequence) -> PackedSequence:
+        """The words of the batch's sentences, (N, K·D) → (N, F)."""
+        x = self.dropout(nn.functional.gelu(nn.functional.linear(words.data, self.inward(), self.inward_bias())))
         weights = []
         for direction in self.directions:
             bias = direction["bias"]()
             weights += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
-        state = x.new_zeros(2, len(lengths), self.hidden)
+        state = x.new_zeros(2, int(words.batch_sizes[0]), self.hidden)
         out, _, _ = torch.lstm(
-            packed.data,
-            packed.batch_sizes,
+            x,
+            words.batch_sizes,
             (state, state),
             weights,
             has_biases=True,
@@ -63,5 +63,4 @@ class TokenMixer(nn.Module):
             train=self.training,
             bidirectional=True,
         )
-        packed = nn.utils.rnn.PackedSequence(out, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        return self.dropout(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=z.shape[1])[0])
+        return words._replace(data=self.dropout(out))

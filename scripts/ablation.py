@@ -18,14 +18,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import run_ner
-from modeling_unihyperlora import UniHyperLoraError, adapter, calibration, stream
-from modeling_unihyperlora.anchors import COORDINATE_STEP, join_anchors, read_anchors
+from modeling_unihyperlora import UniHyperLoraError, adapter, anchors, calibration, stream
+from modeling_unihyperlora.anchors import join_anchors, read_anchors
 from modeling_unihyperlora.quantization import Grid
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.token_mixer import TokenMixer
-from trainers import state_cache
+from trainers import sources, state_cache
 
 logger = logging.getLogger("ablation")
 
@@ -64,10 +65,9 @@ def words_alone() -> mock._patch:
     """The token mixer sees one word at a time."""
     forward = TokenMixer.forward
 
-    def alone(self, z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        each = forward(self, z.flatten(0, 1).unsqueeze(1), torch.ones(z.shape[0] * z.shape[1], dtype=torch.long))
-        inside = torch.arange(z.shape[1], device=z.device) < lengths.to(z.device)[:, None]
-        return each.view(*z.shape[:2], -1) * inside.unsqueeze(-1)
+    def alone(self, words: PackedSequence) -> PackedSequence:
+        each = forward(self, PackedSequence(words.data, torch.tensor([len(words.data)])))  # sentences of one word
+        return words._replace(data=each.data)
 
     return mock.patch.object(TokenMixer, "forward", alone)
 
@@ -86,17 +86,13 @@ def no_variance_matching() -> mock._patch:
     return mock.patch.object(calibration, "_fit_knot", shrunk)
 
 
-def two_bits() -> mock._patch:
-    """Coordinates of -1.5, -0.375, 0.375 and 1.5 only; the file still takes 4 bits for each."""
-    codes = Grid.codes
+def four_bits() -> mock._patch:
+    """Coordinates in 16 steps from -3 to 2.625."""
+    return mock.patch.object(anchors, "TwoBit", lambda step: Grid(0.375))
 
-    def coarse(self, value: torch.Tensor) -> torch.Tensor:
-        if self.step != COORDINATE_STEP:
-            return codes(self, value)
-        size = torch.where(value.abs() > 2.5 * self.step, 4.0, 1.0)
-        return torch.where(value < 0, -size, size)
 
-    return mock.patch.object(Grid, "codes", coarse)
+def no_copies() -> mock._patch:
+    return mock.patch.object(sources, "COPIES", ())
 
 
 def only_knots(*kept: int) -> Change:
@@ -129,16 +125,16 @@ def rows(folder: Path) -> list[Row]:
         Row("atoms for nothing: λ_F = 0", ("--lambda_f", "0")),
         Row("without token mixer: each word alone", change=words_alone),
         Row("without noise", ("--stream_fidelity", "1")),
-        Row("without knot dropout", ("--stream_knot_dropout", "0")),
+        Row("without copies of the source", change=no_copies),
         Row("without learned coordinates: principal components", ("--coordinate_epochs", "0")),
         Row("without variance matching", change=no_variance_matching),
-        Row("coordinates of 2 bits", change=two_bits),
+        Row("coordinates of 4 bits", ("--max_adapter_bytes", "2000000"), four_bits),
         Row("half of the anchors", ("--anchor_file", str(half))),
         Row("a quarter of the anchors", ("--anchor_file", str(quarter))),
         Row("3 knots: 0, 1/2, 1", change=only_knots(0, 2, 4)),
         Row("1 knot: 1/2", change=only_knots(2)),
         Row("16 coordinates a knot", ("--stream_dim", "16")),
-        Row("a smaller file", tuple("--anchor_dim 32 --stream_width 128 --stream_hidden 96".split())),
+        Row("a smaller file", ("--stream_width", "128", "--stream_hidden", "96")),
         Row("64 coordinates a knot", ("--stream_dim", "64", "--max_adapter_bytes", "2000000")),
     ]
 

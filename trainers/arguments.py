@@ -46,7 +46,6 @@ class ModelArguments:
     stream_fidelity: float | None = field(
         default=None, metadata={"help": "Least correlation that noise leaves in training; 1 for no noise."}
     )
-    stream_knot_dropout: float | None = field(default=None, metadata={"help": "Share of knots lost in training."})
     source_hosts: list[str] | None = field(
         default=None,
         metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
@@ -73,7 +72,7 @@ class ModelArguments:
         """The adapter's choices that were given."""
         names = (
             "pathway projector router router_top_k atoms anchor_dim "
-            "stream_dim stream_width stream_hidden stream_fidelity stream_knot_dropout"
+            "stream_dim stream_width stream_hidden stream_fidelity"
         )
         return {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
 
@@ -271,6 +270,11 @@ def check_arguments(
         raise ConfigError(
             "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
             "with --train_scope source."
+        )
+    if model_args.source_hosts and (model_args.pathway != "stream" or training_args.train_scope == "delta"):
+        raise ConfigError(
+            "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "
+            "source, or leave it out: an injected update, δθ and the baselines are trained on one host."
         )
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
     if scored and training_args.train_sampling_strategy == "group_by_length":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, cached_file
@@ -27,7 +27,7 @@ from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, make_baseline, measure_baseline
 from .reading import check_label_names
 from .results import write_arguments, write_results
-from .sources import sources_of
+from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .tokenization import load_tokenizer
 from .trainer import UniHyperLoraTrainer
@@ -274,11 +274,11 @@ def make_trainer(
                 lambda other: task.dataset(splits["train"], other, labels, length),
                 **model_args.hub(),
             )
-            train, more = ConcatDataset([source.data for source in sources]), {"sources": sources}
+            train, more = SourceStates(sources), {"sources": sources}
         if validation is not None and data_args.cache_eval_states:
             words = WordStates(model.host, tokenizer, validation)
             if words.covers_labels:
-                validation, scores = CanonicalStates(words, lambda: model.stream.fit), scores_of_words(words, scores)
+                validation, scores = CanonicalStates(words, lambda: [model.stream.fit]), scores_of_words(words, scores)
     trainer = trainer_class(
         model=model,
         args=training_args,

@@ -1,19 +1,23 @@
 """Training a stream on one host or several, and learning which coordinates of their states it keeps.
 
 A stream is trained on canonical states of words (``state_cache``). Of a source host only its states are needed: of the
-anchors, to line it up, and of the training text.
+anchors, to line it up, and of the training text. From the same states come those of its copies: the host with fewer
+blocks or fewer of its dimensions, lined up like any other host. What they do to the coordinates is what hosts do that
+were never seen, which noise alone does not show.
 
 The coordinates themselves are learned first. In the wide space of the first source's leading whitened principal
 components at each knot, a linear map to the D coordinates that the adapter will keep is trained together with the rest
-of the adapter, on disturbed states. What it makes of the anchors is then rounded to the file's 4 bits, every source is
+of the adapter, on disturbed states. What it makes of the anchors is then rounded to the file's 2 bits, every source is
 lined up with that as any other host would be, and training goes on from there.
 """
 
+import bisect
 import functools
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.utils import broadcast
@@ -27,6 +31,7 @@ from modeling_unihyperlora.calibration import HostFit, canonical_coordinates, fi
 from modeling_unihyperlora.hosts import describe_host, load_host
 from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
 
+from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
 from .tokenization import load_tokenizer
 
@@ -35,6 +40,8 @@ logger = logging.getLogger(__name__)
 WIDE = 128  # principal components a knot in which the coordinates are looked for
 AXES_LEARNING_RATE = 2e-3
 WARMUP = 0.1  # share of the steps
+COPIES = ((1 / 3, 1 / 3), (2 / 3, 2 / 3), (1 / 2, 1), (1 / 3, 1 / 6), (1 / 2, 1 / 3), (5 / 6, 1 / 2))  # blocks, width
+WIDE_COPIES = 2  # of them, while the coordinates are learned: wide states take much memory
 
 
 class Source:
@@ -46,6 +53,10 @@ class Source:
         sentences: the adapter's anchors.
         windows: the data set, see ``WordStates``.
         fit: the host's map into the canonical space, if it is lined up already.
+
+    Attributes:
+        fits: that map, and those of the copies.
+        data: the words of the windows by each of these maps.
     """
 
     def __init__(
@@ -53,8 +64,8 @@ class Source:
     ):
         self.num_layers: int = host.config.num_hidden_layers
         self.words = WordStates(host, tokenizer, windows)
-        self.data = CanonicalStates(self.words, lambda: self.fit)
-        self.fit: HostFit = fit or []
+        self.fits: list[HostFit] = [] if fit is None else [fit]
+        self.data = CanonicalStates(self.words, lambda: self.fits)
         self._to_read: tuple | None = (host, tokenizer, sentences)
 
     @functools.cached_property
@@ -63,9 +74,51 @@ class Source:
         to_read, self._to_read = self._to_read, None
         return read_anchor_states(*to_read)
 
-    def calibrate(self, coordinates: torch.Tensor) -> None:
-        """Line the source up with (K, N, D) coordinates of the anchors."""
-        self.fit = fit_host(self.anchor_states, near_layers(self.num_layers), coordinates.detach().cpu())
+    def calibrate(self, coordinates: torch.Tensor, copies: int = len(COPIES)) -> None:
+        """Line the source and as many copies of it up with (K, N, D) coordinates of the anchors."""
+        coordinates = coordinates.detach().cpu()
+        fits = [fit_host(self.anchor_states, near_layers(self.num_layers), coordinates)]
+        for number, (blocks, width) in enumerate(COPIES[:copies]):
+            fits.append(self._fit_copy(round(blocks * self.num_layers), width, number, coordinates))
+        self.fits = fits
+
+    def _fit_copy(self, blocks: int, width: float, seed: int, coordinates: torch.Tensor) -> HostFit:
+        """The map of the host's first ``blocks`` blocks and a random share of its dimensions, in terms of the host."""
+        dim = self.anchor_states.shape[-1]
+        kept = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))[: round(width * dim)]
+        stored = self.words.layers
+        near = [
+            [layer for layer in layers if layer in stored] or [min(stored, key=lambda layer: abs(layer - layers[0]))]
+            for layers in near_layers(max(blocks, 1))
+        ]
+        narrow = fit_host(self.anchor_states[..., kept], near, coordinates, stored)
+        fit = []
+        for knot in narrow:
+            matrix = knot.matrix.new_zeros(len(knot.matrix), len(knot.layers), dim)
+            matrix[..., kept] = knot.matrix.unflatten(1, (len(knot.layers), -1))
+            fit.append(knot._replace(matrix=matrix.flatten(1)))
+        return fit
+
+
+class SourceStates(Dataset):
+    """The training windows of all sources, one source after the other; see ``CanonicalStates`` for views and keys."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.starts = [0, *itertools.accumulate(len(source.data) for source in sources)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
+        view, index = divmod(key, len(self))
+        which = bisect.bisect_right(self.starts, index) - 1
+        data = self.sources[which].data
+        return data[view * len(data) + index - self.starts[which]]
+
+    def sampler(self, seed: int) -> SentenceSampler:
+        """All windows once an epoch."""
+        return SentenceSampler(len(self), len(self.sources[0].fits), seed)
 
 
 def sources_of(
@@ -99,22 +152,21 @@ def sources_of(
             raise ConfigError(f"The source host '{name}' is among the sources already; name each once.")
         model.config.source_hosts.append(described)
         sources.append(Source(host, other, anchors.sentences(), make_dataset(other)))
-        sources[-1].calibrate(anchors.canonical())
     return sources
 
 
 def calibrate_all(model, sources: list[Source]) -> None:
-    """Line every source, and the model on the first one, up with the adapter's coordinates."""
+    """Line every source and its copies, and the model on the first one, up with the adapter's coordinates."""
     for source in sources:
         source.calibrate(model.adapter.anchors.canonical())
-    model.stream.fit = sources[0].fit
+    model.stream.fit = sources[0].fits[0]
 
 
 def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     """Choose the adapter's canonical coordinates by training; see the module's docstring.
 
     Args:
-        trainer: a ``UniHyperLoraTrainer`` whose training data are those of the sources.
+        trainer: a ``UniHyperLoraTrainer`` whose training data are the ``SourceStates`` of the sources.
         sources: the model's own host first.
         epochs: passes over the training text, of which each source then gives its share.
 
@@ -127,17 +179,13 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     first = at_knots(sources[0].anchor_states, sources[0].num_layers)
     wide = canonical_coordinates(first, min(WIDE, *first.shape[1:]))
     for source in sources:
-        source.calibrate(wide)
+        source.calibrate(wide, WIDE_COPIES)
     device = anchors.coordinates.latent.device
     axes = nn.Parameter(torch.randn(len(KNOTS), wide.shape[-1], config.stream_dim, device=device))
 
-    loader = DataLoader(
-        trainer.train_dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        collate_fn=trainer.data_collator,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
+    data = trainer.train_dataset
+    sampler = data.sampler(args.seed)
+    loader = DataLoader(data, batch_size=args.train_batch_size, sampler=sampler, collate_fn=trainer.data_collator)
     steps = math.ceil(epochs * len(loader) / len(sources))
     logger.info("Learning %d coordinates a knot, %d steps", config.stream_dim, steps)
     optimizer = trainer.create_optimizer()
@@ -146,9 +194,9 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     model.stream.disturbs = False  # it is done here, in the wide space
-    for step, batch in zip(range(steps), _repeat(loader), strict=False):
+    for step, batch in zip(range(steps), _epochs(loader, sampler), strict=False):
         batch = {name: value.to(device) for name, value in batch.items()}
-        z = disturb(batch["canonical_states"], config.stream_fidelity, config.stream_knot_dropout)
+        z = disturb(batch["canonical_states"], config.stream_fidelity)
         batch["canonical_states"] = torch.einsum("bwkp,kpd->bwkd", z, _unit(axes))
         loss = trainer.compute_loss(model, batch)
         optimizer.zero_grad()
@@ -165,7 +213,6 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
         anchors.coordinates.latent.copy_(kept.flatten(0, 1))
         for parameter in model.adapter.parameters():
             parameter.copy_(broadcast(parameter.data))
-    calibrate_all(model, sources)
     return time.perf_counter() - start
 
 
@@ -174,6 +221,7 @@ def _unit(axes: torch.Tensor) -> torch.Tensor:
     return axes / axes.norm(dim=1, keepdim=True)
 
 
-def _repeat(loader):
-    while True:
+def _epochs(loader: DataLoader, sampler: SentenceSampler) -> Iterator[dict[str, torch.Tensor]]:
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
         yield from loader

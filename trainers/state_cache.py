@@ -33,6 +33,7 @@ from .decoding import IGNORED
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 20  # batches
+KEPT_BYTES = 2e9  # of canonical states in memory, a data set
 
 
 class WordStates:
@@ -114,35 +115,48 @@ class WordStates:
 
 
 class CanonicalStates(Dataset):
-    """Words as their canonical states, by the fit that is valid when they are asked for.
+    """Words as their canonical states, by the fits that are valid when they are asked for.
 
-    What was made is kept in memory, 2·K·D bytes a word, until the fit is another one.
+    What was made is kept in memory, 2·K·D bytes a word and fit, until the fits are others; beyond ``KEPT_BYTES`` it is
+    made anew each time.
 
     Args:
         words: the host's states.
-        fit: gives the host's map into the canonical space.
+        fits: gives maps of these states into the canonical space, each of which makes a view of a window.
     """
 
-    def __init__(self, words: WordStates, fit: Callable[[], HostFit]):
+    def __init__(self, words: WordStates, fits: Callable[[], list[HostFit]]):
         self.words = words
-        self.fit = fit
-        self._fit: HostFit | None = None  # what was made by it, here on the CPU
-        self._here: HostFit = []
+        self.fits = fits
+        self._fits: list[HostFit] = []  # what was made by them
+        self._here: list[HostFit] = []  # the same on the CPU
         self._made: dict[int, torch.Tensor] = {}
+        self._room = 0
 
     def __len__(self) -> int:
+        """Windows."""
         return len(self.words.labels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar."""
-        fit = self.fit()
-        if fit is not self._fit:
-            self._fit, self._here, self._made = fit, fit_on("cpu", fit), {}
-        if index not in self._made:
+    def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
+        """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar.
+
+        Args:
+            key: ``view * len(self) + index`` of a window; the index alone is its first view.
+        """
+        view, index = divmod(key, len(self))
+        fits = self.fits()
+        if [*map(id, fits)] != [*map(id, self._fits)]:
+            self._fits, self._here = fits, [fit_on("cpu", fit) for fit in fits]
+            self._made, self._room = {}, KEPT_BYTES
+        views = self._made.get(index)
+        if views is None:
             start, end = self.words.offsets[index : index + 2]
             states = torch.from_numpy(np.array(self.words.states[start:end], np.float32))
-            self._made[index] = apply_fit(self._here, states, self.words.layers).half()
-        return {"canonical_states": self._made[index].float(), "labels": torch.from_numpy(self.words.labels[index])}
+            views = torch.stack([apply_fit(fit, states, self.words.layers).half() for fit in self._here])
+            self._room -= views.nbytes
+            if self._room >= 0:
+                self._made[index] = views
+        return {"canonical_states": views[view].float(), "labels": torch.from_numpy(self.words.labels[index])}
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
@@ -47,6 +48,8 @@ class UniHyperLoraTrainer(Trainer):
         if kwargs.get("train_dataset") is not None:  # any adapter may be scored on any host
             check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
         model.set_train_scope(args.train_scope)
+        if model.stream is not None:  # δθ is tuned to one host as it is
+            model.stream.disturbs = args.train_scope == "source"
         super().__init__(model=model, args=args, **kwargs)
         if args.load_best_model_at_end and args.train_scope == "delta":
             self.add_callback(StartIsACandidate(self))
@@ -87,6 +90,19 @@ class UniHyperLoraTrainer(Trainer):
     @property
     def unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Lines the sources of a stream up first, with the coordinates that the adapter has by now."""
+        if self.sources and self.args.train_scope == "source":
+            calibrate_all(self.unwrapped, self.sources)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if not self.sources:
+            return super()._get_train_sampler(train_dataset)
+        return self.train_dataset.sampler(self.args.data_seed or self.args.seed)
 
     # ---- logging ----
 
@@ -174,11 +190,7 @@ class UniHyperLoraTrainer(Trainer):
                 f"{resume_from_checkpoint} is no checkpoint to resume from: it has no {LATENTS_NAME}. Give a "
                 "checkpoint-<step> folder that training wrote."
             )
-        adapter = self.unwrapped.adapter
-        before = adapter.anchors.canonical() if self.sources else None
-        load_latents(adapter, path)
-        if before is not None and not torch.equal(before, adapter.anchors.canonical()):
-            calibrate_all(self.unwrapped, self.sources)
+        load_latents(self.unwrapped.adapter, path)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

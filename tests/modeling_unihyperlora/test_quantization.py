@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_unihyperlora.quantization import Grid, Half, RowInteger, StoredTensor, pack_nibbles, unpack_nibbles
+from modeling_unihyperlora.quantization import Grid, Half, RowInteger, StoredTensor, TwoBit, pack, unpack
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 8), (16, 33), (128, 256)]
 MAGNITUDES = [1e-42, 1e-38, 1e-30, 1e-7, 1e-3, 1.0, 77.7, 3e4, 1e20, 1e37]
-CODECS = {"int8": RowInteger(8), "int4": RowInteger(4), "grid": Grid(0.125), "odd grid": Grid(0.1), "half": Half()}
+CODECS = {
+    "int8": RowInteger(8),
+    "int4": RowInteger(4),
+    "grid": Grid(0.125),
+    "odd grid": Grid(0.1),
+    "two bit": TwoBit(1.0),
+    "odd two bit": TwoBit(0.1),
+    "half": Half(),
+}
 
 
 def sample(shape, magnitude: float, seed: int = 0) -> torch.Tensor:
@@ -38,7 +46,7 @@ def test_row_integer_is_the_nearest_multiple_of_the_row_scale(bits, magnitude, s
     scale = bfloat16(np.abs(value.numpy()).max(axis=1, keepdims=True) / np.float32(largest)).astype(np.float64)
     assert stored[".scale"].dtype == torch.bfloat16
     assert np.array_equal(stored[".scale"].double().numpy(), scale)
-    codes = unpack_nibbles(stored[""], value.shape) if bits == 4 else stored[""]
+    codes = unpack(stored[""], value.shape, 4) if bits == 4 else stored[""]
     codes = codes.double().numpy()
     assert np.array_equal(np.abs(codes).max(axis=1), np.where(scale[:, 0] > 0, largest, 0))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -51,12 +59,25 @@ def test_row_integer_is_the_nearest_multiple_of_the_row_scale(bits, magnitude, s
 @pytest.mark.parametrize("shape", SHAPES)
 def test_grid_is_the_nearest_step_and_saturates(step, shape):
     value = sample(shape, 8 * step)
-    codes = unpack_nibbles(Grid(step).encode(value)[""], value.shape).double().numpy()
+    codes = unpack(Grid(step).encode(value)[""], value.shape, 4).double().numpy()
     exact = np.clip(value.double().numpy() / step, -8, 7)
     assert np.abs(codes - exact).max() <= 0.5 + 1e-5
     np.testing.assert_allclose(Grid(step).round(value).double().numpy(), codes * step, rtol=1e-6)
     extremes = torch.tensor([[-1e9, -8.4 * step, 7.4 * step, 1e9]])
-    assert unpack_nibbles(Grid(step).encode(extremes)[""], extremes.shape).tolist() == [[-8, -8, 7, 7]]
+    assert unpack(Grid(step).encode(extremes)[""], extremes.shape, 4).tolist() == [[-8, -8, 7, 7]]
+
+
+@pytest.mark.parametrize("step", [1.0, 0.1, 3.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_bit_is_the_nearest_of_four_values(step, shape):
+    value = sample(shape, 2 * step)
+    levels = np.array([-1.5, -0.5, 0.5, 1.5]) * step
+    distance = np.abs(value.double().numpy()[..., None] - levels)
+    rounded = TwoBit(step).round(value).double().numpy()
+    np.testing.assert_allclose(np.abs(rounded - value.double().numpy()), distance.min(axis=-1), atol=1e-5 * step)
+    assert set(np.unique((rounded / step).round(3))) <= {-1.5, -0.5, 0.5, 1.5}
+    packed = TwoBit(step).encode(value)[""]
+    assert packed.dtype == torch.uint8 and packed.numel() == (value.numel() + 3) // 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,20 +121,24 @@ def test_a_large_row_does_not_coarsen_a_small_one():
 
 def test_packing_keeps_every_pair_of_codes():
     codes = torch.cartesian_prod(torch.arange(-8.0, 8), torch.arange(-8.0, 8))  # (256, 2)
-    packed = pack_nibbles(codes)
+    packed = pack(codes, 4)
     assert packed.dtype == torch.uint8 and packed.shape == (256,)
-    assert torch.equal(unpack_nibbles(packed, codes.shape), codes)
+    assert torch.equal(unpack(packed, codes.shape, 4), codes)
     assert packed.unique().numel() == 256, "two pairs share a byte"
     low, high = packed & 15, packed >> 4
     assert torch.equal(torch.stack([low, high], dim=1).float() - 8, codes), "the first code is the low nibble"
+    quads = torch.cartesian_prod(*[torch.arange(-2.0, 2)] * 4)  # (256, 4)
+    assert pack(quads, 2).unique().numel() == 256 and torch.equal(unpack(pack(quads, 2), quads.shape, 2), quads)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (3,), (7,), (3, 5), (8, 128), (2, 3, 3)])
-def test_packing_of_any_size(shape):
-    codes = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(len(shape))).float()
-    packed = pack_nibbles(codes)
-    assert packed.numel() == (codes.numel() + 1) // 2
-    assert torch.equal(unpack_nibbles(packed, codes.shape), codes)
+def test_packing_of_any_size(bits, shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator).float()
+    packed = pack(codes, bits)
+    assert packed.numel() == -(-codes.numel() * bits // 8)
+    assert torch.equal(unpack(packed, codes.shape, bits), codes)
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from modeling_unihyperlora import (
@@ -226,7 +227,9 @@ class TestStream:
     def test_the_way_of_a_word_is_the_papers(self, model, tokenizer):
         """Every word's features before the recurrent layer, recomputed in float64 with loops."""
         seen = {}
-        hook = model.adapter.token_mixer.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
+        hook = model.adapter.token_mixer.register_forward_pre_hook(
+            lambda _, args: seen.update(z=pad_packed_sequence(args[0], True)[0])
+        )
         inputs = batch(tokenizer)
         out = model(**inputs)
         hook.remove()
@@ -238,17 +241,21 @@ class TestStream:
         for k, (knot, near) in enumerate(zip(KNOTS, ([0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4]), strict=True)):
             h = torch.cat([hidden[layer][0, 1] for layer in near]).double()
             z = model.stream.fit[k].matrix.double() @ h + model.stream.fit[k].offset.double()
-            features = torch.tensor([1.0, knot] + [0.0] * 6, dtype=torch.float64)
+            features = torch.tensor([1.0, knot, *(float(k == i) for i in range(6))], dtype=torch.float64)
+            amendment = torch.zeros_like(z)
+            for j, share in enumerate(features @ value[own + "delta"]):
+                amendment += share * value["atoms_out"][j] * (value["atoms_in"][j] @ z)
+            z = z + amendment
             wave = torch.cat([torch.sin(value["mixer.hidden"] @ features), torch.ones(1, dtype=torch.float64)])
-            weight = value["mixer.output"] @ wave + features @ value[own + "delta"]
-            score = value["router_weight"][:, :D] @ z / z.square().mean().sqrt()
+            weight = value["mixer.output"] @ wave
+            score = value["router_weight"] @ z / z.square().mean().sqrt()
             score = score + value["router_bias"] + value["router_weight"] @ value[own + "embedding"]
             moved = z.clone()
             for j in score.topk(2).indices:
                 if score[j] > 0:
                     active += 1
-                    dot = value["atoms_in"][j, :D] @ z
-                    moved += score[j].sigmoid() * weight[j] * value["atoms_out"][j, :D] * dot
+                    dot = value["atoms_in"][j] @ z
+                    moved += score[j].sigmoid() * weight[j] * value["atoms_out"][j] * dot
             mine = seen["z"][0, 0, k * D : (k + 1) * D].double()
             torch.testing.assert_close(mine, moved, rtol=1e-3, atol=1e-4)
             assert (moved - z).abs().max() > 1e-3 or active == 0
@@ -266,10 +273,9 @@ class TestStream:
                 getattr(plain, f"bias_hh_l0{suffix}").zero_()
             z = torch.randn(2, 5, 5 * D)
             x = torch.nn.functional.gelu(z @ mixer.inward().T + mixer.inward_bias())
-            mine = mixer(z, torch.tensor([5, 3]))
+            mine = pad_packed_sequence(mixer(pack_padded_sequence(z, torch.tensor([5, 3]), batch_first=True)), True)[0]
             torch.testing.assert_close(mine[0], plain(x[:1])[0][0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(mine[1, :3], plain(x[1:, :3])[0][0], rtol=1e-4, atol=1e-5)
-            assert mine[1, 3:].abs().max() == 0
 
     def test_padding_and_neighbours_do_not_matter(self, model, tokenizer):
         together = model(**batch(tokenizer)).logits
@@ -307,16 +313,14 @@ class TestStream:
             for word in range(counts[row]):
                 torch.testing.assert_close(words[row, word], tokens[row, positions[row, word]])
 
-    def test_disturbance_keeps_the_variance_and_drops_knots(self):
+    def test_disturbance_keeps_the_variance(self):
         z = torch.randn(400, 10, 5, D)
-        disturbed = disturb(z, 0.5, 0.0)
+        disturbed = disturb(z, 0.5)
         assert float(disturbed.std()) == pytest.approx(1, rel=0.03)
         rho = (z * disturbed).mean(dim=(1, 2, 3)) / z.square().mean(dim=(1, 2, 3))
         assert 0.4 < float(rho.min()) < 0.6 and 0.9 < float(rho.max()) < 1.1
         assert float(rho.mean()) == pytest.approx(0.75, abs=0.03)
-        dropped = disturb(torch.ones_like(z), 1.0, 0.25)[:, 0, :, 0]
-        assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.04)
-        assert float(dropped.max()) == pytest.approx(1 / 0.75)
+        assert torch.equal(disturb(z, 1.0), z)
 
     def test_one_file_on_hosts_of_any_shape(self, model, tokenizer, tmp_path):
         model.save_pretrained(tmp_path)
@@ -335,7 +339,7 @@ class TestStream:
     def test_every_stored_tensor_is_of_a_part(self, model):
         parts = bytes_of_parts(model.adapter)
         assert set(parts) == set(PARTS) - {"projector"}
-        assert parts["anchors"] == len(model.adapter.anchors.text) + 5 * 480 * D // 2
+        assert parts["anchors"] == len(model.adapter.anchors.text) + 5 * 480 * D // 4
         assert parts["delta"] == 8 * 16 // 2
 
     def test_only_the_stream_is_trained(self, model):
@@ -371,8 +375,6 @@ class TestStream:
             UniHyperLoraConfig(pathway="stream", projector="dimension")
         with pytest.raises(ConfigError, match="the stream routes every word"):
             UniHyperLoraConfig(pathway="stream", router="static")
-        with pytest.raises(ConfigError, match="stream_dim=300 exceeds"):
-            UniHyperLoraConfig(pathway="stream", stream_dim=300)
 
     def test_a_host_that_cannot_be_lined_up_is_given_back_as_it_was(self, model, tmp_path):
         model.save_pretrained(tmp_path)

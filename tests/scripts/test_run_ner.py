@@ -281,6 +281,7 @@ def test_a_refusal_is_one_line(tmp_path):
         (["--adapter", "no/such-adapter"], UniHyperLoraError, "no/such-adapter"),
         (["--resume_from_checkpoint", "true"], ConfigError, "no such checkpoint"),
         (["--train_sampling_strategy", "group_by_length", "--do_eval"], ConfigError, "group_by_length"),
+        (["--source_hosts", "another", "--pathway", "inject"], ConfigError, "--source_hosts names further hosts"),
         (["--warmup_steps", "x"], SystemExit, "2"),
     ],
 )

@@ -6,13 +6,15 @@ import torch
 from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
 
 from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.calibration import apply_fit
+from modeling_unihyperlora.adapter import near_layers
+from modeling_unihyperlora.anchors import read_anchors
+from modeling_unihyperlora.calibration import apply_fit, fit_host
 from tests.conftest import WORDS
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.decoding import IGNORED
 from trainers.ner_data import Sentence
 from trainers.ner_windows import SentenceWindows
-from trainers.sources import Source, calibrate_all
+from trainers.sources import COPIES, Source, SourceStates
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
 
 LABELS = ["O", "B-PER", "I-PER"]
@@ -167,9 +169,52 @@ def made(tokenizer, windows, anchor_file, tmp_path):
         model=model,
         args=args,
         sources=sources,
-        train_dataset=torch.utils.data.ConcatDataset([source.data for source in sources]),
+        train_dataset=SourceStates(sources),
         data_collator=StreamCollator(collate),
     )
+
+
+class TestCopies:
+    def test_read_only_their_own_blocks_and_dimensions(self, tokenizer, windows):
+        host = bert(tokenizer, blocks=5)
+        source = Source(host, tokenizer, read_anchors()[:40], windows)
+        source.calibrate(torch.randn(5, source.anchor_states.shape[1], 3))
+        own, *copies = source.fits
+        assert len(copies) == len(COPIES)
+        used = [(max(i for knot in fit for i in knot.layers), fit[0].matrix.unflatten(1, (-1, 64))) for fit in copies]
+        assert [deepest for deepest, _ in used] == [round(blocks * 5) for blocks, _ in COPIES]
+        read = [int((matrix != 0).any(dim=0).any(dim=0).sum()) for _, matrix in used]
+        assert read == [round(width * 64) for _, width in COPIES]
+        assert all(len(knot.matrix[0]) == 64 * len(knot.layers) for fit in source.fits for knot in fit)
+
+    def test_are_lined_up_by_their_own_states(self, tokenizer, windows):
+        """The same as fitting a host that has nothing but those states."""
+        source = Source(bert(tokenizer, blocks=4), tokenizer, read_anchors()[:40], windows)
+        coordinates = torch.randn(5, source.anchor_states.shape[1], 3)
+        source.calibrate(coordinates)
+        blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
+        kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:width]
+        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near_layers(blocks), coordinates)
+        states = torch.randn(7, 5, 64)
+        mine = apply_fit(source.fits[2], states, [0, 1, 2, 3, 4])
+        torch.testing.assert_close(mine, apply_fit(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))
+
+    def test_a_view_is_what_its_copy_makes_of_a_window(self, tokenizer, windows, monkeypatch):
+        sources = [Source(bert(tokenizer, seed=s), tokenizer, read_anchors()[:40], windows) for s in (0, 1)]
+        for source in sources:
+            source.calibrate(torch.randn(5, source.anchor_states.shape[1], 3), copies=2)
+        for kept_bytes in (2e9, 0):  # with and without room to keep what was made
+            monkeypatch.setattr("trainers.state_cache.KEPT_BYTES", kept_bytes)
+            data = SourceStates(sources)
+            assert len(data) == 80
+            for view, index in ((0, 3), (2, 3), (1, 75), (1, 75)):
+                source, own = sources[index // 40], index % 40
+                start, end = source.words.offsets[own : own + 2]
+                states = torch.tensor(np.array(source.words.states[start:end], np.float32))
+                expected = apply_fit(source.fits[view], states, source.words.layers)
+                item = data[view * 80 + index]
+                torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
+                assert item["labels"].tolist() == source.words.labels[own].tolist()
 
 
 class TestLearnedCoordinates:
@@ -185,7 +230,7 @@ class TestLearnedCoordinates:
         spread = kept.std(dim=1)
         assert ((spread > 0.7) & (spread < 1.3)).all(), "coordinates have unit variance"
         for source in made.sources:
-            z = apply_fit(source.fit, source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
+            z = apply_fit(source.fits[0], source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
             correlation = torch.stack(
                 [
                     torch.corrcoef(torch.stack([a, b]))[0, 1]
@@ -193,7 +238,7 @@ class TestLearnedCoordinates:
                 ]
             )
             assert correlation.mean() > 0.5
-        assert model.stream.fit is made.sources[0].fit
+        assert model.stream.fit is made.sources[0].fits[0]
         model.save_pretrained(tmp_path / "saved")
         again = UniHyperLoraForTokenClassification.from_pretrained(
             tmp_path / "saved", host=bert(tokenizer), tokenizer=tokenizer
@@ -214,6 +259,5 @@ class TestLearnedCoordinates:
     def test_none_are_learned_when_asked_for_none(self, made):
         before = made.model.adapter.anchors.canonical().detach().clone()
         made.args.coordinate_epochs = 0
-        calibrate_all(made.model, made.sources)
         made.train()
         assert torch.equal(made.model.adapter.anchors.canonical().detach(), before)

@@ -1,0 +1,45 @@
+"""In which order a stream reads its training sentences, and as which host."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+OWN_SHARE = 0.5  # of the sentences that are read as the host itself, and not as a copy of it
+
+
+class SentenceSampler(Sampler[int]):
+    """Every sentence once an epoch, in random order, each in one of its views at random.
+
+    What an epoch looks like depends on its number and the seed alone, so that a run that was interrupted sees what it
+    would have seen.
+
+    Args:
+        sentences: how many there are.
+        views: of a sentence; the first is its host itself, the others are copies.
+        seed: of the run.
+
+    Yields:
+        ``view * sentences + index``.
+    """
+
+    def __init__(self, sentences: int, views: int, seed: int):
+        self.sentences = sentences
+        self.views = views
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.sentences
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.sentences, generator=generator)
+        if self.views > 1:
+            view = torch.randint(1, self.views, order.shape, generator=generator)
+            view[torch.rand(order.shape, generator=generator) < OWN_SHARE] = 0
+            order += view * self.sentences
+        return iter(order.tolist())
