@@ -113,7 +113,7 @@ class _InjectedGraph(_Graph):
 
 
 class _StreamGraph(_Graph):
-    """The host, its calibration, the atoms, the recurrent layer and the head; W = T places for words."""
+    """The host, its map amended by δθ, the atoms, the recurrent layer and the head; W = T places for words."""
 
     def __init__(self, model, task: str, sentence: bool):
         super().__init__(model, task, sentence)
@@ -121,20 +121,21 @@ class _StreamGraph(_Graph):
         adapter: UniHyperLoraAdapter = model.adapter
         own, config = adapter.tasks[task], model.config
         self.near = [list(knot.layers) for knot in stream.fit]
-        self.top_k, dim = config.router_top_k, config.stream_dim
+        self.top_k = config.router_top_k
         places = knot_features(torch.tensor(KNOTS))
         router = adapter.router_weight()
         values = {
             "begins_word": stream.begins_word.cpu(),
-            "rows_in": adapter.atoms_in()[:, :dim],
-            "rows_out": adapter.atoms_out()[:, :dim],
-            "router": router[:, :dim],
+            "rows_in": adapter.atoms_in(),
+            "rows_out": adapter.atoms_out(),
+            "router": router,
             "router_bias": adapter.router_bias() + router @ own.embedding(),
-            "coefficients": adapter.mixer(places) + places @ own.delta(),
+            "coefficients": adapter.mixer(places),
             "head_weight": own.head_weight(),
         }
-        values |= {f"matrix_{k}": knot.matrix.cpu() for k, knot in enumerate(stream.fit)}
-        values |= {f"offset_{k}": knot.offset.cpu() for k, knot in enumerate(stream.fit)}
+        for k, (knot, amendment) in enumerate(zip(stream.fit, places @ own.delta(), strict=True)):
+            amended = torch.eye(config.stream_dim) + (values["rows_in"].T * amendment) @ values["rows_out"]
+            values[f"matrix_{k}"], values[f"offset_{k}"] = amended.T @ knot.matrix.cpu(), knot.offset.cpu() @ amended
         for name, value in values.items():
             self.register_buffer(name, value.detach().clone())
         self.mixer = _MixerGraph(adapter.token_mixer)
