@@ -31,7 +31,8 @@ def export_onnx(model, path: str | Path) -> None:
         path: of the file; written whole or not at all.
 
     Raises:
-        ExportError: the token router of an injected update, no head, or the onnx packages are missing or fail.
+        ExportError: the token router of an injected update, the onnx packages are missing or fail, or torch has
+            fixed the input's size, as it may in a process that has exported before; nothing is written then.
         HostError: the stream is not calibrated.
     """
     task = model._task(None)
@@ -60,6 +61,8 @@ def export_onnx(model, path: str | Path) -> None:
             dynamic_shapes=(free, free),
             verbose=False,
         )
+        if any(isinstance(size, int) for size in program.model.graph.inputs[0].shape):
+            raise ExportError("torch fixed the size of the input to that of its example. Export in a fresh process.")
         with replacing(Path(path)) as temporary:
             program.save(temporary, external_data=False)
     except ModuleNotFoundError as error:

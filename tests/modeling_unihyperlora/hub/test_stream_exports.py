@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hub_server import client_environment, run_client
 from modeling_unihyperlora import MergeError
 from modeling_unihyperlora.export_onnx import _StreamGraph
 from tests.conftest import tiny_tokenizer
@@ -46,7 +47,14 @@ def test_what_is_exported_computes_the_same(make_adapter, kind):
 def test_onnx(make_adapter, tmp_path, kind):
     runtime = pytest.importorskip("onnxruntime")
     model = make_adapter(kind)
-    model.export_onnx(tmp_path / "model.onnx")
+    model.save_pretrained(tmp_path / "adapter")
+    code = f"""
+from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHyperLoraForTokenClassification
+model = {type(model).__name__}.from_pretrained({str(tmp_path / "adapter")!r})
+model.export_onnx({str(tmp_path / "model.onnx")!r})
+result = True
+"""
+    run_client(code, client_environment("http://127.0.0.1:9", tmp_path / "home"), offline=True)  # as exporting wants
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     for sentences in BATCHES:
         ids, mask = inputs_of(sentences)
