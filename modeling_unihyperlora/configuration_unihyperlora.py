@@ -5,9 +5,10 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from .errors import ConfigError
+from .host_tokenizer import HostTokenizer
 from .layouts import layout_from
 
 FORMAT_VERSION = 1
@@ -178,6 +179,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
 
 
 _OWN_FIELDS = set(UniHyperLoraConfig.__annotations__)
+AutoTokenizer.register(UniHyperLoraConfig, fast_tokenizer_class=HostTokenizer, exist_ok=True)
 
 
 def check_task(name: str, task_type: str | None, labels: list[str] | None) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from .errors import HostError
+from .errors import HostError, first_line
 from .layouts import LAYOUTS, MODULE_TYPES, HostLayout, layout_from
 
 
@@ -203,7 +203,7 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
 
 def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
-    """Load a frozen host with ``AutoModel``; its repository's own code is never run.
+    """Load a frozen host with ``AutoModel``, from safetensors; its repository's own code is never run.
 
     Args:
         name_or_path: a Hub id or a folder.
@@ -218,13 +218,14 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             "or host=a_loaded_encoder."
         )
     try:
-        return AutoModel.from_pretrained(_transformers_folder(name_or_path), trust_remote_code=False, **kwargs)
+        return AutoModel.from_pretrained(
+            _transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HostError(
-            f"The host '{name_or_path}' cannot be loaded ({reason}). Pass "
+            f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass "
             "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder; a host whose repository needs "
-            "its own code has to be loaded by you and passed as host=."
+            "its own code, or has no safetensors file, has to be loaded by you and passed as host=."
         ) from error
 
 
@@ -238,18 +239,23 @@ def _transformers_folder(name_or_path: str) -> str:
     return str(inner) if (inner / "config.json").is_file() else str(name_or_path)
 
 
-def load_host_tokenizer(name_or_path: str | None):
+def load_host_tokenizer(name_or_path: str | None, **kwargs):
     """The fast tokenizer in a host's folder or repository; its own code is never run.
+
+    Args:
+        name_or_path: a Hub id or a folder.
+        **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
 
     Raises:
         HostError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(_transformers_folder(name_or_path or ""), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            _transformers_folder(name_or_path or ""), trust_remote_code=False, **kwargs
+        )
     except (OSError, ValueError) as error:
         raise HostError(
-            f"The tokenizer of the host '{name_or_path}' cannot be loaded ({str(error).strip().splitlines()[0]}). "
-            "Pass tokenizer=."
+            f"The tokenizer of the host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass tokenizer=."
         ) from error
 
 

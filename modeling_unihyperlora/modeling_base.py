@@ -5,7 +5,6 @@
 
 import dataclasses
 import inspect
-import json
 import logging
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import extract_commit_hash
 
 from .adapter import TaskParameters, UniHyperLoraAdapter
 from .anchors import join_anchors, read_anchors
@@ -23,7 +23,8 @@ from .hold import Hold
 from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
-from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config, save_adapter
+from .publishing import Publishing
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
 from .stream import Stream, StreamRun, at_knots, read_anchor_states
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _IGNORED_ARGUMENTS = (
     "trust_remote_code",
+    "use_safetensors",  # nothing else is ever read
     "code_revision",
     "adapter_kwargs",
     "_from_auto",
@@ -39,7 +41,7 @@ _IGNORED_ARGUMENTS = (
 )
 
 
-class UniHyperLoraPreTrainedModel(PreTrainedModel):
+class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
     """What the three models share: putting the adapter on a host, saving, loading, tasks, merging, detaching.
 
     Args:
@@ -119,7 +121,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         _keep_layout(config, layout, host)
         if config.pathway == "stream":
             if tokenizer is None:
-                tokenizer = load_host_tokenizer(name)
+                own = {key: value for key, value in host_kwargs.items() if key != "dtype"}
+                tokenizer = load_host_tokenizer(name, revision=revision or "main", **own)
             sentences = read_anchors(anchor_file)
             config.anchor_words = sum(map(len, sentences))
             config.anchor_text_bytes = len(join_anchors(sentences))
@@ -182,8 +185,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         changes = {name: kwargs.pop(name) for name in list(kwargs) if name in ("router", "router_top_k")}
         if kwargs:
             raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
-        weights = adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, revision, hub)
-        stored = read_config(adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub))
+        config_file = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub)
+        commit = extract_commit_hash(str(config_file), None)  # a branch may move between one file and the next
+        weights = adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, commit or revision, hub)
+        stored = read_config(config_file)
         if config is None:
             config = stored
         elif config.base_model_name_or_path != stored.base_model_name_or_path:  # as the Auto classes do it
@@ -199,10 +204,11 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if base_model_name_or_path is not None:
             config.base_model_name_or_path, config.base_model_revision = base_model_name_or_path, base_model_revision
         if host is None:
-            hub.pop("subfolder", None)
-            host = load_host(
-                config.base_model_name_or_path, revision=config.base_model_revision, **_given(dtype=dtype), **hub
-            )
+            name, own = config.base_model_name_or_path, {"revision": config.base_model_revision or "main"}
+            own |= {key: value for key, value in hub.items() if key not in ("subfolder", "force_download")}
+            host = load_host(name, **_given(dtype=dtype), **own)
+            if config.pathway == "stream" and tokenizer is None:
+                tokenizer = load_host_tokenizer(name, **own)
         _keep_layout(config, layout, host)
         adapter = UniHyperLoraAdapter(config)  # before the host is touched: a bad file leaves it as it was
         load_adapter(adapter, weights)
@@ -217,22 +223,6 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         model.eval()
         logger.info(model.describe())
         return model
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write ``config.json`` and ``model.safetensors``: the adapter and its heads, no tensor of the host.
-
-        Args:
-            save_directory: the folder; made if needed.
-            **kwargs: arguments that transformers passes to every model; ``is_main_process`` is honoured.
-
-        Raises:
-            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
-        """
-        if not kwargs.get("is_main_process", True):
-            return
-        folder = Path(save_directory)
-        self.config.architectures = [type(self).__name__]
-        save_adapter(self.adapter, json.loads(self.config.to_json_string(use_diff=False)), folder)
 
     # ---- tasks ----
 

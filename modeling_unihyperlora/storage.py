@@ -21,8 +21,9 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from .adapter import UniHyperLoraAdapter, part_of
 from .configuration_unihyperlora import FORMAT_VERSION, UniHyperLoraConfig
-from .errors import AdapterFileError, UniHyperLoraError
+from .errors import AdapterFileError, UniHyperLoraError, first_line
 from .quantization import StoredTensor
+from .untrusted import MAX_WEIGHTS_BYTES, check_header, check_inside, read_json_object
 
 WEIGHTS_NAME = "model.safetensors"
 LATENTS_NAME = "training_latents.safetensors"
@@ -43,13 +44,10 @@ def read_config(path: Path) -> UniHyperLoraConfig:
     """The configuration in a ``config.json``.
 
     Raises:
-        AdapterFileError: it is not JSON, or not of this kind.
+        AdapterFileError: it is not JSON, names a key twice, or is not of this kind.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict) or content.pop("model_type", None) != UniHyperLoraConfig.model_type:
+    content = read_json_object(path)
+    if content.pop("model_type", None) != UniHyperLoraConfig.model_type:
         raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
     try:
         return UniHyperLoraConfig(**content)
@@ -59,23 +57,23 @@ def read_config(path: Path) -> UniHyperLoraConfig:
         raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
 
 
-def adapter_file(name: str | Path, file: str, revision: str, hub: dict) -> Path:
+def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -> Path:
     """A file of an adapter, in its folder or from the Hub.
 
     Raises:
-        AdapterFileError: there is none.
+        AdapterFileError: there is none, or its name or a link leads out of the folder.
     """
     folder = Path(name)
     if folder.is_dir():
-        path = folder / hub.get("subfolder", "") / file
+        path = check_inside(folder, os.path.join(hub.get("subfolder") or "", file))
         if not path.is_file():
             raise AdapterFileError(f"{folder} has no {file}. Give the folder that save_pretrained wrote.")
         return path
     try:
         return Path(cached_file(str(name), file, revision=revision, **hub))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
         raise AdapterFileError(
-            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({error})."
+            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({first_line(error)})."
         ) from error
 
 
@@ -110,6 +108,10 @@ def load_adapter(adapter: UniHyperLoraAdapter, path: Path) -> None:
         AdapterFileError: the file is missing, damaged, of another shape, or holds values that are not finite; the
             adapter is then as it was.
     """
+    if path.is_file() and path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise AdapterFileError(
+            f"{path} has {path.stat().st_size} bytes; no adapter has more than {MAX_WEIGHTS_BYTES}."
+        )
     tensors = read_checked(path)
     expected = adapter_tensors(adapter)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -139,13 +141,14 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterFileError: the file cannot be read, or its contents are not what was written.
     """
+    if not Path(path).is_file():
+        raise AdapterFileError(f"No adapter file {path}. Give a folder that holds {WEIGHTS_NAME}.")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         digest = content_digest(tensors, {name: text for name, text in metadata.items() if name != "sha256"})
-    except FileNotFoundError as error:
-        raise AdapterFileError(f"No adapter file {path}. Give a folder that holds {WEIGHTS_NAME}.") from error
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise AdapterFileError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
     version = metadata.get("unihyperlora_format", "")
@@ -154,7 +157,10 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
     if int(version) > FORMAT_VERSION:
         raise AdapterFileError(f"{path} has format {version}, this package reads up to {FORMAT_VERSION}; update it.")
     if metadata.get("sha256") != digest:
-        raise AdapterFileError(f"{path} is damaged: its contents do not match their SHA-256. Download it again.")
+        raise AdapterFileError(
+            f"{path} is damaged: its contents do not match their SHA-256. Download it again, "
+            "with force_download=True if it is from the Hub."
+        )
     return tensors
 
 

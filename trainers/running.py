@@ -92,12 +92,14 @@ def run(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
     metrics |= costs(model, model_args, training_args)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
         metrics = write_results(training_args.output_dir, metrics)
+        if training_args.do_train and isinstance(trainer, UniHyperLoraTrainer):
+            trainer.create_model_card()  # with the results
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 

@@ -1,20 +1,26 @@
 """The Trainer of UniHyperLoRA: budget loss, learning rates by part, checkpoints that hold the adapter alone."""
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.accounting import check_budget
 from modeling_unihyperlora.adapter import PARTS, part_of
-from modeling_unihyperlora.errors import AdapterFileError
+from modeling_unihyperlora.card import write_card
+from modeling_unihyperlora.errors import AdapterFileError, HubError
+from modeling_unihyperlora.hub import Push, create_repository, push_folder
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
 from .first_candidate import StartIsACandidate
 from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class UniHyperLoraTrainer(Trainer):
@@ -167,13 +173,15 @@ class UniHyperLoraTrainer(Trainer):
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter's two files; a checkpoint also gets the float latents that a resumed run continues from."""
+        """The adapter's folder; a checkpoint has two files of it, and the latents for resuming."""
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
-        self.unwrapped.save_pretrained(folder)
         if folder.name.startswith("checkpoint-"):
+            self.unwrapped.save_files(folder)
             save_latents(self.unwrapped.adapter, folder / LATENTS_NAME)
+        else:
+            self.unwrapped.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / LATENTS_NAME
@@ -186,3 +194,72 @@ class UniHyperLoraTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- the Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before training, so that a wrong name or token is found out at once."""
+        if self.is_world_process_zero():
+            own = {"token": token or self.args.hub_token, "private": self._private(private)}
+            self.hub_model_id = create_repository(self._repo_id, **own)
+            self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts,
+    ) -> Push | None:
+        """Save, and push exactly the adapter: no tokenizer, no arguments, no checkpoint.
+
+        Args:
+            commit_message, token, revision, private: as for ``Trainer``.
+            blocking: without effect; an adapter is pushed in a moment.
+            **facts: ``base_model_name_or_path`` and those of ``hub.push_folder`` for the card.
+
+        Returns:
+            What was pushed, None but in the main process.
+
+        Raises:
+            HubError: it cannot be pushed; what the repository had is untouched.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return push_folder(
+            self.args.output_dir,
+            self._repo_id,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self._private(private),
+            **facts,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """With ``hub_strategy="every_save"``: the adapter as it is now. A Hub that fails does not end a training."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        own = {"token": self.args.hub_token, "revision": self.args.hub_revision, "private": self._private(None)}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            push_folder(checkpoint_folder, self._repo_id, commit_message=message, **own)
+        except HubError as error:
+            logger.warning("%s The training goes on.", error)
+
+    def create_model_card(self, **facts) -> None:
+        """The adapter's own card in the output folder; see ``card.write_card``."""
+        if self.is_world_process_zero():
+            write_card(Path(self.args.output_dir), **facts)
+
+    @property
+    def _repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    def _private(self, private: bool | None) -> bool | None:
+        return self.args.hub_private_repo if private is None else private

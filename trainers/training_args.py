@@ -7,6 +7,7 @@ one ``learning_rate`` sets all of them through ``LEARNING_RATE_FACTORS`` and eac
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
 from modeling_unihyperlora.errors import ConfigError
@@ -68,6 +69,11 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ConfigError(
+                f"hub_strategy={self.hub_strategy.value!r} would put training state on the Hub; an adapter is pushed "
+                "without it. Choose 'every_save' or 'end'."
+            )
 
     def learning_rate_of(self, part: str) -> float:
         """Learning rate of a part of the adapter, one of ``modeling_unihyperlora.adapter.PARTS``."""

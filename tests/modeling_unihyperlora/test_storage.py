@@ -21,6 +21,7 @@ from modeling_unihyperlora import (
     storage,
 )
 from modeling_unihyperlora.adapter import PARTS, UniHyperLoraAdapter
+from modeling_unihyperlora.hub import FILES
 from modeling_unihyperlora.storage import (
     WEIGHTS_NAME,
     adapter_tensors,
@@ -143,7 +144,7 @@ class TestRoundTrip:
             model.save_pretrained(folder)
             batch = make_batch()
             assert torch.equal(load(folder, host=make_host())(**batch).logits, model(**batch).logits)
-        assert set(files_in(folder)) == {"config.json", WEIGHTS_NAME}
+        assert set(files_in(folder)) == set(FILES)
 
     def test_only_the_main_process_writes(self, saved, tmp_path):
         saved[0].save_pretrained(tmp_path / "other", is_main_process=False)

@@ -21,6 +21,7 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
 )
 from modeling_unihyperlora.adapter import PARTS, part_of
+from modeling_unihyperlora.hub import FILES
 from modeling_unihyperlora.storage import LATENTS_NAME, adapter_tensors
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.training_args import LEARNING_RATE_FACTORS
@@ -407,7 +408,7 @@ class TestCheckpoints:
             "rng_state.pth",
             "trainer_state.json",
         }
-        assert {path.name for path in (tmp_path / "final").iterdir()} == {"config.json", "model.safetensors"}
+        assert {path.name for path in (tmp_path / "final").iterdir()} == set(FILES)
         adapter = trainer.model.adapter
         assert load_file(folder / "model.safetensors").keys() == adapter_tensors(adapter).keys()
         assert load_file(folder / LATENTS_NAME).keys() == adapter.state_dict().keys()

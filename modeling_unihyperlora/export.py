@@ -1,0 +1,199 @@
+"""Ways out for the injected update: weights of a stock encoder, or a LoRA for PEFT.
+
+Both fold the update of one task into fixed weights, so both need the static router, whose mask is the same for every
+token. Neither has a place for the head: it reads the states of five depths, as no head of transformers or PEFT does.
+It is written beside the weights, in the host's own coordinates, and ``README.md`` there says how to apply it.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .adapter import KNOTS
+from .errors import ExportError, MergeError
+from .hosts import load_host_tokenizer
+from .storage import replacing, write_json
+
+HEAD_NAME = "unihyperlora_head.safetensors"
+HOW_TO_USE_THE_HEAD = """# {title}
+
+{what}
+
+The head of task `{task}` is in `{head}`: a weight (C, K, d) and a bias (C,) on the states of K depths, each divided
+by its root mean square. Labels: {labels}.
+
+```python
+import torch
+from safetensors.torch import load_file
+{load}
+
+head = load_file("{head}")
+inputs = tokenizer("Ada Lovelace flew to Lisbon .", return_tensors="pt")
+states = encoder(**inputs, output_hidden_states=True).hidden_states
+knots = torch.stack([states[layer] for layer in {layers}], dim=-2)  # (1, T, K, d)
+knots = knots / knots.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+logits = torch.einsum("btkd,ckd->btc", knots, head["weight"]) + head["bias"]
+print(logits.argmax(dim=-1))
+```
+"""
+
+
+def merge_and_save(model, folder: str | Path, tokenizer=None) -> None:
+    """Write the host with the active task's update in its weights, its tokenizer, and the task's head.
+
+    ``AutoModel.from_pretrained(folder)`` loads it without this package and computes the states that the model
+    computed. The model itself is as it was afterwards.
+
+    Args:
+        model: with an injected update and the static router.
+        folder: where to; made if needed.
+        tokenizer: the host's; loaded by the host's name when None.
+
+    Raises:
+        MergeError: a stream, or a router that chooses for each token.
+        HostError: the tokenizer cannot be loaded.
+    """
+    require_fixed_update(model)
+    if tokenizer is None:
+        tokenizer = load_host_tokenizer(
+            model.host.config.name_or_path, revision=model.config.base_model_revision or "main"
+        )
+    was_merged = model.merged
+    model.merge()
+    try:
+        with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:  # written whole, or not at all
+            model.host.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for file in Path(temporary).iterdir():
+                file.replace(Path(folder) / file.name)
+    finally:
+        if not was_merged:
+            model.unmerge()
+    load = 'from transformers import AutoModel, AutoTokenizer\n\nencoder = AutoModel.from_pretrained(".")\n'
+    load += 'tokenizer = AutoTokenizer.from_pretrained(".")'
+    what = "A stock transformers encoder with the update of a UniHyperLoRA adapter in its weights."
+    _write_head(model, Path(folder), "Merged encoder", what, load)
+
+
+def export_lora(model, folder: str | Path, rank: int) -> dict[str, float]:
+    """Write the active task's update as a LoRA that PEFT loads onto the same host.
+
+    The update of a layer is the sum of M rank-one atoms; LoRA keeps its ``rank`` largest singular directions.
+
+    Args:
+        model: with an injected update and the static router.
+        folder: where to; made if needed.
+        rank: of the LoRA, 1 or more; a layer whose update has a lower rank is padded with zeros.
+
+    Returns:
+        "relative_error": Frobenius norm of what is lost over that of the update, over all layers, and
+        "worst_relative_error": of the layer that loses most. Both also stand in ``unihyperlora_export.json``.
+
+    Raises:
+        MergeError: a stream, or a router that chooses for each token.
+        ExportError: ``rank`` is not allowed.
+    """
+    require_fixed_update(model)
+    task = model._task(None)
+    sites = model.injection.map.sites
+    most = min(min(site.linear.weight.shape) for site in sites)
+    if type(rank) is not int or not 1 <= rank <= most:
+        raise ExportError(f"rank={rank!r} is not allowed; give an integer from 1 to {most}, the host's width.")
+    names = {id(module): name for name, module in model.host.named_modules()}
+    tensors, lost, whole, worst = {}, 0.0, 0.0, 0.0
+    for site in sites:
+        delta = model.injection.delta_weight(site, task).detach()
+        down, up, gone, norm = low_rank(delta, rank)
+        name = f"base_model.model.{names[id(site.linear)]}"
+        tensors |= {f"{name}.lora_A.weight": down.float(), f"{name}.lora_B.weight": up.float()}
+        lost, whole = lost + gone**2, whole + norm**2
+        worst = max(worst, gone / norm if norm else 0.0)
+    errors = {"relative_error": math.sqrt(lost / whole) if whole else 0.0, "worst_relative_error": worst}
+    _made(folder)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": model.config.base_model_name_or_path,
+        "revision": model.config.base_model_revision,
+        "r": rank,
+        "lora_alpha": rank,  # PEFT multiplies by alpha / r
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(names[id(site.linear)] for site in sites),
+    }
+    with replacing(Path(folder) / "adapter_model.safetensors") as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+    write_json(Path(folder) / "adapter_config.json", config)
+    write_json(Path(folder) / "unihyperlora_export.json", {"rank": rank, "task": task, **errors})
+    load = "from peft import PeftModel\nfrom transformers import AutoModel, AutoTokenizer\n\n"
+    load += f'host = "{model.config.base_model_name_or_path}"\n'
+    load += 'encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(host), ".")\n'
+    load += "tokenizer = AutoTokenizer.from_pretrained(host)"
+    what = (
+        f"The update of a UniHyperLoRA adapter as a LoRA of rank {rank}. It loses {errors['relative_error']:.2%} of "
+        f"the update's Frobenius norm over all layers, {worst:.2%} in the layer that loses most."
+    )
+    _write_head(model, Path(folder), "LoRA of an adapter", what, load)
+    return errors
+
+
+def require_fixed_update(model) -> None:
+    """Raise ``MergeError`` unless the update is the same for every token."""
+    if model.injection is None:
+        raise MergeError(
+            "A stream is no update of weights: it reads the host's states and computes beside it, so it can neither "
+            "be merged nor become a LoRA. export_onnx writes host and stream as one file."
+        )
+    if model.config.router != "static":
+        raise MergeError(
+            "The update depends on each token (router='token'), so no fixed weights compute the same. Load the "
+            "adapter with router='static', which uses one fixed mask, the mean gate, and score it first."
+        )
+
+
+def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """(out, in) → A (rank, in), B (out, rank), B A nearest to it; the norms of what is lost and of ``delta``."""
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    gone = float(values[rank:].square().sum().sqrt())
+    return root[:, None] * right[:rank], left[:, :rank] * root, gone, float(values.square().sum().sqrt())
+
+
+def host_head(model, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head in the host's coordinates: weight (C, K, d) and bias (C,)."""
+    adapter, width = model.adapter, model.injection.map.hidden_size
+    own = adapter.tasks[task]
+    blocks = own.head_weight().chunk(len(KNOTS), dim=-1)
+    inward = [adapter.projector.inward(adapter.projector.key(width, knot)) for knot in KNOTS]
+    weight = torch.stack([block @ matrix for block, matrix in zip(blocks, inward, strict=True)], dim=1)
+    return weight.detach().float(), own.head_bias().detach().float()
+
+
+def _write_head(model, folder: Path, title: str, what: str, load: str) -> None:
+    task = model._task(None)
+    weight, bias = host_head(model, task)
+    with replacing(folder / HEAD_NAME) as temporary:
+        save_file({"weight": weight.cpu().contiguous(), "bias": bias.cpu().contiguous()}, temporary)
+    sentence = model.config.tasks[task]["type"] == "sequence_classification"
+    text = HOW_TO_USE_THE_HEAD.format(
+        title=title,
+        what=what,
+        task=task,
+        head=HEAD_NAME,
+        labels=", ".join(f"{number} {label}" for number, label in enumerate(model.labels)),
+        load=load,
+        layers=model.injection.knot_layers,
+    )
+    if sentence:  # the mean over the tokens comes before the division
+        text = text.replace("\nknots = knots /", "\nknots = knots.mean(dim=1, keepdim=True)\nknots = knots /")
+    with replacing(folder / "README.md") as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def _made(folder: str | Path) -> Path:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)

@@ -1,0 +1,203 @@
+"""Host and adapter as one ONNX file: token ids and their mask in, logits out.
+
+What the stream does with a batch depends on how many words its sentences have. In the file every sentence has as many
+places for words as tokens; the places beyond its words are computed and not read. The recurrent layer runs over whole
+rows: backwards from the end of each sentence, which a gather puts at the front.
+"""
+
+import inspect
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .adapter import KNOTS, Routing, UniHyperLoraAdapter, knot_features, route
+from .errors import ExportError, first_line
+from .storage import replacing
+from .token_mixer import TokenMixer
+
+OPSET = 18
+
+
+def export_onnx(model, path: str | Path) -> None:
+    """Write the active task of a model as ONNX; batch and length are free.
+
+    Inputs are ``input_ids`` and ``attention_mask`` (B, T), int64; a host's token types are those of a single sentence.
+    Output is ``logits``: (B, T, C), or (B, C) for sentences.
+
+    Args:
+        model: a stream, or an injected update with the static router, which is merged for the export.
+        path: of the file; written whole or not at all.
+
+    Raises:
+        ExportError: the token router of an injected update, the onnx packages are missing or fail, or torch has
+            fixed the input's size, as it may in a process that has exported before; nothing is written then.
+        HostError: the stream is not calibrated.
+    """
+    task = model._task(None)
+    sentence = model.config.tasks[task]["type"] == "sequence_classification"
+    if model.injection is not None and model.config.router != "static":
+        raise ExportError(
+            "The injected update with the token router is computed in hooks that ONNX does not see. Load the adapter "
+            "with router='static', and score it so before you export it."
+        )
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise ExportError("The model is not on the CPU; export it from there: model.cpu().")
+    was_training, was_merged = model.training, model.merged
+    graph = (_StreamGraph if model.injection is None else _InjectedGraph)(model, task, sentence)
+    model.eval()
+    if model.injection is not None:
+        model.merge()
+    example = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    try:
+        program = torch.onnx.export(
+            graph.eval(),
+            example,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            dynamic_shapes=(free, free),
+            verbose=False,
+        )
+        if any(isinstance(size, int) for size in program.model.graph.inputs[0].shape):
+            raise ExportError("torch fixed the size of the input to that of its example. Export in a fresh process.")
+        with replacing(Path(path)) as temporary:
+            program.save(temporary, external_data=False)
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"ONNX export needs more packages ({error}). Run: pip install 'unihyperlora[onnx]'"
+        ) from error
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch cannot export this host ({first_line(error)}).") from error
+    finally:
+        if model.injection is not None and not was_merged:
+            model.unmerge()
+        model.train(was_training)
+
+
+class _Graph(nn.Module):
+    """What both pathways share: the host's states from ids and mask."""
+
+    def __init__(self, model, task: str, sentence: bool):
+        super().__init__()
+        self.host, self.sentence = model.host, sentence
+        self.takes_types = "token_type_ids" in inspect.signature(model.host.forward).parameters
+        own = model.adapter.tasks[task]
+        self.register_buffer("head_bias", own.head_bias().detach())
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        types = {"token_type_ids": torch.zeros_like(input_ids)} if self.takes_types else {}
+        out = self.host(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **types
+        )
+        return out.hidden_states
+
+
+class _InjectedGraph(_Graph):
+    """The merged host and the head on its knots."""
+
+    def __init__(self, model, task: str, sentence: bool):
+        from .export import host_head
+
+        super().__init__(model, task, sentence)
+        self.layers = model.injection.knot_layers
+        self.register_buffer("head_weight", host_head(model, task)[0])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.states(input_ids, attention_mask)
+        knots = torch.stack([states[layer] for layer in self.layers], dim=-2)  # (B, T, K, d)
+        if self.sentence:
+            real = attention_mask[:, :, None, None].to(knots.dtype)
+            knots = (knots * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
+        knots = knots / knots.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+        return torch.einsum("...kd,ckd->...c", knots, self.head_weight) + self.head_bias
+
+
+class _StreamGraph(_Graph):
+    """The host, its map amended by δθ, the atoms, the recurrent layer and the head; W = T places for words."""
+
+    def __init__(self, model, task: str, sentence: bool):
+        super().__init__(model, task, sentence)
+        stream = model.bound_stream
+        adapter: UniHyperLoraAdapter = model.adapter
+        own, config = adapter.tasks[task], model.config
+        self.near = [list(knot.layers) for knot in stream.fit]
+        self.top_k = config.router_top_k
+        places = knot_features(torch.tensor(KNOTS))
+        router = adapter.router_weight()
+        values = {
+            "begins_word": stream.begins_word.cpu(),
+            "rows_in": adapter.atoms_in(),
+            "rows_out": adapter.atoms_out(),
+            "router": router,
+            "router_bias": adapter.router_bias() + router @ own.embedding(),
+            "coefficients": adapter.mixer(places),
+            "head_weight": own.head_weight(),
+        }
+        for k, (knot, amendment) in enumerate(zip(stream.fit, places @ own.delta(), strict=True)):
+            amended = torch.eye(config.stream_dim) + (values["rows_in"].T * amendment) @ values["rows_out"]
+            values[f"matrix_{k}"], values[f"offset_{k}"] = amended.T @ knot.matrix.cpu(), knot.offset.cpu() @ amended
+        for name, value in values.items():
+            self.register_buffer(name, value.detach().clone())
+        self.mixer = _MixerGraph(adapter.token_mixer)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.states(input_ids, attention_mask)
+        begins = self.begins_word[input_ids] & (attention_mask > 0)
+        number = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
+        begins = begins | ((number == 0) & ~begins.any(dim=1, keepdim=True))
+        lengths = begins.long().sum(dim=1)  # (B,)
+        word_of = (begins.long().cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
+        tokens = input_ids.shape[1]
+        order = torch.where(begins, number, number + tokens).sort(dim=1).values
+        positions = torch.where(order < tokens, order, order - tokens)  # (B, W): where words begin, then the rest
+        moved = [self.move(k, states, positions) for k in range(len(KNOTS))]
+        features = self.mixer(torch.cat(moved, dim=-1), lengths)  # (B, W, F)
+        inside = (number < lengths[:, None])[:, :, None]
+        features = torch.where(inside, features, torch.zeros_like(features))
+        if self.sentence:
+            return F.linear(features.sum(dim=1) / lengths[:, None], self.head_weight, self.head_bias)
+        logits = F.linear(features, self.head_weight, self.head_bias)
+        return logits.gather(1, word_of[:, :, None].expand(-1, -1, logits.shape[2]))
+
+    def move(self, k: int, states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
+        """Coordinates of knot k with its atoms' update: (B, W, D)."""
+        index = positions[:, :, None]
+        near = [states[layer].gather(1, index.expand(-1, -1, states[layer].shape[2])) for layer in self.near[k]]
+        z = F.linear(torch.cat(near, dim=-1), getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
+        routing: Routing = route(z.flatten(0, 1), self.router, self.router_bias, self.top_k)
+        flat, weight = z.flatten(0, 1), self.coefficients[k][routing.atoms] * routing.gates
+        dots = (F.embedding(routing.atoms, self.rows_in) * flat[:, None, :]).sum(dim=-1)
+        update = (F.embedding(routing.atoms, self.rows_out) * (dots * weight)[:, :, None]).sum(dim=1)
+        return z + update.view_as(z)
+
+
+class _MixerGraph(nn.Module):
+    """``TokenMixer`` without packing; its rows beyond a sentence's end are not to be read."""
+
+    def __init__(self, mixer: TokenMixer):
+        super().__init__()
+        self.inward = nn.Linear(*reversed(mixer.inward().shape))
+        self.directions = nn.ModuleList(
+            nn.LSTM(mixer.inward().shape[0], mixer.hidden, batch_first=True) for _ in mixer.directions
+        )
+        with torch.no_grad():
+            self.inward.weight.copy_(mixer.inward())
+            self.inward.bias.copy_(mixer.inward_bias())
+            for lstm, direction in zip(self.directions, mixer.directions, strict=True):
+                lstm.weight_ih_l0.copy_(direction["from_input"]())
+                lstm.weight_hh_l0.copy_(direction["from_state"]())
+                lstm.bias_ih_l0.copy_(direction["bias"]())
+                lstm.bias_hh_l0.zero_()
+
+    def forward(self, z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(B, W, K·D), (B,) → (B, W, F)."""
+        x = F.gelu(self.inward(z))
+        number = torch.arange(z.shape[1], device=z.device)[None, :]
+        mirrored = lengths[:, None] - 1 - number
+        mirrored = torch.where(mirrored >= 0, mirrored, number)[:, :, None]  # its own inverse within a sentence
+        onward, _ = self.directions[0](x)
+        back, _ = self.directions[1](x.gather(1, mirrored.expand(-1, -1, x.shape[2])))
+        return torch.cat([onward, back.gather(1, mirrored.expand(-1, -1, back.shape[2]))], dim=-1)

@@ -1,0 +1,246 @@
+"""Pushing an adapter: exactly its own files, in one commit, checked afterwards.
+
+A push is safe to repeat: what the repository has already is not sent again, and a commit is made whole or not at all.
+"""
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from transformers.utils import CONFIG_NAME
+
+from .adapter import UniHyperLoraAdapter
+from .card import CARD_NAME, LICENCE_NAME, is_hub_id, public_name, write_card, write_licence
+from .errors import AdapterFileError, ConfigError, HubError, first_line, http_status
+from .publishing import AUTO_MAP, CODE_FILES, copy_code
+from .storage import WEIGHTS_NAME, load_adapter, read_config, write_json
+from .untrusted import check_inside, read_json_object
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, LICENCE_NAME, *CODE_FILES)
+PASSING = (408, 429, 500, 502, 503, 504)  # answers that a later attempt may not get
+PATIENCE = 30.0  # seconds in which a push is tried again; the client itself waits as well
+REASONS = {
+    401: "the Hub does not accept the token, or none was given; run `hf auth login` or pass --token",
+    403: "this token may not write there; use one with write access, or --create_pr",
+    404: "there is no such repository or branch, or this token may not see it",
+    409: "the Hub is changing that repository at this moment; try again",
+    412: "somebody else has pushed in the meantime; look at what is there now and push again",
+    422: "the Hub received other bytes than were sent; try again",
+    429: "the Hub asks to send fewer requests; wait a few minutes and try again",
+}
+
+
+@dataclass
+class Push:
+    """What a push did, or with ``dry_run`` would do.
+
+    Attributes:
+        files: name → bytes, of what is pushed.
+        changed: names that the repository did not have in this form.
+        others: name → bytes, of what else lies in the repository.
+        url: of the commit; empty for a dry run.
+        commit: its id, empty for a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    changed: list[str] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
+    url: str = ""
+    commit: str = ""
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    token: bool | str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    base_model_name_or_path: str | None = None,
+    **facts,
+) -> Push:
+    """Push the adapter in a folder; other files in it (checkpoints, arguments, tokenizers) stay where they are.
+
+    Args:
+        folder: that ``save_pretrained`` or a run wrote.
+        repo_id, private, revision, create_pr, token, commit_message, commit_description, base_model_name_or_path: as
+            for ``push_to_hub`` of a model.
+        dry_run: check and list the files, and send nothing.
+        **facts: for the card; see ``card.write_card``.
+
+    Raises:
+        AdapterFileError: no adapter there, or its files do not fit each other.
+        HubError: it cannot be pushed; what the repository had is untouched.
+    """
+    with tempfile.TemporaryDirectory() as staged:
+        stage(Path(folder), Path(staged), repo_id, base_model_name_or_path, look_up=not dry_run, **facts)
+        sizes = {name: (Path(staged) / name).stat().st_size for name in FILES}
+        logger.info("To push to %s:\n%s", repo_id, listing(sizes))
+        if dry_run:
+            return Push(repo_id, sizes, list(FILES))
+        with _in_one_sentence(repo_id):
+            message = (commit_message, commit_description)
+            push = _patiently(
+                lambda: _push_once(Path(staged), repo_id, private, revision, create_pr, token, *message),
+                once=create_pr,  # an answer that was lost must not lead to a second pull request
+            )
+    logger.info("In %s now, %d changed:\n%s", push.url, len(push.changed), listing(push.files | push.others))
+    return push
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: bool | str | None = None) -> str:
+    """Make a repository unless it is there already; returns its full name.
+
+    Raises:
+        HubError: it cannot be made.
+    """
+    with _in_one_sentence(repo_id):
+        api = HfApi(token=token)
+        return _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+@contextlib.contextmanager
+def _in_one_sentence(repo_id: str) -> Iterator[None]:
+    """Whatever the client raises becomes a ``HubError`` that says what to do."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
+        status = http_status(error)
+        reason = REASONS.get(status) or f"the Hub cannot be reached or failed: {first_line(error)}"
+        raise HubError(
+            f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. What was there before is "
+            "untouched."
+        ) from error
+
+
+def listing(files: dict[str, int]) -> str:
+    """A line for each file and one for their sum."""
+    lines = [f"{size:>10,}  {name}" for name, size in files.items()]
+    return "\n".join([*lines, f"{sum(files.values()):>10,}  bytes in {len(files)} files"])
+
+
+def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_path: str | None = None, **card) -> None:
+    """Put together what is pushed: checked weights, a configuration without local paths, code, card, licence.
+
+    Raises:
+        AdapterFileError: no adapter in ``folder``, or its files do not fit each other, or one is a link out of it.
+    """
+    if base_model_name_or_path is not None and not is_hub_id(base_model_name_or_path):
+        raise ConfigError(
+            f"base_model_name_or_path={base_model_name_or_path!r} is no name on the Hub, so nobody else could load it."
+        )
+    sources = {}
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        sources[name] = check_inside(folder, name)
+        if not sources[name].is_file():
+            raise AdapterFileError(f"{folder} has no {name}. Give the folder that save_pretrained or a run wrote.")
+    load_adapter(UniHyperLoraAdapter(read_config(sources[CONFIG_NAME])), sources[WEIGHTS_NAME])
+    (staged / WEIGHTS_NAME).write_bytes(sources[WEIGHTS_NAME].read_bytes())
+    content = read_json_object(sources[CONFIG_NAME]) | {"auto_map": AUTO_MAP}
+    name = content.get("base_model_name_or_path")
+    if base_model_name_or_path is not None:
+        for host in content.get("source_hosts") or []:
+            host["name"] = base_model_name_or_path if host["name"] == name else host["name"]
+        content["base_model_name_or_path"] = base_model_name_or_path
+    elif not is_hub_id(name):
+        content["base_model_name_or_path"] = None
+        logger.warning(
+            "The adapter's host is the folder %s, which others do not have: who loads it from the Hub will have to "
+            "name a host. If it is on the Hub, push with --base_model_name_or_path.",
+            name,
+        )
+    for host in content.get("source_hosts") or []:
+        host["name"] = public_name(host["name"])
+    write_json(staged / CONFIG_NAME, content)
+    copy_code(staged)
+    write_licence(staged)
+    for name in (CARD_NAME, "all_results.json", "run_arguments.json"):  # what the card is made of
+        if (folder / name).is_file():
+            (staged / name).write_bytes(check_inside(folder, name).read_bytes())
+    write_card(staged, repo_id, **card)
+
+
+def _patiently(work: Callable[[], T], once: bool = False) -> T:
+    """Try again what may pass: every step of ``work`` leaves things as they were, or as they are to be."""
+    start, wait = time.monotonic(), 1.0
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            may_pass = (http_status(error) in PASSING or _is_connection(error)) and not once
+            wait = max(wait, _retry_after(error))
+            if not may_pass or time.monotonic() - start + wait > PATIENCE:
+                raise
+            logger.warning("%s; trying again in %.0f s.", first_line(error), wait)
+            time.sleep(wait)
+            wait *= 2
+
+
+def _push_once(staged: Path, repo_id: str, private, revision, create_pr, token, message, description) -> Push:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branch = revision or "main"
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.model_info(repo_id, revision=branch).sha
+    known = _remote_files(api, repo_id, before)
+    operations = [CommitOperationAdd(name, staged / name) for name in FILES]
+    done = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message or "Upload adapter",
+        commit_description=description,
+        revision=branch,
+        parent_commit=before,
+        create_pr=create_pr,
+    )
+    now = _remote_files(api, repo_id, done.oid)
+    own = {name: (staged / name).stat().st_size for name in FILES}
+    wrong = [name for name, size in own.items() if name not in now or now[name][0] != size]
+    if wrong:
+        raise HubError(f"{repo_id} has other files than were pushed: {', '.join(wrong)}. Push again.")
+    changed = [name for name in FILES if known.get(name) != now[name]]
+    others = {name: size for name, (size, _) in now.items() if name not in own}
+    return Push(repo_id, own, changed, others, done.pr_url or done.commit_url, done.oid)
+
+
+def _remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, tuple[int, str]]:
+    """Name → bytes and git's id of every file."""
+    tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
+    return {item.path: (item.size, item.blob_id) for item in tree if hasattr(item, "blob_id")}
+
+
+def _is_connection(error: BaseException | None) -> bool:
+    """Whether a connection failed; the clients use httpx or httpx2, and workers wrap what they raise."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
+            ("httpx", "httpcore")
+        ):
+            return http_status(error) is None
+        error = error.__cause__
+    return False
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the Hub asks to wait."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    try:
+        return float(headers.get("Retry-After", 0))
+    except ValueError:
+        return 0.0

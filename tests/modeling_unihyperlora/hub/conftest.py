@@ -1,0 +1,108 @@
+"""A loopback Hub with two hosts on it, and an adapter in which every part matters."""
+
+import random
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from transformers import BertConfig, BertModel
+
+from hub_server import HubServer
+from modeling_unihyperlora import (
+    UniHyperLoraConfig,
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+)
+from modeling_unihyperlora.quantization import StoredTensor
+from tests.conftest import WORDS, tiny_tokenizer
+
+LABELS = {"token": ["O", "B-PER", "I-PER"], "sequence": ["bad", "good"]}
+CLASSES = {"token": UniHyperLoraForTokenClassification, "sequence": UniHyperLoraForSequenceClassification}
+SENTENCE = "anna lives in paris ."
+
+
+@pytest.fixture(scope="session")
+def other_host(tmp_path_factory):
+    """Folder of a random BERT of 3 blocks x 48 with the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("other_host")
+    shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        config = BertConfig(vocab_size=len(tiny_tokenizer()), max_position_embeddings=64, **shape)
+        BertModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def anchor_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("anchors") / "anchors.txt"
+    generator = random.Random(5)
+    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=8)) for _ in range(60)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_host, anchor_file):
+    """make_adapter("token", pathway="stream", **config) → a model on the tiny host with random values everywhere."""
+
+    def make(kind: str = "token", *, pathway: str = "stream", host=None, seed: int = 0, **config):
+        shape = {"atoms": 16, "anchor_dim": 16, "stream_dim": 12, "stream_width": 10, "stream_hidden": 6} | config
+        config = UniHyperLoraConfig(pathway=pathway, **shape)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            given = {"labels": LABELS[kind], "task": kind, "config": config, "anchor_file": anchor_file}
+            model = CLASSES[kind].from_host(tiny_host if host is None else host, **given).eval()
+            with torch.no_grad():
+                for name, module in model.adapter.named_modules():
+                    if isinstance(module, StoredTensor) and "anchors" not in name and "waves" not in name:
+                        module.latent.copy_(torch.randn_like(module.latent) / 2)
+                for buffer_name, buffer in model.adapter.named_buffers():
+                    if buffer_name.endswith("mean_gate"):
+                        buffer.copy_(torch.rand_like(buffer) / 4)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(make_adapter, tmp_path_factory):
+    """adapter_folder("token") → a saved adapter of that kind."""
+    made = {}
+
+    def folder(kind: str = "token"):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(f"adapter_{kind}")
+            make_adapter(kind).save_pretrained(made[kind])
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def put_hosts(tiny_host, other_host):
+    """put_hosts(hub): both hosts are on that Hub, as alice/source and alice/other."""
+
+    def put(hub: HubServer) -> None:
+        for name, folder in (("source", tiny_host), ("other", other_host)):
+            hub.store.put(f"alice/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+    return put
+
+
+@pytest.fixture
+def hub(monkeypatch, put_hosts, tmp_path):
+    """A Hub that this process talks to, logged in as alice."""
+    with HubServer() as server:
+        put_hosts(server)
+        settings = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        settings |= {"HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}"}
+        settings |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_ETAG_TIMEOUT": 1}
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the endpoint that it was made with
+        monkeypatch.setenv("HF_TOKEN", "token-of-alice")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()

@@ -1,0 +1,65 @@
+"""A stream is no update of weights, but host and stream go into one ONNX file."""
+
+import pytest
+import torch
+
+from hub_server import client_environment, run_client
+from modeling_unihyperlora import MergeError
+from modeling_unihyperlora.export_onnx import _StreamGraph
+from tests.conftest import tiny_tokenizer
+
+BATCHES = [
+    ["anna lives in paris .", "carla"],
+    ["the supercalifragilistic rome and oslo from lima"],
+    [".", "a", "in a"],
+]
+
+
+def inputs_of(sentences):
+    encoded = tiny_tokenizer()(sentences, padding=True, return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+@pytest.mark.parametrize("export", ["merge_and_save", "export_lora"])
+def test_it_says_that_it_cannot_be_merged(make_adapter, tmp_path, export):
+    rank = [4] if export == "export_lora" else []
+    with pytest.raises(MergeError, match="no update of weights.*export_onnx"):
+        getattr(make_adapter(), export)(tmp_path / "x", *rank)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_what_is_exported_computes_the_same(make_adapter, kind):
+    """Before ONNX: without packing, with as many places for words as tokens."""
+    model = make_adapter(kind)
+    graph = _StreamGraph(model, kind, kind == "sequence").eval()
+    for sentences in BATCHES:
+        ids, mask = inputs_of(sentences)
+        with torch.no_grad():
+            found, expected = graph(ids, mask), model(input_ids=ids, attention_mask=mask).logits
+        real = mask.bool() if kind == "token" else slice(None)
+        assert torch.allclose(found[real], expected[real], atol=1e-5)
+        assert expected[real].std() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_onnx(make_adapter, tmp_path, kind):
+    runtime = pytest.importorskip("onnxruntime")
+    model = make_adapter(kind)
+    model.save_pretrained(tmp_path / "adapter")
+    code = f"""
+from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHyperLoraForTokenClassification
+model = {type(model).__name__}.from_pretrained({str(tmp_path / "adapter")!r})
+model.export_onnx({str(tmp_path / "model.onnx")!r})
+result = True
+"""
+    run_client(code, client_environment("http://127.0.0.1:9", tmp_path / "home"), offline=True)  # as exporting wants
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for sentences in BATCHES:
+        ids, mask = inputs_of(sentences)
+        [found] = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).logits
+        real = mask.bool() if kind == "token" else slice(None)
+        assert torch.allclose(torch.tensor(found)[real], expected[real], atol=1e-4)
