@@ -45,6 +45,7 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> list[Path]:
     files = [part for part in passed if Path(part).is_file()]
     digests = {path: digest_of(path) for path in [*configs, *files]}
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("transfer").setLevel(logging.INFO)  # where the Runner says what it does
     folders = []
     for path in paths:
         for seed in dict.fromkeys(args.seeds):

@@ -150,7 +150,7 @@ def test_an_unknown_flag_names_the_nearest():
         ({"adapter.quant_bits": 8}, "'adapter.quant_bits' is 8; allowed: 4"),
         ({"adapter.bias_bits": 2}, "'adapter.bias_bits' is 2; allowed: 4"),
         ({"training.optimizer": "sgd"}, "'training.optimizer' is 'sgd'; allowed: adamw"),
-        ({"evaluation.metric": "accuracy"}, "allowed: seqeval"),
+        ({"evaluation.metric": "bleu"}, "allowed: seqeval"),
         ({"hardware.precision": "int4"}, "allowed: bf16, fp16, fp32"),
         ({"method": "magic"}, "'method' is 'magic'; allowed: unihyperlora"),
         ({"method": ["sat_lora"]}, "'method' must be of type str"),
