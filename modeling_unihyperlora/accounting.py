@@ -44,7 +44,8 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
         folder: where it was saved; ``adapter_bytes`` is then the size of its weights file.
 
     Returns:
-        ``adapter_bytes`` (None without ``folder``), ``head_bytes`` and ``delta_bytes`` of the active task,
+        ``adapter_bytes`` (None without ``folder``), ``head_bytes`` and ``delta_bytes`` of the active task
+        (None where δθ is never trained),
         ``extra_ram_mb``, ``flops_overhead_pct`` at 128 tokens, ``trainable_parameters``, ``parts`` (bytes by part,
         all tasks), ``budget_ok``.
     """
@@ -56,7 +57,7 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
     return {
         "adapter_bytes": size,
         "head_bytes": _file_bytes(own.head_weight, own.head_bias),
-        "delta_bytes": _file_bytes(own.delta),
+        "delta_bytes": None if model.config.projector == "host" else _file_bytes(own.delta),
         "extra_ram_mb": round(held_megabytes(model), 3),
         "flops_overhead_pct": round(overhead, 4),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

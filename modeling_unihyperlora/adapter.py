@@ -63,7 +63,7 @@ class ProjectedAtoms(NamedTuple):
     read: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows v_jᵀ P_in
     write: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows P_out u_j
     router_rows: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M, w)
-    router_bias: torch.Tensor  # (M,)
+    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,)
     mean_gate: torch.Tensor  # (M,)
     coefficients: torch.Tensor  # (L, S, M): (g_θ + δθ)(ℓ/L, type)
 
@@ -117,10 +117,10 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, coeffi
 class Mixer(nn.Module):
     """g_θ: (relative depth, one-hot of the module type) → weights of the M atoms; two layers with a sine between."""
 
-    def __init__(self, hidden: int, atoms: int):
+    def __init__(self, hidden: int, atoms: int, bits: int = MIXER_BITS):
         super().__init__()
-        self.hidden = StoredTensor(torch.randn(hidden, 1 + len(MODULE_TYPES) + 1) * 1.5, RowInteger(MIXER_BITS))
-        self.output = StoredTensor(torch.randn(atoms, hidden + 1) / math.sqrt(hidden + 1), RowInteger(MIXER_BITS))
+        self.hidden = StoredTensor(torch.randn(hidden, 1 + len(MODULE_TYPES) + 1) * 1.5, RowInteger(bits))
+        self.output = StoredTensor(torch.randn(atoms, hidden + 1) / math.sqrt(hidden + 1), RowInteger(bits))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(…, 8) place features → (…, M)."""
@@ -146,13 +146,15 @@ def append_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def atom_width(config: UniHyperLoraConfig) -> int:
-    """Coordinates that an atom has: of the canonical space, or of the stream in it."""
+    """Coordinates that the router reads, and an atom has: of the canonical space, the stream in it, or the host."""
+    if config.projector == "host":
+        return config.bound_host["hidden_size"]
     return config.anchor_dim if config.pathway == "inject" else config.stream_dim
 
 
 def head_inputs(config: UniHyperLoraConfig) -> int:
-    """Numbers that a head reads: the canonical states of all knots, or the features of the stream."""
-    return len(KNOTS) * config.anchor_dim if config.pathway == "inject" else 2 * config.stream_hidden
+    """Numbers that a head reads: the states of all knots in those coordinates, or the features of the stream."""
+    return len(KNOTS) * atom_width(config) if config.pathway == "inject" else 2 * config.stream_hidden
 
 
 class TaskParameters(nn.Module):
@@ -181,6 +183,14 @@ class UniHyperLoraAdapter(nn.Module):
     def __init__(self, config: UniHyperLoraConfig):
         super().__init__()
         self.config = config
+        self._make_parts(config)
+        self.tasks = nn.ModuleDict(
+            {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
+        )
+        self._projected: tuple[object, ProjectedAtoms] | None = None
+
+    def _make_parts(self, config: UniHyperLoraConfig) -> None:
+        """Everything but the tasks."""
         shape = (config.atoms, atom_width(config))
         scale = 1 / math.sqrt(shape[1])
         self.atoms_in = StoredTensor(torch.randn(shape) * scale, RowInteger(DICTIONARY_BITS))  # V
@@ -197,10 +207,6 @@ class UniHyperLoraAdapter(nn.Module):
         self.mixer = Mixer(config.mixer_hidden, config.atoms)
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
-        self.tasks = nn.ModuleDict(
-            {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
-        )
-        self._projected: tuple[object, ProjectedAtoms] | None = None
 
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
@@ -217,20 +223,24 @@ class UniHyperLoraAdapter(nn.Module):
         state = may_keep and (task, tuple(depths), *((t._version, t.device, id(t)) for t in tensors))
         if may_keep and self._projected is not None and self._projected[0] == state:
             return self._projected[1]
-        own = self.tasks[task]
+        places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
+        projected = self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
+        self._projected = (state, projected) if may_keep else None
+        return projected
+
+    def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
+        """``project`` with the features (L, S, 8) of the places, and nothing kept."""
         inward = {key: self.projector.inward(key) for key in {*reads, *routes}}
         atoms_in, atoms_out, router = self.atoms_in(), self.atoms_out(), self.router_weight()
-        places = torch.tensor(depths, device=atoms_in.device)
-        projected = ProjectedAtoms(
+        bias = self.router_bias() + router @ own.embedding()
+        return ProjectedAtoms(
             read={key: atoms_in @ inward[key] for key in reads},
             write={key: atoms_out @ self.projector.outward(key).T for key in writes},
             router_rows={key: router @ inward[key] for key in routes},
-            router_bias=self.router_bias() + router @ own.embedding(),
+            router_bias=dict.fromkeys(routes, bias),
             mean_gate=own.mean_gate.half().float(),  # as its file holds it
-            coefficients=self.mixer(place_features(places)) + place_features(places) @ own.delta(),
+            coefficients=self.mixer(places) + places @ own.delta(),
         )
-        self._projected = (state, projected) if may_keep else None
-        return projected
 
     def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
         """A linear head on the canonical states P_in h / rms(h) of the knots.

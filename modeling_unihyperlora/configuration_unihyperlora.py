@@ -9,19 +9,21 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .errors import ConfigError
 from .host_tokenizer import HostTokenizer
-from .layouts import layout_from
+from .layouts import MODULE_TYPES, layout_from
+from .untrusted import MAX_WEIGHTS_BYTES
 
 FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
 
 _ALLOWED = {
     "pathway": ("inject", "stream"),
-    "projector": ("dimension", "anchored"),
+    "projector": ("dimension", "anchored", "host"),
     "router": ("token", "static"),
     "router_top_k": (1, 2, 3),
 }
 _MOST_ANCHOR_BYTES = 1_000_000
 _MOST_COORDINATES = 10_000_000
+_MOST_BLOCKS, _MOST_SHAPES = 256, 64
 _LARGEST_SIZE = 4096  # far over any budget; keeps a damaged config.json from asking for all memory
 
 
@@ -32,11 +34,17 @@ class UniHyperLoraConfig(PreTrainedConfig):
         pathway: where the atoms act; "inject" adds the update to the host's linear layers, "stream" computes beside
             the host on its states and works on hosts that it was not trained on.
         projector: "dimension": one wave network maps any width to the canonical space and back (for "inject");
-            "anchored": a closed-form map from each host's states on the anchors (for "stream"). None: the one that
+            "anchored": a closed-form map from each host's states on the anchors (for "stream"); "host": none, the
+            atoms are of the host's own widths and serve that host alone (SAT-LoRA, for "inject"). None: the one that
             goes with the pathway.
         router: "token" chooses atoms for each token; "static" uses one fixed mask and can be merged.
         router_top_k: atoms a token may use in a block, 1 to 3.
-        atoms: M, number of rank-one atoms.
+        atoms: M, number of rank-one atoms; with projector "host" that for each shape of linear layer, and for each
+            block unless they are shared.
+        bound_host: with projector "host" what must be true of the host, see ``host_bound.bind``.
+        share_across_layers: with projector "host", whether all blocks use the same atoms.
+        target_modules: with projector "host", the module types that are updated; None for all six.
+        atom_scale: with projector "host", a fixed factor of the update, as alpha / r of LoRA.
         anchor_dim: d0, width of the canonical space of the injected update.
         mixer_hidden: width of the mixer's sine layer.
         stream_dim: canonical coordinates that the stream uses at each knot.
@@ -85,6 +93,10 @@ class UniHyperLoraConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     source_hosts: list[dict[str, Any]] | None = None
     host_layouts: dict[str, dict[str, Any]] | None = None
+    bound_host: dict[str, Any] | None = None
+    share_across_layers: bool = True
+    target_modules: list[str] | None = None
+    atom_scale: float = 1.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -111,11 +123,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer from 1 to {_LARGEST_SIZE}.")
-        if (self.pathway == "inject") != (self.projector == "dimension"):
+        if (self.pathway == "inject") != (self.projector in ("dimension", "host")):
             raise ConfigError(
                 f"pathway={self.pathway!r} does not go with projector={self.projector!r}: the injected update uses "
-                "the 'dimension' projector, the stream the 'anchored' one."
+                "the 'dimension' or the 'host' projector, the stream the 'anchored' one."
             )
+        self._check_host_bound()
         if self.pathway == "stream" and self.router == "static":
             raise ConfigError(
                 "router='static' is for the injected update; the stream routes every word. Leave it out."
@@ -153,6 +166,39 @@ class UniHyperLoraConfig(PreTrainedConfig):
         if self.active_task is not None and self.active_task not in self.tasks:
             raise ConfigError(f"active_task={self.active_task!r} is not among the tasks {sorted(self.tasks)}.")
 
+    def _check_host_bound(self) -> None:
+        """What goes with projector "host", and with no other."""
+        if self.projector != "host":
+            given = (self.bound_host, self.share_across_layers, self.target_modules, self.atom_scale)
+            if given != (None, True, None, 1.0):
+                raise ConfigError(
+                    "bound_host, share_across_layers, target_modules and atom_scale go with projector='host' alone; "
+                    f"projector is {self.projector!r}."
+                )
+            return
+        if self.router != "token":
+            raise ConfigError("projector='host' goes with router='token' alone; leave router out.")
+        if not isinstance(self.share_across_layers, bool):
+            raise ConfigError(f"share_across_layers={self.share_across_layers!r} is not allowed; true or false.")
+        if type(self.atom_scale) not in (int, float) or not 1e-3 <= self.atom_scale <= 1e3:
+            raise ConfigError(f"atom_scale={self.atom_scale!r} is not allowed; it must be a number from 1e-3 to 1e3.")
+        if self.target_modules is not None:
+            good = isinstance(self.target_modules, list) and self.target_modules
+            if not good or not all(name in MODULE_TYPES for name in self.target_modules):
+                raise ConfigError(
+                    f"target_modules={self.target_modules!r} is not allowed; a list of some of "
+                    f"{', '.join(MODULE_TYPES)}."
+                )
+        if self.bound_host is not None:  # it is there once the adapter was on its host
+            check_bound_host(self.bound_host)
+            sets = 1 if self.share_across_layers else self.bound_host["num_layers"]
+            values = sets * self.atoms * (sum(map(sum, self.bound_host["shapes"])) + self.bound_host["hidden_size"])
+            if values > MAX_WEIGHTS_BYTES:
+                raise ConfigError(
+                    f"atoms={self.atoms} for the host in bound_host is not allowed; the atoms would have {values:,} "
+                    f"values, {MAX_WEIGHTS_BYTES:,} is the most."
+                )
+
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
         """transformers lets any keyword pass into a configuration; a misspelt option must not."""
         known = {"num_labels", "name_or_path", "torch_dtype", "auto_map", "custom_pipelines", "model_type"}
@@ -180,6 +226,25 @@ class UniHyperLoraConfig(PreTrainedConfig):
 
 _OWN_FIELDS = set(UniHyperLoraConfig.__annotations__)
 AutoTokenizer.register(UniHyperLoraConfig, fast_tokenizer_class=HostTokenizer, exist_ok=True)
+
+
+def check_bound_host(host: object) -> None:
+    """Raise ``ConfigError`` unless it describes a host as ``host_bound.bind`` does."""
+    sizes, texts = ("hidden_size", "num_layers"), ("family", "fingerprint", "dtype")
+
+    def is_size(value: object) -> bool:
+        return type(value) is int and 1 <= value <= _LARGEST_SIZE * 4
+
+    good = isinstance(host, dict) and host.keys() == {*sizes, *texts, "shapes"}
+    good = good and all(map(is_size, (host[name] for name in sizes))) and host["num_layers"] <= _MOST_BLOCKS
+    good = good and all(isinstance(host[name], str) for name in texts)
+    shapes = host["shapes"] if good else None
+    good = good and isinstance(shapes, list) and 0 < len(shapes) <= _MOST_SHAPES
+    if not good or not all(isinstance(s, list) and len(s) == 2 and all(map(is_size, s)) for s in shapes):
+        raise ConfigError(
+            f"bound_host={host!r} does not describe a host: {', '.join((*sizes, *texts))} and shapes of its linear "
+            "layers. Use the config.json that was saved with the adapter."
+        )
 
 
 def check_task(name: str, task_type: str | None, labels: list[str] | None) -> None:

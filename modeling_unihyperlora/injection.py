@@ -99,8 +99,10 @@ class Injection:
         self.host = host
         self.map = HostMap(host, adapter.config.host_layouts)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
-        self.sites = {(site.block, site.linear): site for site in self.map.sites}
-        self.plans = {site: self._plan(site) for site in self.map.sites}
+        targets = {*(adapter.config.target_modules or MODULE_TYPES)}
+        updated = [site for site in self.map.sites if targets.intersection(site.module_types)]
+        self.sites = {(site.block, site.linear): site for site in updated}
+        self.plans = {site: self._plan(site) for site in updated}
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
         self.knot_layers = knot_layers(self.map.num_layers)
         self._passes: dict[int, Pass] = {}  # by thread
@@ -117,8 +119,8 @@ class Injection:
         """Side and projector key for reading, then for writing."""
         read, write = self.adapter.projector.sides(site.module_types[0])
         depth = self.depths[site.block]
-        key = self.adapter.projector.key
-        return read, key(site.widths[read], depth), write, key(site.widths[write], depth)
+        read_key, write_key = self.adapter.projector.site_keys(site.module_types[0], site.widths, depth)
+        return read, read_key, write, write_key
 
     # ---- hooks ----
 
@@ -127,7 +129,7 @@ class Injection:
         for module in dict.fromkeys(self.map.blocks):
             blocks = tuple(number for number, block in enumerate(self.map.blocks) if block is module)
             self._handles.append(module.register_forward_pre_hook(partial(self._route, blocks), with_kwargs=True))
-        for linear in dict.fromkeys(site.linear for site in self.map.sites):
+        for linear in dict.fromkeys(site.linear for site in self.plans):
             self._handles.append(linear.register_forward_hook(self._update))
 
     def remove(self) -> None:
@@ -178,7 +180,7 @@ class Injection:
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
-        device = self.adapter.atoms_in.latent.device.type
+        device = self.adapter.router_bias.latent.device.type
         with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
             return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
@@ -201,7 +203,9 @@ class Injection:
             run.active_atoms = run.active_atoms + float(config.atoms)
             return
         rows = run.atoms.router_rows[self.route_keys[block]]
-        run.routing = route(state.flatten(0, -2), rows, run.atoms.router_bias, config.router_top_k)
+        run.routing = route(
+            state.flatten(0, -2), rows, run.atoms.router_bias[self.route_keys[block]], config.router_top_k
+        )
         run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1).view(state.shape[:-1])
         run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1).view(state.shape[:-1])
         own = self.adapter.tasks[run.task]

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
 
-from .adapter import TaskParameters, UniHyperLoraAdapter
+from .adapter import TaskParameters
 from .anchors import join_anchors, read_anchors
 from .calibration import LOW_FIT, canonical_coordinates
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
+from .host_bound import bind, check_bound, make_adapter
 from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
@@ -66,7 +67,8 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             host = load_host(config.base_model_name_or_path, revision=config.base_model_revision)
         self.host = encoder_of(host)
         Hold.check(self.host)
-        self.adapter = UniHyperLoraAdapter(config).to(self.host.device)
+        check_bound(config, self.host)
+        self.adapter = make_adapter(config).to(self.host.device)
         self.stream: Stream | None = None  # bound by ``calibrate``
         self.injection: Injection | None = None
         if config.pathway == "inject":
@@ -119,6 +121,8 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             name, host = str(host), load_host(str(host), revision=revision, **host_kwargs)
         config.base_model_name_or_path, config.base_model_revision = name or None, revision
         _keep_layout(config, layout, host)
+        if config.projector == "host":
+            bind(config, encoder_of(host))
         if config.pathway == "stream":
             if tokenizer is None:
                 own = {key: value for key, value in host_kwargs.items() if key != "dtype"}
@@ -210,7 +214,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             if config.pathway == "stream" and tokenizer is None:
                 tokenizer = load_host_tokenizer(name, **own)
         _keep_layout(config, layout, host)
-        adapter = UniHyperLoraAdapter(config)  # before the host is touched: a bad file leaves it as it was
+        adapter = make_adapter(config)  # before the host is touched: a bad file leaves it as it was
         load_adapter(adapter, weights)
         model = cls(config, host=host)
         model.adapter.load_state_dict(adapter.state_dict())
@@ -247,7 +251,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             raise MergeError("The update of another task is merged into the host; call unmerge() first.")
         check_task(name, self.task_type, labels)
         parameters = TaskParameters(self.config, len(labels))
-        self.adapter.tasks[name] = parameters.to(self.adapter.atoms_in.latent.device)
+        self.adapter.tasks[name] = parameters.to(self.adapter.router_bias.latent.device)
         self.config.tasks[name] = {"type": self.task_type, "labels": list(labels)}
         self.config.activate(name)
 
@@ -302,6 +306,11 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         """
         if scope not in ("source", "delta"):
             raise ConfigError(f"train_scope={scope!r} is not allowed; choose 'source' or 'delta'.")
+        if scope == "delta" and self.config.projector == "host":
+            raise ConfigError(
+                "train_scope='delta' tunes a universal adapter to a host. This one is bound to its host and trained "
+                "for it whole; choose train_scope='source'."
+            )
         if self.merged:
             raise MergeError("The update is merged into the host, where it cannot be trained; call unmerge() first.")
         own = self.adapter.tasks[self._task(None)]

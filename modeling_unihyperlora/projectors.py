@@ -3,8 +3,9 @@
 One interface for every kind (``DimensionProjector`` here; a calibrated kind shares it):
 
 - ``sides(module_type)`` says on which side of a linear layer the update reads and writes: its input or its output;
-- ``key(width, depth)`` names the map that serves a vector of that width at that relative depth, so that equal maps
-  are computed once;
+- ``key(width, depth)`` names the map that serves a state of that width at that relative depth, so that equal maps
+  are computed once; ``site_keys(module_type, widths, depth)`` names those for reading and writing at a linear
+  layer;
 - ``inward(key)`` is P_in, shape (D, width); ``outward(key)`` is P_out, shape (width, D).
 """
 
@@ -47,6 +48,10 @@ class DimensionProjector(nn.Module):
 
     def key(self, width: int, depth: float) -> Hashable:
         return width
+
+    def site_keys(self, module_type: str, widths: dict[Side, int], depth: float) -> tuple[Hashable, Hashable]:
+        read, write = self.sides(module_type)
+        return self.key(widths[read], depth), self.key(widths[write], depth)
 
     def inward(self, key: Hashable) -> torch.Tensor:
         return self._waves(self.inward_waves(), key).T

@@ -30,6 +30,7 @@ CODE_FILES = (
     "adapter.py",
     "quantization.py",
     "projectors.py",
+    "host_bound.py",
     "injection.py",
     "anchors.py",
     "calibration.py",

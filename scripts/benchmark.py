@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
     python scripts/benchmark.py record runs/matrix --name conll2003-transfer
+    python scripts/benchmark.py paper hub_configs/runs/sat_lora-*.yaml --seeds 0 1 2 --output_dir runs/paper
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
 costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
 its picture, of one of ablation.py the table.
+``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each.
 ``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md from those files
 alone.
 """
@@ -27,9 +29,9 @@ from modeling_unihyperlora.storage import replacing, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
-    "method lora_r router train_scope max_steps per_device_train_batch_size learning_rate "
-    "num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps weight_decay lambda_f lambda_q seed bf16 "
-    "max_seq_length"
+    "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
+    "per_device_train_batch_size learning_rate num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps "
+    "weight_decay lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
@@ -37,21 +39,30 @@ COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
 )
-BASELINE_SCOPES = {"probe": "head", "lora": "LoRA and head", "full": "all weights"}
+BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
 ABLATION = "ablation.json"  # what ablation.py calls its own
 
 
 def main(command_line: list[str] | None = None) -> None:
+    import paper  # here, because the runs of a matrix are recorded with this module
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record", help="keep the results of one run, or of a transfer matrix")
     record.add_argument("folder", type=Path)
     record.add_argument("--name", required=True)
+    what = "do and keep the runs of a set of run configs"
+    paper.add_arguments(commands.add_parser("paper", help=what, allow_abbrev=False))  # --seed is no --seeds
     commands.add_parser("render", help="write results/README.md")
-    args = parser.parse_args(command_line)
-    if args.command == "record":
+    args, passed = parser.parse_known_args(command_line)
+    if passed and args.command != "paper":
+        parser.error(f"unrecognized arguments: {' '.join(passed)}")
+    if args.command == "paper":
+        for folder in paper.run_all(args, passed):
+            write_json(RESULTS / f"{folder.name}.json", record_of(folder))
+    elif args.command == "record":
         drawn = [stem for stem in WITH_PICTURE if (args.folder / f"{stem}.json").is_file()]
         if drawn:
             keep_with_picture(args.folder / drawn[0], args.name)
@@ -175,8 +186,9 @@ def rendered(records: dict[str, dict]) -> str:
             mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    for pathway in sorted({run["pathway"] for run in records.values() if run["pathway"]}):
-        parts = next(run["results"] for run in records.values() if run["pathway"] == pathway)
+    universal = [run for run in records.values() if run["settings"]["method"] == "unihyperlora" and run["pathway"]]
+    for pathway in sorted({run["pathway"] for run in universal}):
+        parts = next(run["results"] for run in universal if run["pathway"] == pathway)
         lines += ["", f"Bytes of one file by part, pathway {pathway}:", "", "| part | bytes |", "|---|---|"]
         lines += [
             f"| {name.removeprefix('bytes_of_')} | {value:,} |"
@@ -262,13 +274,14 @@ def _row_key(record: dict) -> tuple[str, ...]:
     kind, scope = [settings["method"]], settings["train_scope"]
     if settings["method"] == "unihyperlora":
         kind += [record["pathway"], record["projector"]]
-    elif settings["method"] == "lora":
+    elif settings["method"] in ("lora", "sat_lora"):
         kind.append(f"r={settings['lora_r']}")
     if record["results"]["train_runtime"] is None:
         scope = "zero-shot from " + ", ".join(host["name"] for host in record["source_hosts"])
     elif settings["method"] in BASELINE_SCOPES:
         scope = BASELINE_SCOPES[settings["method"]]
-    rest = sorted((name, str(value)) for name, value in settings.items() if name not in ("seed", "lora_r"))
+    told = ("seed", "lora_r")
+    rest = sorted((name, str(value)) for name, value in settings.items() if value is not None and name not in told)
     return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest))
 
 

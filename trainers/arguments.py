@@ -14,8 +14,10 @@ from .results import require_writable
 from .run_config import read_run_config
 from .training_args import UniHyperLoraTrainingArguments
 
-METHODS = ("unihyperlora", *BASELINES)
-METHODS_TO_COME = {"sat_lora": "shared atoms bound to one host"}
+METHODS = ("unihyperlora", "sat_lora", *BASELINES)
+SAT_LORA_FLAGS = ("lora_alpha", "share_across_layers", "target_modules")  # of no other method
+UNIVERSAL_FLAGS = ("pathway", "projector", "router", "atoms", "anchor_dim")  # which SAT-LoRA has not
+TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # as PEFT says it
 METHOD_LEARNING_RATES = {
     "lora": 1e-3,
     "full": 5e-5,
@@ -30,10 +32,26 @@ class ModelArguments:
         default=None, metadata={"help": "Host: Hub id or folder. With --adapter, the adapter's own host by default."}
     )
     adapter: str | None = field(default=None, metadata={"help": "Start from this adapter: folder or Hub id."})
-    method: str = field(
-        default="unihyperlora", metadata={"help": f"One of: {', '.join([*METHODS, *METHODS_TO_COME])}."}
+    method: str = field(default="unihyperlora", metadata={"help": f"One of: {', '.join(METHODS)}."})
+    lora_r: int = field(
+        default=8,
+        metadata={
+            "help": "Rank of --method lora, whose alpha is twice the rank; of sat_lora the atoms for each shape of "
+            "linear layer (and block, unless shared)."
+        },
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of --method lora; its alpha is twice the rank."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Of --method sat_lora: its update is scaled by lora_alpha / lora_r; 2 if none."},
+    )
+    share_across_layers: bool | None = field(
+        default=None,
+        metadata={"help": "Of --method sat_lora: all blocks use the same atoms (default) or each its own."},
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of --method sat_lora: some of q_proj k_proj v_proj o_proj ffn_up ffn_down; all if none."},
+    )
     pathway: str | None = field(default=None, metadata={"help": "Where the atoms act (UniHyperLoraConfig.pathway)."})
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
     router: str | None = field(default=None, metadata={"help": "token or static."})
@@ -74,7 +92,21 @@ class ModelArguments:
             "pathway projector router router_top_k atoms anchor_dim "
             "stream_dim stream_width stream_hidden stream_fidelity"
         )
-        return {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
+        return given | self.sat_lora_shape() if self.method == "sat_lora" else given
+
+    def sat_lora_shape(self) -> dict[str, object]:
+        """The same for SAT-LoRA, in the words of ``UniHyperLoraConfig``."""
+        targets = self.target_modules and [TARGETS.get(name, name) for name in self.target_modules]
+        return {
+            "pathway": "inject",
+            "projector": "host",
+            "atoms": self.lora_r,
+            "router_top_k": min(self.router_top_k or 2, self.lora_r),
+            "atom_scale": (2 * self.lora_r if self.lora_alpha is None else self.lora_alpha) / self.lora_r,
+            "share_across_layers": self.share_across_layers in (None, True),
+            "target_modules": targets or None,
+        }
 
     def hub(self) -> dict[str, str]:
         """Arguments for whatever is loaded from the Hub."""
@@ -246,9 +278,6 @@ def check_arguments(
     Raises:
         ConfigError, DataError
     """
-    if model_args.method in METHODS_TO_COME:
-        what = METHODS_TO_COME[model_args.method]
-        raise ConfigError(f"--method {model_args.method} ({what}) is not available yet. Choose: {', '.join(METHODS)}.")
     if model_args.method not in METHODS:
         raise ConfigError(f"--method {model_args.method} is unknown. Choose: {', '.join(METHODS)}.")
     if model_args.do_search:
@@ -264,6 +293,11 @@ def check_arguments(
         )
     if model_args.method == "lora":
         require_peft()
+    foreign = UNIVERSAL_FLAGS if model_args.method == "sat_lora" else SAT_LORA_FLAGS
+    if given := [name for name in foreign if getattr(model_args, name) is not None]:
+        raise ConfigError(f"--{given[0]} means nothing to --method {model_args.method}; leave it out.")
+    if model_args.method == "sat_lora" and training_args.train_scope == "delta":
+        raise ConfigError("--method sat_lora has no δθ: it is trained whole for each host. Leave --train_scope out.")
     if model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:

@@ -31,13 +31,13 @@ class RunConfig:
     Attributes:
         run_id: name of the run.
         arguments: argument of the script → value.
-        method_settings: what only the file's method reads and no flag carries.
+        metric: of ``evaluation``, "seqeval" where there is none.
         search: the ``optuna`` block as written, checked; None where there is none.
     """
 
     run_id: str
     arguments: dict[str, Any]
-    method_settings: dict[str, Any]
+    metric: str
     search: dict[str, Any] | None
 
     def to_command_line(self) -> list[str]:
@@ -79,10 +79,10 @@ ADAPTER_KEYS = {
     },
     "sat_lora": {
         **_NAME,
-        "lora_rank": Key(int),
-        "lora_alpha": Key(int),
-        "target_modules": Key(list),
-        "share_across_layers": Key(bool),
+        "lora_rank": Key(int, "lora_r"),
+        "lora_alpha": Key(float, "lora_alpha"),
+        "target_modules": Key(list, "target_modules"),
+        "share_across_layers": Key(bool, "share_across_layers"),
         "precision": Key(str, allowed=("int8",)),
     },
     "lora": {**_NAME, "lora_rank": Key(int, "lora_r")},
@@ -122,7 +122,7 @@ SECTIONS: dict[str, Any] = {
         "seed": Key(int, "seed"),
         "update_param_groups": Key(list),
     },
-    "evaluation": {"eval_steps": Key(int, "eval_steps"), "metric": Key(str, allowed=("seqeval",))},
+    "evaluation": {"eval_steps": Key(int, "eval_steps"), "metric": Key(str, allowed=("seqeval", "accuracy", "f1"))},
     "budget_constraints": {
         "max_extra_params_mb": Key(float, "max_adapter_bytes", convert=lambda mb: round(mb * BYTES_A_MEGABYTE)),
         "max_flop_overhead_pct": Key(float, "max_flops_overhead_pct"),
@@ -175,7 +175,7 @@ def read_run_config(path: str | Path) -> RunConfig:
     return RunConfig(
         run_id=content["run_id"],
         arguments=arguments,
-        method_settings={name: adapter[name] for name in adapter if method == "sat_lora" and name != "name"},
+        metric=content.get("evaluation", {}).get("metric", "seqeval"),
         search=content.get("optuna"),
     )
 

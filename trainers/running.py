@@ -140,7 +140,12 @@ def load_adapter(
         **routing,
         **args.hub(),
     )
-    for name, value in args.shape().items():
+    if (model.config.projector == "host") != (args.method == "sat_lora"):
+        kind = "sat_lora" if model.config.projector == "host" else "unihyperlora"
+        raise ConfigError(
+            f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
+        )
+    for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
         if getattr(model.config, name) != value:
             raise ConfigError(
                 f"--{name} {value} does not fit the adapter '{args.adapter}', which has {name} "

@@ -321,7 +321,7 @@ class TestProject:
         router = array(adapter.router_weight())
         np.testing.assert_allclose(array(atoms.router_rows[width]), router @ inward, atol=1e-5)
         bias = array(adapter.router_bias()) + router @ array(own.embedding())
-        np.testing.assert_allclose(array(atoms.router_bias), bias, atol=1e-5)
+        np.testing.assert_allclose(array(atoms.router_bias[width]), bias, atol=1e-5)
         delta, mixed = array(own.delta()), array(adapter.mixer(place_features(torch.tensor(depths))))
         for b in range(blocks):
             for s in range(6):

@@ -216,7 +216,6 @@ def test_in_bfloat16_on_the_cpu(run, method):
         (["--max_train_samples", "1"], DataError, "At least two labels are needed; found: 1. .* --class_names"),
         (["--train_file", "missing.csv"], DataError, "missing.csv cannot be read"),
         (["--max_seq_length", "2"], ConfigError, "leaves no room"),
-        (["--method", "sat_lora"], ConfigError, "not available yet"),
         (["--tag_names", "no", "yes"], ConfigError, "Unknown argument --tag_names. The nearest flag is"),
     ],
 )

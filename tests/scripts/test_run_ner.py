@@ -74,6 +74,18 @@ def test_it_learns_and_writes_what_the_contract_names(run, tmp_path):
     assert set(" ".join(lines).split()) <= {"O", "B-LOC", "B-PER"}
 
 
+def test_sat_lora_is_trained_saved_and_scored_again(run, tmp_path):
+    flags = ["--do_eval", "--method", "sat_lora"]
+    own = ["--lora_r", 4, "--share_across_layers", "false", "--target_modules", "q_proj", "ffn_down"]
+    results = run("--do_train", *flags, *own, "--max_steps", 60, "--learning_rate", "1e-2", output="first")
+    assert results["eval_f1"] > 0.9 and results["delta_bytes"] is None
+    assert results["adapter_bytes"] == (tmp_path / "first" / "model.safetensors").stat().st_size
+    again = run(*flags, "--adapter", tmp_path / "first", output="second")
+    assert again["eval_f1"] == again["zero_shot_f1"] == results["eval_f1"]
+    with pytest.raises(ConfigError, match="is of --method sat_lora, not unihyperlora"):
+        run("--do_eval", "--adapter", tmp_path / "first", output="third")
+
+
 def test_another_run_continues_from_the_adapter(run, tmp_path):
     first = run(*TRAIN, "--do_eval", output="first")
     zero_shot = run("--do_eval", "--adapter", tmp_path / "first", output="second")
@@ -259,7 +271,10 @@ def test_a_refusal_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "error", "expected"),
     [
-        (["--method", "sat_lora"], ConfigError, "sat_lora .* is not available yet. Choose: unihyperlora, probe, lora"),
+        (["--method", "sat_lora", "--train_scope", "delta"], ConfigError, "has no δθ"),
+        (["--method", "sat_lora", "--pathway", "stream"], ConfigError, "--pathway means nothing to --method sat_lora"),
+        (["--method", "sat_lora", "--target_modules", "qkv"], ConfigError, r"target_modules=\['qkv'\]"),
+        (["--share_across_layers", "true"], ConfigError, "--share_across_layers means nothing to --method unihyperl"),
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
         (["--do_search"], ConfigError, "not available yet"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),

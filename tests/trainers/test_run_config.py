@@ -82,15 +82,10 @@ def test_the_proposed_run():
 
 def test_the_comparative_run():
     run = read_run_config(COMPARATIVE)
-    assert run.method_settings == {
-        "lora_rank": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "ffn_down", "ffn_up"],
-        "share_across_layers": False,
-        "precision": "int8",
-    }
+    adapter = {"lora_r": 8, "lora_alpha": 16, "share_across_layers": False}
+    adapter["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "ffn_down", "ffn_up"]
     expected = {"method": "sat_lora", "learning_rate": 3e-4, "max_steps": 3000, "warmup_steps": 300}
-    expected |= {"weight_decay": 0.01, "max_adapter_bytes": 32_000_000}
+    expected |= adapter | {"weight_decay": 0.01, "max_adapter_bytes": 32_000_000}
     assert {name: run.arguments[name] for name in expected} == expected
     assert run.search["search_space"]["batch_size"] == {"type": "categorical", "choices": [16, 32, 64]}
 
@@ -155,7 +150,7 @@ def test_an_unknown_flag_names_the_nearest():
         ({"adapter.quant_bits": 8}, "'adapter.quant_bits' is 8; allowed: 4"),
         ({"adapter.bias_bits": 2}, "'adapter.bias_bits' is 2; allowed: 4"),
         ({"training.optimizer": "sgd"}, "'training.optimizer' is 'sgd'; allowed: adamw"),
-        ({"evaluation.metric": "accuracy"}, "allowed: seqeval"),
+        ({"evaluation.metric": "bleu"}, "allowed: seqeval"),
         ({"hardware.precision": "int4"}, "allowed: bf16, fp16, fp32"),
         ({"method": "magic"}, "'method' is 'magic'; allowed: unihyperlora"),
         ({"method": ["sat_lora"]}, "'method' must be of type str"),

@@ -1,0 +1,140 @@
+"""SAT-LoRA: the injected update with atoms of one host's own widths, which serve that host alone.
+
+It is what a universal adapter is compared with. Router, mixer, sparse choice and file are those of ``adapter``; there
+is no canonical space and no projector. Every shape (in, out) among the host's linear layers has M atoms, shared by all
+layers of that shape, or by those of one block; with P sets of blocks (1 or L) the tensors are (P, M, in), (P, M, out)
+for each shape and (P, M, d) for the router, int8 with a scale an atom. The mixer learns the depths of this host. δθ is
+in the file for the sake of its format, never trained.
+"""
+
+import math
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .adapter import (
+    DICTIONARY_BITS,
+    KNOTS,
+    ROUTER_BITS,
+    Mixer,
+    ProjectedAtoms,
+    TaskParameters,
+    UniHyperLoraAdapter,
+)
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .errors import ConfigError, HostError
+from .hosts import MODULE_TYPES, HostMap, describe_host, dtype_of
+from .projectors import Side
+from .quantization import Half, RowInteger, StoredTensor
+
+
+def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
+    """Note in ``config`` the host that its atoms are made for: family, sizes, weights, shapes of linear layers."""
+    shapes = {(s.widths["input"], s.widths["output"]) for s in HostMap(host, config.host_layouts).sites}
+    described = describe_host(host, None)
+    del described["name"]
+    config.bound_host = described | {"dtype": str(dtype_of(host)), "shapes": sorted(map(list, shapes))}
+    config.check()
+
+
+def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
+    """Raise ``HostError`` where an adapter is bound to another host than this one.
+
+    Weights are compared where they have the precision that they had in training; else the sizes have to do.
+    """
+    bound = config.bound_host
+    if bound is None:
+        return
+    here = UniHyperLoraConfig(projector="host", host_layouts=config.host_layouts)
+    bind(here, host)
+    compared = set(bound) - ({"fingerprint", "dtype"} if here.bound_host["dtype"] != bound["dtype"] else set())
+    if unlike := sorted(name for name in compared if here.bound_host[name] != bound[name]):
+        raise HostError(
+            f"This adapter is SAT-LoRA, bound to the host that it was trained on ({_described(bound)}); the host "
+            f"given is another one ({_described(here.bound_host)}): other {', '.join(unlike)}. Give its own host, "
+            "train one for this host with --method sat_lora, or use a universal adapter (pathway='stream')."
+        )
+
+
+def _described(host: dict) -> str:
+    return f"{host['family']}, {host['num_layers']} blocks x {host['hidden_size']}, weights {host['fingerprint']}"
+
+
+def make_adapter(config: UniHyperLoraConfig) -> UniHyperLoraAdapter:
+    """The adapter that a configuration describes."""
+    if config.projector == "host" and config.bound_host is None:
+        raise ConfigError(
+            "projector='host' without bound_host: make such an adapter with from_host, which notes the host in its "
+            "configuration."
+        )
+    return HostBoundAdapter(config) if config.projector == "host" else UniHyperLoraAdapter(config)
+
+
+class HostProjector:
+    """The place of a projector, with nothing to project: its keys name the set of atoms.
+
+    The key of a block is the number of its set, that of a linear layer its shape and that number.
+    """
+
+    def __init__(self, config: UniHyperLoraConfig):
+        self.blocks = config.bound_host["num_layers"]
+        self.shared = config.share_across_layers
+
+    def sides(self, module_type: str) -> tuple[Side, Side]:
+        return "input", "output"
+
+    def key(self, width: int, depth: float) -> Hashable:
+        return 0 if self.shared else max(round(depth * self.blocks), 1) - 1
+
+    def site_keys(self, module_type: str, widths: dict[Side, int], depth: float) -> tuple[Hashable, Hashable]:
+        key = (shape_name(widths["input"], widths["output"]), self.key(widths["input"], depth))
+        return key, key
+
+
+def shape_name(inward: int, outward: int) -> str:
+    return f"{inward}x{outward}"
+
+
+class HostBoundAdapter(UniHyperLoraAdapter):
+    """Atoms by shape, a mixer and a router of one host, and the parameters of each task in its coordinates."""
+
+    def _make_parts(self, config: UniHyperLoraConfig) -> None:
+        self.projector = HostProjector(config)
+        host = config.bound_host
+        sets = (1 if config.share_across_layers else host["num_layers"], config.atoms)
+        self.atoms_in, self.atoms_out = nn.ModuleDict(), nn.ModuleDict()
+        for inward, outward in host["shapes"]:
+            name, row = shape_name(inward, outward), RowInteger(DICTIONARY_BITS)
+            self.atoms_in[name] = StoredTensor(torch.randn(*sets, inward) / math.sqrt(inward), row)
+            self.atoms_out[name] = StoredTensor(torch.zeros(*sets, outward), row)  # a fresh adapter changes nothing
+        self.mixer = Mixer(config.mixer_hidden, config.atoms, bits=8)
+        width = host["hidden_size"]
+        self.router_weight = StoredTensor(torch.randn(*sets, width) / math.sqrt(width), RowInteger(ROUTER_BITS))
+        self.router_bias = StoredTensor(torch.zeros(sets), Half())
+
+    def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
+        read, write = ({name: stored() for name, stored in x.items()} for x in (self.atoms_in, self.atoms_out))
+        router = self.router_weight()
+        bias = self.router_bias() + router @ own.embedding()
+        targets = self.config.target_modules or MODULE_TYPES
+        scale = places.new_tensor([self.config.atom_scale * (kind in targets) for kind in MODULE_TYPES])
+        return ProjectedAtoms(
+            read={(name, number): read[name][number] for name, number in reads},
+            write={(name, number): write[name][number] for name, number in writes},
+            router_rows={number: router[number] for number in routes},
+            router_bias={number: bias[number] for number in routes},
+            mean_gate=own.mean_gate,
+            coefficients=self.mixer(places) * scale[:, None],
+        )
+
+    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
+        """A linear head on the host's states h / rms(h) of the knots, (…, w) each → (…, C) float32."""
+        own = self.tasks[task]
+        logits = own.head_bias()
+        for state, weight in zip(states, own.head_weight().chunk(len(KNOTS), dim=-1), strict=True):
+            state = state.float()
+            rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
+            logits = logits + F.linear(state / rms, weight)
+        return logits
