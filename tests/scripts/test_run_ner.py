@@ -261,7 +261,7 @@ def test_a_refusal_is_one_line(tmp_path):
     [
         (["--method", "sat_lora"], ConfigError, "sat_lora .* is not available yet. Choose: unihyperlora, probe, lora"),
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
-        (["--do_search"], ConfigError, "not available yet"),
+        (["--n_trials", "3"], ConfigError, "give --do_search with it"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),
         (["--method", "probe", "--adapter", "x"], ConfigError, "leave --adapter out"),
         (["--method", "lora", "--adapter", "x"], ConfigError, "leave --adapter out"),
@@ -279,7 +279,7 @@ def test_a_refusal_is_one_line(tmp_path):
         (["--model_name_or_path", "no/such-host"], UniHyperLoraError, "no/such-host"),
         (["--max_adapter_bytes", "1000"], BudgetError, "1,000 allowed"),
         (["--adapter", "no/such-adapter"], UniHyperLoraError, "no/such-adapter"),
-        (["--resume_from_checkpoint", "true"], ConfigError, "no such checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], ConfigError, "no such checkpoint"),
         (["--train_sampling_strategy", "group_by_length", "--do_eval"], ConfigError, "group_by_length"),
         (["--source_hosts", "another", "--pathway", "inject"], ConfigError, "--source_hosts names further hosts"),
         (["--warmup_steps", "x"], SystemExit, "2"),
