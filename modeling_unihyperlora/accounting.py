@@ -76,7 +76,8 @@ def check_budget(
         raise BudgetError(
             f"Over budget: {size:,} bytes of {max_bytes:,} allowed, {overhead:.2f} % extra multiply-adds of "
             f"{max_flops_overhead_pct:g} % allowed. Use fewer atoms, a narrower canonical space (anchor_dim) or a "
-            "smaller router_top_k, or raise the budget."
+            "smaller router_top_k, or raise the budget.",
+            excess={"bytes": size - max_bytes, "flops_overhead_pct": overhead - max_flops_overhead_pct},
         )
 
 

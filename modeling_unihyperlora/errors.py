@@ -22,7 +22,15 @@ class DataError(UniHyperLoraError):
 
 
 class BudgetError(UniHyperLoraError):
-    """The adapter would not stay inside its budget of bytes or of multiply-adds."""
+    """The adapter would not stay inside its budget of bytes or of multiply-adds.
+
+    Attributes:
+        excess: what is over (or, below zero, under) the budget, by name.
+    """
+
+    def __init__(self, message: str, excess: dict[str, float] | None = None):
+        super().__init__(message)
+        self.excess = excess or {}
 
 
 class MergeError(UniHyperLoraError):

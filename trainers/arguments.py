@@ -84,7 +84,17 @@ class ModelArguments:
     run_config: str | None = field(
         default=None, metadata={"help": "YAML file with a whole run; flags given on the command line win."}
     )
-    do_search: bool = field(default=False, metadata={"help": "Search the run config's optuna space. Not yet there."})
+    do_search: bool = field(
+        default=False,
+        metadata={
+            "help": "Search the run config's optuna space, by default the paper's, then train the best trial into "
+            "--output_dir. The same command again goes on where it stopped; started twice, both share the work."
+        },
+    )
+    n_trials: int | None = field(
+        default=None,
+        metadata={"help": "Trials of the search in all, those of earlier calls included; 25 if nothing says."},
+    )
 
     def shape(self) -> dict[str, object]:
         """The adapter's choices that were given."""
@@ -280,8 +290,8 @@ def check_arguments(
     """
     if model_args.method not in METHODS:
         raise ConfigError(f"--method {model_args.method} is unknown. Choose: {', '.join(METHODS)}.")
-    if model_args.do_search:
-        raise ConfigError("--do_search is not available yet. Give the learning rates and λ directly.")
+    if model_args.n_trials is not None and not model_args.do_search:
+        raise ConfigError("--n_trials is for a search; give --do_search with it, or leave it out.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     if model_args.method in BASELINES and model_args.adapter is not None:

@@ -18,6 +18,8 @@ import yaml
 
 from modeling_unihyperlora.errors import ConfigError
 
+from .search_space import knobs_of
+
 logger = logging.getLogger(__name__)
 
 BYTES_A_MEGABYTE = 1_000_000
@@ -129,7 +131,9 @@ SECTIONS: dict[str, Any] = {
     },
     "optuna": {
         "n_trials": Key(int),
+        "metric": Key(str),
         "direction": Key(str, allowed=("maximize", "minimize")),
+        "objectives": Key(list, allowed=(["score"], ["score", "bytes"])),
         "search_space": Key(dict),
     },
     "hardware": {
@@ -137,13 +141,6 @@ SECTIONS: dict[str, Any] = {
         "precision": Key(str, allowed=("bf16", "fp16", "fp32")),
         "devices": Key(int),
     },
-}
-
-_SEARCH_KEYS = {
-    "uniform": {"low", "high"},
-    "loguniform": {"low", "high"},
-    "int": {"low", "high", "log", "step"},
-    "categorical": {"choices"},
 }
 
 
@@ -171,13 +168,18 @@ def read_run_config(path: str | Path) -> RunConfig:
         arguments["eval_strategy"] = "steps"
     arguments |= _hardware(content.get("hardware", {}), where)
     if "optuna" in content:
-        _check_search(content["optuna"], adapter_keys, where)
+        knobs_of(content["optuna"].get("search_space", {}), searchable_keys(method), method, where)
     return RunConfig(
         run_id=content["run_id"],
         arguments=arguments,
         metric=content.get("evaluation", {}).get("metric", "seqeval"),
         search=content.get("optuna"),
     )
+
+
+def searchable_keys(method: str) -> dict[str, Key]:
+    """Keys of the blocks that a search may vary; see ``search_space.knobs_of``."""
+    return SECTIONS["training"] | ADAPTER_KEYS[method]
 
 
 def _read_section(content: Mapping, keys: Mapping, where: str, path: str, arguments: dict[str, Any]) -> None:
@@ -252,30 +254,6 @@ def _per_process(batch_size: int) -> int:
     if batch_size % _processes():
         raise ConfigError(f"training.batch_size={batch_size} cannot be split evenly over {_processes()} processes.")
     return batch_size // _processes()
-
-
-def _check_search(optuna: Mapping, adapter_keys: Mapping, where: str) -> None:
-    """Every searched name must be a key of the adapter or the training block, with a usable range."""
-    searchable = [*SECTIONS["training"], *adapter_keys]
-    for name, space in optuna.get("search_space", {}).items():
-        what = f"{where}: 'optuna.search_space.{name}'"
-        if name not in searchable:
-            nearest = difflib.get_close_matches(str(name), searchable, n=1, cutoff=0)[0]
-            raise ConfigError(f"{what} is nothing that a run reads. The nearest key is '{nearest}'.")
-        kind = space.get("type") if isinstance(space, dict) else None
-        if kind not in _SEARCH_KEYS:
-            raise ConfigError(f"{what} needs a type, one of {', '.join(_SEARCH_KEYS)}; got {space!r}.")
-        unknown = set(space) - _SEARCH_KEYS[kind] - {"type"}
-        if unknown:
-            raise ConfigError(f"{what}: unknown key '{min(unknown)}'; {kind} takes {sorted(_SEARCH_KEYS[kind])}.")
-        if kind == "categorical":
-            usable = isinstance(space.get("choices"), list) and len(space["choices"]) > 0
-        else:
-            low, high = space.get("low"), space.get("high")
-            usable = isinstance(low, int | float) and isinstance(high, int | float) and low < high
-            usable = usable and (kind != "loguniform" or low > 0)
-        if not usable:
-            raise ConfigError(f"{what} has no usable range: {space!r}. Give low < high (above 0 for loguniform).")
 
 
 def _load(path: Path) -> dict[str, Any]:

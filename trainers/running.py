@@ -13,8 +13,7 @@ from pathlib import Path
 
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +24,7 @@ from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, make_baseline, measure_baseline
+from .interruption import SafeTrainer, is_complete, resumable
 from .reading import check_label_names
 from .results import write_arguments, write_results
 from .sources import SourceStates, sources_of
@@ -58,8 +58,15 @@ class Task:
     scores: Callable  # (data set, arguments) → compute_metrics
 
 
-def run(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
+def run(
+    task: Task, command_line: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, object]:
     """Do what the command line asks for.
+
+    Args:
+        task: the kind of task.
+        command_line: what was typed; that of the process if None.
+        callbacks: further ones for the Trainer.
 
     Returns:
         The content of ``all_results.json``.
@@ -69,6 +76,10 @@ def run(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
     """
     typed = sys.argv[1:] if command_line is None else command_line
     model_args, data_args, training_args = parse(typed, task.arguments)
+    if model_args.do_search:
+        from .search import search  # it needs Optuna, and makes runs of its own
+
+        return search(task, typed)
     check_arguments(model_args, data_args, training_args)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_up_logging(training_args, task.script)
@@ -89,6 +100,8 @@ def run(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
         else:
             model.set_task(name)
     trainer, datasets = make_trainer(task, model, splits, labels, model_args, data_args, training_args)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
     metrics |= costs(model, model_args, training_args)
@@ -241,7 +254,7 @@ def make_trainer(
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
         logger.info(model.describe())
     else:
-        host_config, trainer_class = model.config, Trainer
+        host_config, trainer_class = model.config, SafeTrainer
         name, revision = model_args.model_name_or_path, model_args.model_revision
         if model_args.method == "probe":
             training_args.learning_rate = training_args.learning_rate_of("head")
@@ -310,23 +323,22 @@ def check_host_size(host_config, host: str, args: ModelArguments) -> None:
 
 
 def checkpoint_to_resume(args: UniHyperLoraTrainingArguments) -> str | None:
-    """The checkpoint of --resume_from_checkpoint: a folder, or "true" for the last one in the output folder.
+    """The checkpoint of --resume_from_checkpoint: a folder, or "true" for the last complete one in the output folder.
+
+    None stands for the beginning, from which a run has to start that was stopped before its first checkpoint.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder is no checkpoint that was written to its end.
     """
     asked = str(args.resume_from_checkpoint or "false")
-    if asked.lower() == "false":
-        return None
-    found: str | None = asked
-    if asked.lower() == "true":
-        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if found is None or not Path(found).is_dir():
+    if asked.lower() in ("true", "false"):
+        return resumable(args.output_dir) if asked.lower() == "true" else None
+    if not is_complete(Path(asked)):
         raise ConfigError(
-            f"--resume_from_checkpoint {asked}: no such checkpoint (output folder {args.output_dir}). Give a "
-            "checkpoint-<step> folder, or leave the flag out to start from the beginning."
+            f"--resume_from_checkpoint {asked}: no such checkpoint, or not written to its end. Give a complete "
+            "checkpoint-<step> folder, or true for the last one in --output_dir."
         )
-    return found
+    return asked
 
 
 def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:

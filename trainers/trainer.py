@@ -6,24 +6,25 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.accounting import check_budget
 from modeling_unihyperlora.adapter import PARTS, part_of
 from modeling_unihyperlora.card import write_card
-from modeling_unihyperlora.errors import AdapterFileError, HubError
+from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError
 from modeling_unihyperlora.hub import Push, create_repository, push_folder
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
 from .first_candidate import StartIsACandidate
+from .interruption import resumable
+from .searchable import SearchableTrainer
 from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class UniHyperLoraTrainer(Trainer):
+class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
     E[k] is the mean over the labelled tokens (sentences for sequence classification) of the batch; with gradient
@@ -43,19 +44,41 @@ class UniHyperLoraTrainer(Trainer):
 
     args: UniHyperLoraTrainingArguments
 
-    def __init__(self, model, args: UniHyperLoraTrainingArguments, sources: list[Source] | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args: UniHyperLoraTrainingArguments | None = None,
+        sources: list[Source] | None = None,
+        **kwargs,
+    ):
         self.sources = sources or []
-        if kwargs.get("train_dataset") is not None:  # any adapter may be scored on any host
-            check_budget(model, args.max_adapter_bytes, args.max_flops_overhead_pct)
-        model.set_train_scope(args.train_scope)
-        if model.stream is not None:  # δθ is tuned to one host as it is
-            model.stream.disturbs = args.train_scope == "source"
+        if self.sources and kwargs.get("model_init") is not None:
+            raise ConfigError(
+                "sources belong to one model, and model_init makes another for every trial. Search a stream with "
+                "--do_search, where each trial is a run of its own."
+            )
+        self._trains = kwargs.get("train_dataset") is not None  # any adapter may be scored on any host
+        self.args = args = args or UniHyperLoraTrainingArguments("tmp_trainer")  # as the Trainer does
+        if model is not None:
+            self.make_ready(model)
         super().__init__(model=model, args=args, **kwargs)
         if args.load_best_model_at_end and args.train_scope == "delta":
             self.add_callback(StartIsACandidate(self))
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_updates, self._noted_update = 0, -1
         self._active = [0.0, 0]
+
+    def make_ready(self, model) -> None:
+        """Set the train scope of a model.
+
+        Raises:
+            BudgetError
+        """
+        if self._trains:
+            check_budget(model, self.args.max_adapter_bytes, self.args.max_flops_overhead_pct)
+        model.set_train_scope(self.args.train_scope)
+        if model.stream is not None:  # δθ is tuned to one host as it is
+            model.stream.disturbs = self.args.train_scope == "source"
 
     # ---- loss ----
 
@@ -159,10 +182,13 @@ class UniHyperLoraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``Trainer.train``; ``train_runtime`` includes learning the coordinates of a new stream."""
-        config = self.unwrapped.config
-        is_new = not any(task.get("trained", False) for task in config.tasks.values())
-        config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
-        seconds = 0.0
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = resumable(self.args.output_dir)
+        is_new, seconds = False, 0.0
+        if self.model_init is None:
+            config = self.unwrapped.config
+            is_new = not any(task.get("trained", False) for task in config.tasks.values())
+            config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
         if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
             seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1

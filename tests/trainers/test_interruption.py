@@ -1,0 +1,133 @@
+"""Whatever ends a run, another one that resumes ends with the same weights, bit for bit."""
+
+import errno
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, TrainerCallback
+
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
+from trainers.interruption import EXIT_STATUS, is_complete, last_complete_checkpoint
+
+SETTINGS = {
+    **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.02},
+    **{"lr_scheduler_type": "linear"},
+}
+
+
+def make_model(seed: int = 0):
+    """An adapter on a random host with dropout, the same host at every call."""
+    torch.manual_seed(99)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    host = BertModel(BertConfig(vocab_size=40, hidden_dropout_prob=0.3, **shape), add_pooling_layer=False)
+    torch.manual_seed(seed)
+    config = UniHyperLoraConfig(atoms=16, anchor_dim=8, mixer_hidden=4)
+    return UniHyperLoraForTokenClassification.from_host(host, labels=["O", "B-A"], task="ner", config=config)
+
+
+def make_trainer(folder, model) -> UniHyperLoraTrainer:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda most: torch.randint(0, most, (6,), generator=generator)  # noqa: E731
+    data = [{"input_ids": draw(40), "attention_mask": torch.ones(6).long(), "labels": draw(2)} for _ in range(24)]
+    arguments = UniHyperLoraTrainingArguments(
+        **SETTINGS,
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        per_device_train_batch_size=8,
+        max_flops_overhead_pct=1e6,
+        max_adapter_bytes=10**6,
+    )
+    return UniHyperLoraTrainer(model=model, args=arguments, train_dataset=data)
+
+
+def snapshot(adapter) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+
+
+def changed(adapter, before) -> list[str]:
+    return [name for name, tensor in adapter.state_dict().items() if not torch.equal(tensor, before[name])]
+
+
+class AtStep(TrainerCallback):
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+@pytest.fixture
+def whole(tmp_path):
+    trainer = make_trainer(tmp_path / "whole", make_model())
+    trainer.train()
+    return snapshot(trainer.model.adapter)
+
+
+def resumed(folder):
+    trainer = make_trainer(folder, make_model(seed=5))
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+def test_sigterm_saves_before_it_leaves(whole, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tmp_path / "cut", make_model())
+    trainer.add_callback(AtStep(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    assert end.value.code == EXIT_STATUS == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-3"  # in between two regular ones
+    assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path / "cut", make_model())
+
+    def full(folder):
+        if folder.endswith("checkpoint-4"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train()
+    assert (tmp_path / "cut" / "checkpoint-4" / "optimizer.pt").is_file()
+    shutil.copy(tmp_path / "whole" / "checkpoint-2" / "rng_state.pth", tmp_path / "cut" / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
+
+
+def test_without_a_checkpoint_it_starts_from_the_beginning(whole, tmp_path):
+    (tmp_path / "cut" / "checkpoint-2").mkdir(parents=True)
+    trainer = make_trainer(tmp_path / "cut", make_model())
+    trainer.train(resume_from_checkpoint=True)
+    assert not changed(trainer.model.adapter, whole)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"global_step": 4', '{"global_step": 2}', "[]"])
+def test_half_written(tmp_path, content):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    if content is not None:
+        (folder / "trainer_state.json").write_text(content)
+    assert not is_complete(folder)
+    assert last_complete_checkpoint(tmp_path) is None
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    assert last_complete_checkpoint(tmp_path) == folder
+
+
+def test_a_checkpoint_written_over_is_not_complete_meanwhile(tmp_path, monkeypatch):
+    make_trainer(tmp_path, make_model()).train()
+    again = make_trainer(tmp_path, make_model())
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda folder: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        again.train()
+    assert not is_complete(tmp_path / "checkpoint-2") and is_complete(tmp_path / "checkpoint-4")

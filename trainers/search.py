@@ -1,0 +1,378 @@
+"""--do_search: each trial is a run of the same command with other values, chosen by Optuna.
+
+All of it lives in --output_dir: ``search.db`` (Optuna's SQLite storage), ``search.json`` and ``search.html`` (what was
+tried, and Optuna's plots of it), and in the end the run of the best values, as if they had been typed.
+
+A search that was stopped goes on when the same command is given again; the same command in a second process shares
+the work. A trial holds a lock while it runs, which the system takes away from a process that dies: so a trial that
+was killed is known at once, is marked as failed, and its values are tried again.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from modeling_unihyperlora import AdapterFileError, BudgetError, ConfigError, UniHyperLoraConfig, UniHyperLoraError
+
+from .arguments import check_arguments, parse
+from .baselines import BASELINES
+from .run_config import read_run_config, searchable_keys
+from .running import Task, run, set_up_logging
+from .search_space import PAPER_SPACE, SHAPE_FLAGS, STREAM_FLAGS, Knob, knobs_of
+
+if missing := [name for name in ("optuna", "plotly") if importlib.util.find_spec(name) is None]:
+    raise ConfigError(f"--do_search needs {' and '.join(missing)}, not installed: pip install 'unihyperlora[search]'.")
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from .search_report import write_report
+
+logger = logging.getLogger(__name__)
+
+N_TRIALS = 25
+RANDOM_TRIALS = 8  # before the sampler goes by what it has seen, and the pruner by what others scored
+OVER = (("adapter_bytes", "max_adapter_bytes"), ("flops_overhead_pct", "max_flops_overhead_pct"))
+NOT_PART = {  # of what a search is: they may change before it goes on
+    *("do_search", "n_trials", "output_dir", "logging_dir", "run_name", "disable_tqdm", "log_level", "token"),
+    *("hub_token", "push_to_hub", "do_predict", "dataloader_num_workers"),
+}
+SURVIVED = (RuntimeError, MemoryError, FloatingPointError, ConfigError, AdapterFileError)  # torch's OOM is the first
+
+
+class TrialFailed(RuntimeError):
+    """A trial came to no score."""
+
+
+class UnknownMetric(UniHyperLoraError):
+    """No run reports it, so that further trials would be in vain."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched.
+
+    Attributes:
+        task: the kind of task.
+        typed: the command line of a trial, less the values of the knobs.
+        folder: --output_dir.
+        knobs: what is varied.
+        metric: of all_results.json.
+        directions: of the score, and of the bytes where they are an objective.
+        n_trials: in all.
+        seed: of the draws.
+        budget: figure of all_results.json → the most that is allowed.
+        facts: what must be the same when the search goes on.
+    """
+
+    task: Task
+    typed: list[str]
+    folder: Path
+    knobs: list[Knob]
+    metric: str
+    directions: list[str]
+    n_trials: int
+    seed: int
+    budget: dict[str, float]
+    facts: dict[str, object]
+
+    def command_line(self, values: dict[str, object]) -> list[str]:
+        """That of a run with these values of the knobs."""
+        return self.typed + [part for knob in self.knobs for part in knob.typed(values[knob.name])]
+
+    def lock(self, name: str) -> FileLock:
+        """Held by one process at a time, and by none that is dead."""
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "locks" / name)
+
+    def folder_of(self, trial: Trial | FrozenTrial) -> Path:
+        """Where a trial runs; it is gone when the trial has ended."""
+        return self.folder / "trials" / f"{trial.number:04d}"
+
+
+def search(task: Task, typed: list[str]) -> dict[str, object]:
+    """Search until there are enough trials, then train the best one into the output folder.
+
+    Returns:
+        The content of that run's ``all_results.json``.
+
+    Raises:
+        ConfigError: a name that no run reads, a range that is not usable, another search in the same folder, or not
+            one trial with a score within the budget.
+    """
+    plan = plan_of(task, typed)
+    study = _open(plan)
+    while (begun := _next_trial(plan, study)) is not None:
+        trial, values, lock = begun
+        try:
+            _run_trial(plan, study, trial, values)
+        finally:
+            lock.release()
+    with plan.lock("best"):  # of several processes the first trains it, the others wait
+        best = _best(plan, study)
+        write_report(plan.folder, study, best, plan.metric)
+        results_file = plan.folder / "all_results.json"
+        if study.user_attrs.get("trained") == best.number and results_file.is_file():
+            return json.loads(results_file.read_text(encoding="utf-8"))
+        logger.info("Best: trial %d, %s %s, %s", best.number, plan.metric, best.values[0], best.params)
+        results = run(task, plan.command_line({knob.name: best.params[knob.name] for knob in plan.knobs}))
+        study.set_user_attr("trained", best.number)
+    return results
+
+
+# ---- what is searched ----
+
+
+def plan_of(task: Task, typed: list[str]) -> Search:
+    """The search that the command line and its run config ask for; nothing is written.
+
+    Raises:
+        ConfigError
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--do_search", "--do-search", nargs="?")
+    own.add_argument("--n_trials", "--n-trials")
+    _, rest = own.parse_known_args(typed)
+    n_trials = parse(typed, task.arguments)[0].n_trials
+    rest += ["--do_train", "true", "--do_eval", "true"]
+    model_args, data_args, training_args = parse(rest, task.arguments)
+    check_arguments(model_args, data_args, training_args)
+    if training_args.world_size > 1:
+        raise ConfigError(
+            "A search is not for a launch of several processes. Start the same command several times instead, with "
+            "one --output_dir: they share the trials."
+        )
+    if training_args.resume_from_checkpoint is not None:
+        raise ConfigError("A search goes on by itself where it stopped; leave --resume_from_checkpoint out.")
+    set_up_logging(training_args, task.script)
+
+    block = (read_run_config(model_args.run_config).search if model_args.run_config else None) or {}
+    n_trials = block.get("n_trials", N_TRIALS) if n_trials is None else n_trials
+    if n_trials < 1:
+        raise ConfigError(f"{n_trials} trials are none; give 1 or more.")
+    knobs = _knobs(block.get("search_space"), rest, model_args)
+    for knob in knobs:
+        for value in knob.some_values():  # each must be usable
+            chosen, _, _ = parse(rest + knob.typed(value), task.arguments)
+            if chosen.method == "unihyperlora" and chosen.adapter is None:
+                UniHyperLoraConfig(**chosen.shape())
+    directions = [block.get("direction", "maximize")]
+    if "bytes" in block.get("objectives", []):
+        if model_args.method in ("full", "probe"):
+            raise ConfigError(f"--method {model_args.method} has no adapter whose bytes could be an objective.")
+        directions.append("minimize")
+    facts = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
+    facts = {name: value for name, value in facts.items() if name not in NOT_PART}
+    metric = block.get("metric", "eval_f1")
+    facts |= {"search_space": {knob.name: knob.space for knob in knobs}, "metric": metric, "directions": directions}
+    return Search(
+        task=task,
+        typed=rest,
+        folder=Path(training_args.output_dir),
+        knobs=knobs,
+        metric=metric,
+        directions=directions,
+        n_trials=n_trials,
+        seed=training_args.seed,
+        budget={figure: getattr(training_args, most) for figure, most in OVER},
+        facts=json.loads(json.dumps(facts, default=str)),
+    )
+
+
+def _knobs(space: dict | None, typed: list[str], model_args) -> list[Knob]:
+    """Those of the run config, or the paper's as far as the method has them, less what was typed."""
+    where, method = model_args.run_config or "--do_search", model_args.method
+    is_default = space is None
+    if is_default:
+        space = {
+            n: PAPER_SPACE[n] for n in PAPER_SPACE if method not in BASELINES or n in ("learning_rate", "batch_size")
+        }
+    knobs = knobs_of(space, searchable_keys(method), method, where)
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in typed if word.startswith("--")}
+    fixed = [knob.name for knob in knobs if knob.flag in given]
+    if fixed:
+        logger.info("Not searched, since it was typed: %s", ", ".join(fixed))
+    knobs = [knob for knob in knobs if knob.name not in fixed]
+    if not knobs:
+        raise ConfigError(f"{where}: nothing is left to search. Leave out the flags of what is to be searched.")
+    for knob in knobs:
+        of_the_file = model_args.adapter is not None and knob.flag in SHAPE_FLAGS and knob.flag != "router_top_k"
+        no_stream = model_args.adapter is None and model_args.pathway != "stream" and knob.flag in STREAM_FLAGS
+        if of_the_file or no_stream:
+            why = "it is fixed by --adapter" if of_the_file else "it is for --pathway stream"
+            raise ConfigError(f"{where}: 'optuna.search_space.{knob.name}' would not be read: {why}. Leave it out.")
+    return knobs
+
+
+def _open(plan: Search) -> optuna.Study:
+    """The study in the output folder, a new one or that of an earlier call of the same search."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with plan.lock("next"):
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{plan.folder / 'search.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+        # Optuna has no pruning by two objectives.
+        pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS) if len(plan.directions) == 1 else None
+        try:
+            study = optuna.load_study(study_name="search", storage=storage, pruner=pruner)
+        except KeyError:
+            study = optuna.create_study(
+                study_name="search", storage=storage, directions=plan.directions, pruner=pruner
+            )
+        known = study.user_attrs.get("search")
+        if known is None:
+            study.set_user_attr("search", plan.facts)
+        elif known != plan.facts:
+            differ = sorted(n for n in {*known, *plan.facts} if known.get(n) != plan.facts.get(n))
+            raise ConfigError(
+                f"{plan.folder} holds another search; it differs in {', '.join(differ)}. Give the same command to go "
+                "on with it, or another --output_dir."
+            )
+    return study
+
+
+# ---- trials ----
+
+
+def _next_trial(plan: Search, study: optuna.Study) -> tuple[Trial, dict[str, object], FileLock] | None:
+    """A new trial, its values and the lock that says that it runs; None when there are enough that have ended."""
+    while True:
+        with plan.lock("next"):
+            _fail_the_lost(plan, study)
+            trials = study.get_trials(deepcopy=False)
+            running = sum(trial.state == TrialState.RUNNING for trial in trials)
+            ended = sum(map(_counts, trials))
+            if ended >= plan.n_trials:
+                return None
+            if ended + running < plan.n_trials:
+                # The seed goes with the number of the trial: no draw is repeated after a resume.
+                seed = int(np.random.SeedSequence([plan.seed, len(trials)]).generate_state(1)[0])
+                study.sampler = optuna.samplers.TPESampler(
+                    seed=seed, n_startup_trials=RANDOM_TRIALS, constant_liar=True
+                )
+                trial = study.ask()
+                lock = plan.lock(f"trial-{trial.number}")
+                lock.acquire()
+                return trial, {knob.name: knob.suggest(trial) for knob in plan.knobs}, lock
+        time.sleep(1)  # the last ones run in other processes
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """It has ended by itself: a trial whose process was killed is tried again instead."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
+
+
+def _fail_the_lost(plan: Search, study: optuna.Study) -> None:
+    """Trials whose process is dead; each is tried once more, since it may be what killed it."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        try:
+            with plan.lock(f"trial-{trial.number}").acquire(blocking=False):
+                pass
+        except Timeout:
+            continue
+        logger.warning("Trial %d was killed before it ended", trial.number)
+        shutil.rmtree(plan.folder_of(trial), ignore_errors=True)
+        if "again" in trial.user_attrs:
+            study._storage.set_trial_user_attr(trial._trial_id, "error", "its process was killed, twice")
+        elif len(trial.params) == len(plan.knobs):
+            study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _run_trial(plan: Search, study: optuna.Study, trial: Trial, values: dict[str, object]) -> None:
+    """Run it and tell the study how it ended."""
+    logger.info("Trial %d: %s", trial.number, values)
+    folder = plan.folder_of(trial)
+    typed = plan.command_line(values) + [
+        "--output_dir",
+        str(folder),
+        "--do_predict",
+        "false",
+        "--push_to_hub",
+        "false",
+    ]
+    if not parse(typed, plan.task.arguments)[2].load_best_model_at_end:
+        typed += ["--save_strategy", "no"]
+    try:
+        results = run(plan.task, typed, callbacks=[Watch(trial, plan.metric, prunes=len(plan.directions) == 1)])
+        score = _score(plan, results)
+    except BudgetError as error:  # infeasible, which the sampler treats apart from what scored badly
+        for name, excess in error.excess.items():
+            trial.set_constraint(name, excess)
+        trial.set_user_attr("over_budget", str(error))
+        study.tell(trial, state=TrialState.PRUNED)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except SURVIVED as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        logger.warning("Trial %d failed. %s", trial.number, reason)
+        trial.set_user_attr("error", reason)
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        for figure, most in plan.budget.items():
+            if results.get(figure) is not None:
+                trial.set_constraint(figure, results[figure] - most)
+        trial.set_user_attr(
+            "results", {name: results.get(name) for name in (plan.metric, "adapter_bytes", "train_runtime")}
+        )
+        study.tell(trial, [score] if len(plan.directions) == 1 else [score, results["adapter_bytes"]])
+        logger.info("Trial %d: %s %s", trial.number, plan.metric, score)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _score(plan: Search, results: dict[str, object]) -> float:
+    if plan.metric not in results:
+        known = ", ".join(sorted(name for name in results if name.startswith("eval_")))
+        raise UnknownMetric(f"optuna.metric is {plan.metric}, which a run does not report; it reports {known}.")
+    if results[plan.metric] is None or results["eval_loss"] is None:
+        raise TrialFailed(f"{plan.metric} {results[plan.metric]}, eval_loss {results['eval_loss']}: not a number")
+    return float(results[plan.metric])
+
+
+class Watch(TrainerCallback):
+    """Tells a trial what each evaluation says, and ends one that is below the median or no longer a number."""
+
+    def __init__(self, trial: Trial, metric: str, prunes: bool):
+        self.trial, self.metric, self.prunes = trial, metric, prunes
+        self.reported = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if math.isnan((logs or {}).get(name, 0.0)):
+                raise TrialFailed(f"{name} is not a number at step {state.global_step}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        score = (metrics or {}).get(self.metric)
+        if (
+            not self.prunes
+            or score is None
+            or state.global_step <= self.reported
+            or state.global_step >= state.max_steps
+        ):
+            return
+        self.reported = state.global_step
+        self.trial.report(float(score), state.global_step)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned()
+
+
+def _best(plan: Search, study: optuna.Study) -> FrozenTrial:
+    """The best score within the budget; of several objectives, the best score among those that nothing beats."""
+    trials = study.get_trials(deepcopy=False)
+    found = study.best_trials
+    if not found:
+        reasons = [trial.user_attrs.get("error") or trial.user_attrs.get("over_budget") for trial in trials]
+        last = next((reason for reason in reversed(reasons) if reason), "")
+        raise ConfigError(f"Of {len(trials)} trials none came to a score within the budget. The last: {last}")
+    sign = 1 if plan.directions[0] == "maximize" else -1
+    return max(found, key=lambda trial: (sign * trial.values[0], -trial.number))

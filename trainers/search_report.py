@@ -1,0 +1,75 @@
+"""What a search has found: ``search.json``, and ``search.html`` with Optuna's plots, which opens without a network."""
+
+import html
+import logging
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from modeling_unihyperlora.storage import replacing, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(folder: Path, study: optuna.Study, best: FrozenTrial, metric: str) -> None:
+    """Write both files.
+
+    Args:
+        folder: the search's.
+        study: with at least one trial that has a score.
+        best: which is marked as such.
+        metric: what the first value of a trial is.
+    """
+    trials = study.get_trials(deepcopy=False)
+    content = {
+        "metric": metric,
+        "directions": [direction.name.lower() for direction in study.directions],
+        "best": best.number,
+        "front": [trial.number for trial in study.best_trials],
+        "trials": [
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "values": trial.values if trial.state.name == "COMPLETE" else None,
+                "params": trial.params,
+                "seconds": trial.duration and trial.duration.total_seconds(),
+                "over_budget": {name: over for name, over in trial.constraints.items() if over > 0},
+                **{name: trial.user_attrs[name] for name in ("error", "again") if name in trial.user_attrs},
+            }
+            for trial in trials
+        ],
+    }
+    write_json(folder / "search.json", content)
+    figures = _figures(study, metric)
+    parts = [figure.to_html(full_html=False, include_plotlyjs=number == 0) for number, figure in enumerate(figures)]
+    title = f"{len(trials)} trials, best {metric} {best.values[0]:.4f} in trial {best.number}"
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in best.params.items())
+    page = f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1><table>{rows}</table>"
+    with replacing(folder / "search.html") as temporary:
+        Path(temporary).write_text(page + "".join(parts), encoding="utf-8")
+
+
+def _figures(study: optuna.Study, metric: str) -> list:
+    """Optuna's plots, as far as there are trials enough for them."""
+    plots = optuna.visualization
+    several = len(study.directions) > 1
+    score = {"target": lambda trial: trial.values[0], "target_name": metric} if several else {"target_name": metric}
+    wanted = [
+        lambda: plots.plot_optimization_history(study, **score),
+        lambda: plots.plot_param_importances(study, **score),
+        lambda: plots.plot_parallel_coordinate(study, **score),
+        lambda: plots.plot_slice(study, **score),
+        lambda: plots.plot_timeline(study),
+    ]
+    if several:
+        wanted.insert(0, lambda: plots.plot_pareto_front(study, target_names=[metric, "bytes"]))
+    else:
+        wanted.insert(1, lambda: plots.plot_intermediate_values(study))
+    figures = []
+    for plot in wanted:
+        try:
+            figures.append(plot())
+        except (ValueError, RuntimeError) as error:  # one trial has no importances
+            logger.info("A plot is left out of search.html: %s", error)
+    return figures
