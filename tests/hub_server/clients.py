@@ -32,6 +32,7 @@ def client_environment(url: str, home: Path, user: str | None = "alice") -> dict
         "HF_HUB_DOWNLOAD_TIMEOUT": "2",
         "UNIHYPERLORA_CACHE": str(home / "unihyperlora"),
         "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",  # sums are rounded alike in every process
     }
     return keep | own | ({"HF_TOKEN": f"token-of-{user}"} if user else {})
 

@@ -22,6 +22,15 @@ CLASSES = {"token": UniHyperLoraForTokenClassification, "sequence": UniHyperLora
 SENTENCE = "anna lives in paris ."
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """As in the client processes: with more, sums are rounded one way here and another way there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def other_host(tmp_path_factory):
     """Folder of a random BERT of 3 blocks x 48 with the tiny tokenizer."""

@@ -148,7 +148,8 @@ def refusal(repo, **more):
 result["no flag"] = refusal("alice/evil")
 result["flag False"] = refusal("alice/evil", trust_remote_code=False)
 result["host with code"] = refusal("alice/token", trust_remote_code=True, base_model_name_or_path="alice/evil-host")
-result["packages"] = sorted({name.split(".")[0] for name in sys.modules if "unihyperlora" in name})
+names = {name.split(".")[0] for name in sys.modules if "unihyperlora" in name}
+result["packages"] = sorted(name for name in names if not name.startswith("__editable__"))  # pip has it
 result["no pushing"] = ""
 try:
     tagger.model.push_to_hub("alice/again")
