@@ -252,13 +252,17 @@ class UniHyperLoraAdapter(nn.Module):
         Returns:
             (…, C) float32.
         """
-        own = self.tasks[task]
-        logits = own.head_bias()
-        for state, key, weight in zip(states, keys, own.head_weight().chunk(len(KNOTS), dim=-1), strict=True):
+        logits = self.tasks[task].head_bias()
+        for state, weight in zip(states, self.head_weights(keys, task), strict=True):
             state = state.float()
             rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-            logits = logits + F.linear(state / rms, weight @ self.projector.inward(key))
+            logits = logits + F.linear(state / rms, weight)
         return logits
+
+    def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
+        """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
+        blocks = self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1)
+        return [block @ self.projector.inward(key) for block, key in zip(blocks, keys, strict=True)]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Part name → its stored tensors and buffers' owners; the names of learning rates and byte tables."""

@@ -166,11 +166,9 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 def host_head(model, task: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The head in the host's coordinates: weight (C, K, d) and bias (C,)."""
     adapter, width = model.adapter, model.injection.map.hidden_size
-    own = adapter.tasks[task]
-    blocks = own.head_weight().chunk(len(KNOTS), dim=-1)
-    inward = [adapter.projector.inward(adapter.projector.key(width, knot)) for knot in KNOTS]
-    weight = torch.stack([block @ matrix for block, matrix in zip(blocks, inward, strict=True)], dim=1)
-    return weight.detach().float(), own.head_bias().detach().float()
+    keys = [adapter.projector.key(width, knot) for knot in KNOTS]
+    weight = torch.stack(adapter.head_weights(keys, task), dim=1)
+    return weight.detach().float(), adapter.tasks[task].head_bias().detach().float()
 
 
 def _write_head(model, folder: Path, title: str, what: str, load: str) -> None:

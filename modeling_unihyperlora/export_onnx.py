@@ -15,6 +15,7 @@ from torch import nn
 from .adapter import KNOTS, Routing, UniHyperLoraAdapter, knot_features, route
 from .errors import ExportError, first_line
 from .storage import replacing
+from .stream import begins_of
 from .token_mixer import TokenMixer
 
 OPSET = 18
@@ -145,9 +146,8 @@ class _StreamGraph(_Graph):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         states = self.states(input_ids, attention_mask)
-        begins = self.begins_word[input_ids] & (attention_mask > 0)
+        begins = begins_of(self.begins_word, input_ids, attention_mask)
         number = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
-        begins = begins | ((number == 0) & ~begins.any(dim=1, keepdim=True))
         lengths = begins.long().sum(dim=1)  # (B,)
         word_of = (begins.long().cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
         tokens = input_ids.shape[1]

@@ -11,7 +11,6 @@ import math
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .adapter import (
@@ -129,12 +128,6 @@ class HostBoundAdapter(UniHyperLoraAdapter):
             coefficients=self.mixer(places) * scale[:, None],
         )
 
-    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
-        """A linear head on the host's states h / rms(h) of the knots, (…, w) each → (…, C) float32."""
-        own = self.tasks[task]
-        logits = own.head_bias()
-        for state, weight in zip(states, own.head_weight().chunk(len(KNOTS), dim=-1), strict=True):
-            state = state.float()
-            rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-            logits = logits + F.linear(state / rms, weight)
-        return logits
+    def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
+        """The head is in the host's coordinates already: (C, w) for the state of each knot."""
+        return list(self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1))

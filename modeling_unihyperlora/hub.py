@@ -15,9 +15,9 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.utils import CONFIG_NAME
 
-from .adapter import UniHyperLoraAdapter
 from .card import CARD_NAME, LICENCE_NAME, is_hub_id, public_name, write_card, write_licence
 from .errors import AdapterFileError, ConfigError, HubError, first_line, http_status
+from .host_bound import make_adapter
 from .publishing import AUTO_MAP, CODE_FILES, copy_code
 from .storage import WEIGHTS_NAME, load_adapter, read_config, write_json
 from .untrusted import check_inside, read_json_object
@@ -150,7 +150,7 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
         sources[name] = check_inside(folder, name)
         if not sources[name].is_file():
             raise AdapterFileError(f"{folder} has no {name}. Give the folder that save_pretrained or a run wrote.")
-    load_adapter(UniHyperLoraAdapter(read_config(sources[CONFIG_NAME])), sources[WEIGHTS_NAME])
+    load_adapter(make_adapter(read_config(sources[CONFIG_NAME])), sources[WEIGHTS_NAME])
     (staged / WEIGHTS_NAME).write_bytes(sources[WEIGHTS_NAME].read_bytes())
     content = read_json_object(sources[CONFIG_NAME]) | {"auto_map": AUTO_MAP}
     name = content.get("base_model_name_or_path")

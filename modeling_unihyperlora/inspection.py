@@ -5,11 +5,12 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME
 
 from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct
-from .adapter import KNOTS, UniHyperLoraAdapter, part_of
+from .adapter import KNOTS, part_of
 from .calibration import LOW_FIT
+from .host_bound import make_adapter
 from .hosts import MODULE_TYPES, fingerprint
 from .modeling_unihyperlora import UniHyperLoraModel
-from .quantization import Grid, RowInteger, StoredTensor, TwoBit
+from .quantization import StoredTensor
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
 
 FAIR_FIT = 0.3  # mean R² under which a host is reported as a fair fit only
@@ -31,14 +32,14 @@ def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, objec
     """
     weights = adapter_file(name, WEIGHTS_NAME, revision, {})
     config = read_config(adapter_file(name, CONFIG_NAME, revision, {}))
-    adapter = UniHyperLoraAdapter(config)
+    adapter = make_adapter(config)
     load_adapter(adapter, weights)
     tensors = [
         {
             "part": part_of(tensor),
             "name": tensor,
             "shape": tuple(module.latent.shape),
-            "bits": _bits(module),
+            "bits": module.codec.bits,
             "bytes": sum(t.numel() * t.element_size() for t in module.encode().values()),
         }
         for tensor, module in adapter.named_modules()
@@ -112,8 +113,3 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
 def over_budget(report: dict[str, object]) -> bool:
     """Whether an adapter's file is larger than the budget."""
     return report["bytes"] > MAX_ADAPTER_BYTES
-
-
-def _bits(module: StoredTensor) -> int:
-    codec = module.codec
-    return codec.bits if isinstance(codec, RowInteger) else {Grid: 4, TwoBit: 2}.get(type(codec), 16)

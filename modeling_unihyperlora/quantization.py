@@ -45,6 +45,8 @@ class RowInteger:
 class Grid:
     """4-bit integers -8…7 times one fixed ``step``: exactly half a byte a value and nothing else."""
 
+    bits = 4
+
     def __init__(self, step: float):
         self.step = step
 
@@ -55,14 +57,16 @@ class Grid:
         return self.codes(value) * self.step
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"": pack(self.codes(value), 4)}
+        return {"": pack(self.codes(value), self.bits)}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return unpack(stored[""], shape, 4) * self.step
+        return unpack(stored[""], shape, self.bits) * self.step
 
 
 class TwoBit:
     """Integers -2…1 at (code + ½)·``step``, four to a byte; of unit variance, step 1 is about the best."""
+
+    bits = 2
 
     def __init__(self, step: float):
         self.step = step
@@ -74,14 +78,16 @@ class TwoBit:
         return (self.codes(value) + 0.5) * self.step
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"": pack(self.codes(value), 2)}
+        return {"": pack(self.codes(value), self.bits)}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return (unpack(stored[""], shape, 2) + 0.5) * self.step
+        return (unpack(stored[""], shape, self.bits) + 0.5) * self.step
 
 
 class Half:
     """IEEE half precision, for small tensors of mixed range (biases, waves, embeddings)."""
+
+    bits = 16
 
     def round(self, value: torch.Tensor) -> torch.Tensor:
         return value.half().float()

@@ -246,8 +246,8 @@ def begins_of(
     begins = begins_word[input_ids]
     if attention_mask is not None:
         begins = begins & (attention_mask > 0)
-    begins[:, 0] |= ~begins.any(dim=1)
-    return begins
+    first = torch.arange(begins.shape[1], device=begins.device) == 0
+    return begins | (first & ~begins.any(dim=1, keepdim=True))
 
 
 def word_positions(

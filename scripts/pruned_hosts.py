@@ -48,24 +48,16 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     args, passed = parse(command_line)
     digests = {args.validation_file: digest_of(args.validation_file)}
     digests[args.adapter] = digest_of(str(Path(args.adapter) / WEIGHTS_NAME))
-    folder, rows, runner = Path(args.output_dir), [], None
+    folder, rows = Path(args.output_dir), []
+    runner = Runner(folder / "runs", "run_ner", digests)
     for name, depths in zip(args.hosts, args.layers, strict=True):
         whole = describe_host(load_host(name), name_of(name))
         for layers in [*depths, whole["num_layers"]]:
             pruned = prune(name, layers, folder / "hosts" / f"{name_of(name)}-first-{layers}")
             digests[str(pruned)] = fingerprint(load_host(str(pruned)))
-            flags = [
-                "--adapter",
-                args.adapter,
-                "--model_name_or_path",
-                str(pruned),
-                "--do_eval",
-                "--save_strategy",
-                "no",
-            ]
-            flags += ["--validation_file", args.validation_file, *passed]
+            flags = ["--adapter", args.adapter, "--model_name_or_path", str(pruned), "--do_eval"]
+            flags += ["--save_strategy", "no", "--validation_file", args.validation_file, *passed]
             cell = Cell(pruned.name, tuple(flags), keep_weights=False)
-            runner = Runner(folder / "runs", "run_ner", digests)
             runner.run(cell)
             results = runner.results(cell)
             figures = {

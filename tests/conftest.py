@@ -41,6 +41,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def piece_tokenizer(pieces: list[str], length: int) -> PreTrainedTokenizerFast:
+    """WordPiece over these pieces in their order, special ones among them, with words between blanks."""
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
@@ -28,7 +27,7 @@ from .arguments import check_arguments, parse
 from .baselines import BASELINES
 from .run_config import read_run_config, searchable_keys
 from .running import Task, run, set_up_logging
-from .search_space import PAPER_SPACE, SHAPE_FLAGS, STREAM_FLAGS, Knob, knobs_of
+from .search_space import PAPER_SPACE, SHAPE_FLAGS, STREAM_FLAGS, Knob, knobs_of, seed_of_draw
 
 if missing := [name for name in ("optuna", "plotly") if importlib.util.find_spec(name) is None]:
     raise ConfigError(f"--do_search needs {' and '.join(missing)}, not installed: pip install 'unihyperlora[search]'.")
@@ -205,7 +204,7 @@ def _knobs(space: dict | None, typed: list[str], model_args) -> list[Knob]:
     if not knobs:
         raise ConfigError(f"{where}: nothing is left to search. Leave out the flags of what is to be searched.")
     for knob in knobs:
-        of_the_file = model_args.adapter is not None and knob.flag in SHAPE_FLAGS and knob.flag != "router_top_k"
+        of_the_file = model_args.adapter is not None and knob.flag in SHAPE_FLAGS
         no_stream = model_args.adapter is None and model_args.pathway != "stream" and knob.flag in STREAM_FLAGS
         if of_the_file or no_stream:
             why = "it is fixed by --adapter" if of_the_file else "it is for --pathway stream"
@@ -254,8 +253,7 @@ def _next_trial(plan: Search, study: optuna.Study) -> tuple[Trial, dict[str, obj
             if ended >= plan.n_trials:
                 return None
             if ended + running < plan.n_trials:
-                # The seed goes with the number of the trial: no draw is repeated after a resume.
-                seed = int(np.random.SeedSequence([plan.seed, len(trials)]).generate_state(1)[0])
+                seed = seed_of_draw(plan.seed, len(trials))
                 study.sampler = optuna.samplers.TPESampler(
                     seed=seed, n_startup_trials=RANDOM_TRIALS, constant_liar=True
                 )

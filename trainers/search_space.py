@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from modeling_unihyperlora.errors import ConfigError
 
 PAPER_SPACE = {
@@ -39,6 +41,11 @@ ADAPTER_FLAGS = (  # of --method unihyperlora alone
     "mixer_learning_rate router_learning_rate delta_learning_rate head_learning_rate"
 ).split() + STREAM_FLAGS
 SHAPE_FLAGS = "atoms anchor_dim stream_dim stream_width stream_hidden stream_fidelity anchor_file".split()
+
+
+def seed_of_draw(seed: int, trials: int) -> int:
+    """Seed of a sampler that goes on after so many trials: no draw is repeated when a search goes on."""
+    return int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)

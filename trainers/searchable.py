@@ -1,18 +1,16 @@
 """``trainer.hyperparameter_search`` of an adapter: the paper's space, a total of trials, no unread name."""
 
-import numpy as np
-
 from modeling_unihyperlora.errors import BudgetError, ConfigError
 
 from .interruption import SafeTrainer
-from .search_space import ADAPTER_FLAGS, TRAINING_FLAGS, Knob, knobs_of
+from .search_space import ADAPTER_FLAGS, PAPER_SPACE, TRAINING_FLAGS, Knob, knobs_of, seed_of_draw
 from .training_args import UniHyperLoraTrainingArguments
 
-PAPER_SPACE = {  # of search_space.PAPER_SPACE, what is a training argument
-    "learning_rate": {"type": "loguniform", "low": 5e-5, "high": 5e-4},
-    "per_device_train_batch_size": {"type": "categorical", "choices": [32, 64, 128]},
-    "lambda_f": {"type": "uniform", "low": 0.01, "high": 0.1},
-    "lambda_q": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
+PAPER_ARGUMENTS = {  # training argument → its name in the paper's space; router_top_k is a knob of the adapter
+    "learning_rate": "learning_rate",
+    "per_device_train_batch_size": "batch_size",
+    "lambda_f": "lambda_F",
+    "lambda_q": "lambda_Q",
 }
 
 
@@ -56,9 +54,8 @@ class SearchableTrainer(SafeTrainer):
             known = optuna.get_all_study_names(kwargs["storage"])
             if kwargs["study_name"] in known:
                 before = len(optuna.load_study(study_name=kwargs["study_name"], storage=kwargs["storage"]).trials)
-        if "sampler" not in kwargs:  # its seed goes with what is there, so that no draw is repeated after a resume
-            seed = int(np.random.SeedSequence([self.args.seed, before]).generate_state(1)[0])
-            kwargs["sampler"] = optuna.samplers.TPESampler(seed=seed)
+        if "sampler" not in kwargs:
+            kwargs["sampler"] = optuna.samplers.TPESampler(seed=seed_of_draw(self.args.seed, before))
         return super().hyperparameter_search(
             hp_space=hp_space or _paper_space,
             compute_objective=compute_objective or (lambda metrics: metrics["eval_f1"]),
@@ -101,5 +98,6 @@ class SearchableTrainer(SafeTrainer):
 
 
 def _paper_space(trial) -> dict[str, object]:
-    knobs: list[Knob] = knobs_of(PAPER_SPACE, {}, "unihyperlora", "hyperparameter_search")
+    space = {argument: PAPER_SPACE[name] for argument, name in PAPER_ARGUMENTS.items()}
+    knobs: list[Knob] = knobs_of(space, {}, "unihyperlora", "hyperparameter_search")
     return {knob.name: knob.suggest(trial) for knob in knobs}

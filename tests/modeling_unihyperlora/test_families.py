@@ -7,8 +7,6 @@ import copy
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from modeling_unihyperlora import (
     MergeError,
@@ -18,6 +16,7 @@ from modeling_unihyperlora import (
 )
 from modeling_unihyperlora.hosts import LAYOUTS, encoder_of
 from modeling_unihyperlora.quantization import StoredTensor
+from tests.conftest import piece_tokenizer
 from tests.modeling_unihyperlora.families import STREAM_ONLY, VOCABULARY, tiny_host
 
 # What differs from another family in nothing that matters here is left to the slow tests, and so to the table.
@@ -219,13 +218,7 @@ def batch_without_mask(batch: dict) -> dict:
 @pytest.fixture(scope="module")
 def tokenizer():
     pieces = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(VOCABULARY - 6)), "un", "##known"]
-    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **names)
+    return piece_tokenizer(pieces, 32)
 
 
 @pytest.fixture(scope="module")

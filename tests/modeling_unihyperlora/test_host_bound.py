@@ -15,7 +15,10 @@ from modeling_unihyperlora import (
 )
 from modeling_unihyperlora.accounting import measure
 from modeling_unihyperlora.hosts import MODULE_TYPES
+from modeling_unihyperlora.hub import stage
+from modeling_unihyperlora.inspection import inspect_adapter
 from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.storage import WEIGHTS_NAME
 
 BOUND = {"projector": "host", "atoms": 4}
 
@@ -140,6 +143,18 @@ def test_it_goes_on_no_other_host(shared, make_host, make_model, make_batch, tmp
             UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=other)
         assert torch.equal(other(**batch).last_hidden_state, before)
         UniHyperLoraForTokenClassification.from_host(other, labels=["a", "b"]).detach()  # free for another adapter
+
+
+def test_it_is_inspected_and_staged_like_any_other(make_host, make_model, tmp_path):
+    """Whatever reads an adapter's file without its host has to make the right kind of adapter for it."""
+    make_model("bert", host=make_host("bert"), **BOUND).save_pretrained(tmp_path / "saved")
+    report = inspect_adapter(tmp_path / "saved")
+    bits = {row["name"].partition(".")[0]: row["bits"] for row in report["tensors"]}
+    assert (bits["atoms_in"], bits["mixer"], report["config"].projector) == (8, 8, "host")
+    (tmp_path / "staged").mkdir()
+    stage(tmp_path / "saved", tmp_path / "staged", "user/adapter")
+    staged, saved = (tmp_path / name / WEIGHTS_NAME for name in ("staged", "saved"))
+    assert staged.read_bytes() == saved.read_bytes()
 
 
 def test_its_own_host_in_half_precision(make_host, make_model, make_batch, tmp_path):

@@ -1,7 +1,5 @@
 """The injected update on hosts of every family, against the paper's formula in float64."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -351,19 +349,6 @@ def test_the_whole_model_in_half_precision_trains_a_step(dtype, make_model, make
     assert torch.isfinite(out.loss)
     for name, parameter in model.adapter.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-
-
-def test_a_deep_copy_works_on_its_own(make_model, make_batch):
-    model, batch = make_model(), make_batch()
-    with torch.no_grad():
-        before = model(**batch).logits
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(**batch).logits, before)
-        twin.adapter.atoms_out.latent.zero_()
-        assert not torch.equal(twin(**batch).logits, before)
-        assert torch.equal(model(**batch).logits, before)
-        twin.detach()
-        assert torch.equal(model(**batch).logits, before)
 
 
 def test_two_models_on_one_host_do_not_disturb_each_other(make_host, make_model, make_batch):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
@@ -22,6 +22,7 @@ from modeling_unihyperlora.calibration import RIDGES, canonical_coordinates, fit
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
 from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
+from tests.conftest import piece_tokenizer
 from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -31,14 +32,7 @@ D = 12
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "un", "##known"]
-    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+    return piece_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "un", "##known"], 64)
 
 
 @pytest.fixture(scope="module")
