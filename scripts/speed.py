@@ -162,7 +162,6 @@ def _ms(seconds: float) -> float:
 # ---- what is measured ----
 
 
-@torch.inference_mode()
 def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     """A forward pass of every contender over that of the bare host, by batch and length."""
     names = ["host", *PATHWAYS, *(name for name in args.peers if name != "host")]
@@ -171,11 +170,11 @@ def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     for sentences, tokens in FIRST_CELLS + [cell for cell in CELLS if cell not in FIRST_CELLS]:
         batch = ground.batch(sentences, tokens)
         contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
-        cells.append({"batch": sentences, "tokens": tokens} | race(contenders, args.seconds, args.device))
+        with torch.inference_mode():
+            cells.append({"batch": sentences, "tokens": tokens} | race(contenders, args.seconds, args.device))
     return {"first": "host", "cells": cells}
 
 
-@torch.inference_mode()
 def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     """How overhead and host grow with blocks, width and tokens, on random hosts: exponents of fitted powers."""
     curves = {}
@@ -192,7 +191,8 @@ def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
                 models = {name: here.forward(name) for name in ("host", "stream", "inject")}
                 contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
                 shape = {"blocks": blocks, "width": width, "tokens": tokens}
-                points.append(shape | race(contenders, args.seconds, args.device))
+                with torch.inference_mode():
+                    points.append(shape | race(contenders, args.seconds, args.device))
             raced = [point for point in points if "left_out" not in point]
             sizes = [point[varied] for point in raced]
             exponents = {"host": _exponent(sizes, [point["first_ms"] for point in raced])}
