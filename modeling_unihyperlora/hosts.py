@@ -267,7 +267,8 @@ def _takes_mask(host: type[nn.Module]) -> bool:
 
 def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
     """The host's forward; the mask is left out where there is none, or where the host takes none (FNet)."""
-    if attention_mask is not None and _takes_mask(type(host)):
+    takes_mask = _takes_mask.__wrapped__ if torch.compiler.is_compiling() else _takes_mask
+    if attention_mask is not None and takes_mask(type(host)):
         inputs["attention_mask"] = attention_mask
     return host(return_dict=True, **inputs)
 

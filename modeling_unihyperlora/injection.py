@@ -28,6 +28,11 @@ from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
 
 
+def _thread() -> int:
+    """Which thread this is; a compiled program has but one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 class Pass:
     """State of one forward pass: projected atoms, the current block and its routing.
 
@@ -138,7 +143,7 @@ class Injection:
     @property
     def current(self) -> Pass | None:
         """The forward pass that this thread is in."""
-        return self._passes.get(threading.get_ident())
+        return self._passes.get(_thread())
 
     def _plan(self, site: Site) -> tuple[str, object, str, object]:
         """Side and projector key for reading, then for writing."""
@@ -166,7 +171,7 @@ class Injection:
     @contextmanager
     def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
-        thread = threading.get_ident()
+        thread = _thread()
         self._passes[thread] = Pass(self.project(task), task, attention_mask)
         try:
             yield self._passes[thread]
@@ -198,7 +203,6 @@ class Injection:
             attention_mask,
         )
 
-    @torch.compiler.disable  # once a pass at most; its values are those of the file, see StoredTensor
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
@@ -238,7 +242,7 @@ class Injection:
             own.track_mean_gate(run.routing, real.flatten())
 
     def _update(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        run = self._passes.get(threading.get_ident())
+        run = self._passes.get(_thread())
         if run is None or self._originals or (call := self._by_call.get((run.block, module))) is None:
             return None
         if not run.first_use(module):
