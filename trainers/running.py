@@ -23,7 +23,7 @@ from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
-from .baselines import BASELINES, make_baseline, measure_baseline
+from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .reading import check_label_names
 from .results import peak_memory_mb, write_arguments, write_results
@@ -255,6 +255,9 @@ def make_trainer(
         logger.info(model.describe())
     else:
         host_config, trainer_class = model.config, SafeTrainer
+        if "train" in splits:
+            limits = (training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
+            check_baseline_budget(model, model_args.method, *limits)
         name, revision = model_args.model_name_or_path, model_args.model_revision
         if model_args.method == "probe":
             training_args.learning_rate = training_args.learning_rate_of("head")

@@ -6,15 +6,18 @@ import os
 import pytest
 
 import benchmark
+import paper
+import run_classification
 import run_ner
 from modeling_unihyperlora import ConfigError, DataError
 from trainers.results import RESULT_KEYS
+from transfer_plan import call
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
-    return tmp_path / "results"
+    return tmp_path / "results" / "paper"
 
 
 @pytest.fixture
@@ -54,7 +57,9 @@ def done(monkeypatch):
             with open(f"{folder}/{file}.json", "w") as out:
                 json.dump(content, out)
 
-    monkeypatch.setattr(run_ner, "main", pretended)
+    monkeypatch.setattr(paper, "run_in_own_process", call)
+    for script in (run_ner, run_classification):
+        monkeypatch.setattr(script, "main", pretended)
     return done
 
 
