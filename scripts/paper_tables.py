@@ -69,12 +69,12 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
         return []
     lines = [
         *("", "## The paper's comparison", ""),
-        "From the runs in `paper/`, by `python scripts/benchmark.py paper` over the configs in `hub_configs/runs`: for",
-        "every method the same steps, batch and data order, and the rate that was best of those tried (below). Score:",
-        "F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label of the",
-        "host. Head and δθ are in the file of the two adapters. Time is that of training; a stream's states, computed",
-        "once a host and data set, are not in it, and pages of their file, which the system may drop, are in its peak",
-        "memory. What data and how many sentences of it a run read is in its record.",
+        "From the runs in `paper/`, by `python scripts/benchmark.py paper` over the configs in `hub_configs/runs`:",
+        "for every method the same steps, batch and data order, and the rate that was best of those tried (below).",
+        "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label",
+        "of the host. Head and δθ are in the file of the two adapters. Time is that of training; a stream's states,",
+        "computed once a host and data set, are not in it, and pages of their file, which the system may drop, are in",
+        "its peak memory. What data and how many sentences of it a run read is in its record.",
         *("", f"![Score against stored bytes]({PICTURE})", ""),
         *("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"),
     ]
