@@ -83,6 +83,7 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[Path]:
         cell_of(path, configs, args.source, host, rate, seed, local, passed)
         for host in dict.fromkeys(args.hosts or [None])
         for path in paths
+        if path != args.source  # which is trained on its own host where a run needs it
         for rate in dict.fromkeys(args.learning_rates or [None])
         for seed in dict.fromkeys(args.seeds)
     ]
@@ -114,9 +115,8 @@ def cell_of(
     """One run of a config; before a δθ run comes that of the source with the same seed, on the source's own host."""
     config = configs[path]
     tunes = config.arguments.get("train_scope") == "delta"
-    name = "-".join(
-        [config.run_id, *([name_of(host)] if host else []), *([f"lr{rate:g}"] if rate else []), f"s{seed}"]
-    )
+    parts = [config.run_id, host and name_of(host), rate and f"lr{rate:g}", f"s{seed}"]
+    name = "-".join(part for part in parts if part)
     flags = ["--run_config", path, *local.flags(config, host), "--do_train", "--do_eval", "--seed", str(seed)]
     flags += ["--save_strategy", "no", *(["--learning_rate", f"{rate:g}"] if rate else []), *passed]
     before = cell_of(source, configs, None, None, None, seed, local, passed) if tunes and source else None

@@ -113,7 +113,7 @@ def test_a_source_of_another_kind_of_task(config, done, results, tmp_path):
 def test_every_config_on_every_host(config, done, results, tmp_path):
     source, tuned = config("unihyperlora", "source-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
     lora, where = config("lora", "lora-iter1-x"), ["--output_dir", str(tmp_path / "runs")]
-    command = ["paper", lora, tuned, "--source", source, *where, "--hosts", "org/small", "/hosts/large"]
+    command = ["paper", source, lora, tuned, "--source", source, *where, "--hosts", "org/small", "/hosts/large"]
     benchmark.main(command)
     names = [f"{run}-iter1-x-{host}-s0" for host in ("small", "large") for run in ("lora", "unihyperlora")]
     assert done == [names[0], "source-x-s0", *names[1:]]
