@@ -29,12 +29,14 @@ from pathlib import Path
 from host_tables import host_tables
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.storage import replacing, write_json
+from paper_picture import draw
+from paper_tables import PICTURE, paper_page, rows_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
     "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
     "per_device_train_batch_size learning_rate num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps "
-    "weight_decay lambda_f lambda_q seed bf16 max_seq_length"
+    "delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
@@ -45,12 +47,12 @@ COLUMNS = (
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
+PAPER = "paper"  # folder under results/ of the runs of the paper's comparison
 ABLATION = "ablation.json"  # what ablation.py calls its own
 
 
 def main(command_line: list[str] | None = None) -> None:
     import paper  # here, because the runs of a matrix are recorded with this module
-
     import speed
     import speed_report
 
@@ -68,8 +70,9 @@ def main(command_line: list[str] | None = None) -> None:
     if passed and args.command != "paper":
         parser.error(f"unrecognized arguments: {' '.join(passed)}")
     if args.command == "paper":
+        kind = "paper_rate" if args.learning_rates else "paper"
         for folder in paper.run_all(args, passed):
-            write_json(RESULTS / f"{folder.name}.json", record_of(folder))
+            write_json(RESULTS / PAPER / f"{folder.name}.json", record_of(folder) | {"kind": kind})
     elif args.command in speed.COMMANDS:
         speed.run(args.command, args)
     elif args.command == "record":
@@ -82,6 +85,8 @@ def main(command_line: list[str] | None = None) -> None:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
         records = read_records(RESULTS)
+        if compared := [record for record in records.values() if record.get("kind") == "paper"]:
+            draw(rows_of(compared), RESULTS / PICTURE)
         readme, hosts = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "HOSTS.md"
         for path, text in {
             RESULTS / "README.md": rendered(records),
@@ -109,7 +114,8 @@ def record_of(folder: Path) -> dict[str, object]:
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
     return {
-        "settings": {name: run.get(name) for name in SETTINGS},
+        "run_config": run.get("run_config") and Path(run["run_config"]).stem,
+        "settings": {name: None if run.get(name) == "None" else run.get(name) for name in SETTINGS},
         "pathway": adapter.get("pathway"),
         "projector": adapter.get("projector"),
         "host": Path(run.get("model_name_or_path") or "").name,
@@ -166,12 +172,15 @@ def ablation_of(folder: Path) -> dict[str, object]:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    paths = [*sorted(folder.glob("*.json")), *sorted((folder / PAPER).glob("*.json"))]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def rendered(records: dict[str, dict]) -> str:
     """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
-    matrices, ablations, records = (_of_kind(records, kind) for kind in ("transfer", "ablation", None))
+    matrices, ablations, compared, trials, records = (
+        _of_kind(records, kind) for kind in ("transfer", "ablation", "paper", "paper_rate", None)
+    )
     lines = [
         "# Results",
         "",
@@ -211,6 +220,7 @@ def rendered(records: dict[str, dict]) -> str:
         lines += transfer_table(name, matrix)
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
+    lines += paper_page([*compared.values()], [*trials.values()])
     return "\n".join(lines) + "\n"
 
 

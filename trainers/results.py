@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,7 @@ RESULT_KEYS = (
     "active_atoms_per_token",
     "trainable_parameters",
     "train_runtime",
+    "peak_memory_mb",
     "budget_ok",
 )
 
@@ -38,6 +40,19 @@ def require_writable(folder: str | Path) -> None:
         raise ConfigError(
             f"The output folder {folder} cannot be written: no permission at {existing}. Choose another."
         )
+
+
+def peak_memory_mb() -> float | None:
+    """Most memory that this process has had resident so far, in MB; None where the system does not say (Windows).
+
+    Pages of files that are read through a memory map count as long as the system keeps them.
+    """
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str, object]:

@@ -23,10 +23,10 @@ from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
-from .baselines import BASELINES, make_baseline, measure_baseline
+from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .reading import check_label_names
-from .results import write_arguments, write_results
+from .results import peak_memory_mb, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .tokenization import load_tokenizer
@@ -104,7 +104,7 @@ def run(
         trainer.add_callback(callback)
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
-    metrics |= costs(model, model_args, training_args)
+    metrics |= costs(model, model_args, training_args) | {"peak_memory_mb": peak_memory_mb()}
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
@@ -255,6 +255,9 @@ def make_trainer(
         logger.info(model.describe())
     else:
         host_config, trainer_class = model.config, SafeTrainer
+        if "train" in splits:
+            limits = (training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
+            check_baseline_budget(model, model_args.method, *limits)
         name, revision = model_args.model_name_or_path, model_args.model_revision
         if model_args.method == "probe":
             training_args.learning_rate = training_args.learning_rate_of("head")
