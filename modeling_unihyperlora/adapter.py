@@ -301,23 +301,27 @@ class UniHyperLoraAdapter(nn.Module):
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
 
     def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, kept under a name between forward passes that need no gradient.
+        """What ``make`` returns without autocast, kept under a name between forward passes that need no gradient.
 
         It is made anew after any tensor of the adapter changed, and whenever a gradient may be needed.
         """
         if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
-            return make()
+            return self._make(make)
         tensors = list(_tensors_of(self))
         if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
             self._kept = (None, {})
-            return make()
+            return self._make(make)
         state = [(t._version, t.device, id(t)) for t in tensors]
         if self._kept[0] != state:
             self._kept = (state, {})
         kept = self._kept[1]
         if name not in kept:
-            kept[name] = make()
+            kept[name] = self._make(make)
         return kept[name]
+
+    def _make(self, make: Callable[[], Any]) -> Any:
+        with torch.autocast(self.router_bias.latent.device.type, enabled=False):
+            return make()
 
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str

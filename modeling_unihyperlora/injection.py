@@ -207,9 +207,7 @@ class Injection:
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
-        device = self.adapter.router_bias.latent.device.type
-        with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
-            return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
+        return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
     def _route(self, blocks: tuple[int, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
         run, config = self.current, self.adapter.config
@@ -287,7 +285,7 @@ class Injection:
         query, key and value share the reading. The squares of the norms and the division by them count as well.
         """
         config = self.adapter.config
-        total = (labels + 2) * len(KNOTS) * self.map.hidden_size
+        total = len(KNOTS) * ((labels + 1) * self.map.hidden_size + labels)
         if self.merged:
             return total
         used = config.atoms if config.router == "static" else config.router_top_k
