@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig, anchors, calibration, stream
-from modeling_unihyperlora.adapter import Mixer, Routing
+from modeling_unihyperlora.adapter import Mixer, Routing, make_bags
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
 from trainers import state_cache
 
@@ -21,8 +21,8 @@ def test_rows_have_names_of_their_own(tmp_path):
 
 
 def test_without_atoms_nothing_is_written():
-    routing = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
-    arguments = (torch.ones(1, 2), torch.ones(3, 4), routing, torch.ones(3))
+    routing = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2), bags=make_bags(1, 2, torch.device("cpu")))
+    arguments = (torch.ones(1, 2), torch.ones(3, 4), routing, torch.ones(1, 2))
     assert stream.write_atoms(*arguments).abs().sum() > 0
     with ablation.no_atoms():
         assert torch.equal(stream.write_atoms(*arguments), torch.zeros(1, 4))
