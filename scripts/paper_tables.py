@@ -62,8 +62,14 @@ def rows_of(records: Iterable[dict]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.method != known[0], row.data, row.host, known.index(row.method)))
 
 
-def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
-    """All of the comparison: the table, the picture, the expectations, the rates that were tried."""
+def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict]) -> list[str]:
+    """All of the comparison: the table, the picture, the expectations, the rates that were tried.
+
+    Args:
+        records: of kind "paper".
+        trials: the same with other rates, of kind "paper_rate".
+        matrices: name → transfer matrix, whose δθ tunes a file whose source had the labels of the same task.
+    """
     rows = rows_of(records)
     if not rows:
         return []
@@ -81,7 +87,7 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     for expectation in (zero_shot, against_sat_lora, memory, against_lora):
         lines += expectation(rows)
-    return lines + rates(rows, trials)
+    return lines + source_of_the_task(rows, matrices) + rates(rows, trials)
 
 
 def _cells(row: Row) -> list[str]:
@@ -134,6 +140,33 @@ def against_sat_lora(rows: list[Row]) -> list[str]:
     heads = ["δθ", "SAT-LoRA", "difference"]
     title = "δθ after 500 steps at least equal to SAT-LoRA retrained"
     return _verdicts(title, _tuned_beside(rows, "sat_lora"), heads, compare)
+
+
+def source_of_the_task(rows: list[Row], matrices: dict[str, dict]) -> list[str]:
+    """The same of files whose source was trained on the task itself, from the transfer matrices."""
+    lines = []
+    for name, matrix in matrices.items():
+        for host, target in matrix["targets"].items():
+            tuned = next((target[key] for key in target if key.startswith("delta_") and target[key]), None)
+            row = next(
+                (r for r in rows if (r.method, r.data, r.host) == ("sat_lora", matrix["data"]["name"], host)), None
+            )
+            if tuned is None or row is None:
+                continue
+            ours, its, before = tuned["mean"], row.mean("eval_f1"), target["zero_shot_f1"]["mean"]
+            cells = [name, host, ", ".join(target["source_hosts"]), f"{before:.4f}", f"{ours:.4f}", f"{its:.4f}"]
+            cells += [f"{100 * (ours - its):+.1f} points", "held" if ours >= its else "did not hold"]
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    columns = ["matrix", "host", "source", "zero-shot", "δθ", "SAT-LoRA", "difference", ""]
+    return [
+        *("", "### The same where the source was trained on the task itself", ""),
+        "A file has its head and its reader of the sentence from the source. Here that is not SST-2 but the task of",
+        "the row, from the transfer matrices above; SAT-LoRA is that of this comparison.",
+        *("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"),
+        *lines,
+    ]
 
 
 def memory(rows: list[Row]) -> list[str]:
