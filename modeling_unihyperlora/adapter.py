@@ -13,8 +13,8 @@ one product with M rows a block and 2k short vectors a layer.
 """
 
 import math
-from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,13 @@ class Routing(NamedTuple):
     gates: torch.Tensor
     probabilities: torch.Tensor | None = None
 
+    def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static."""
+        if self.atoms is None:
+            return self.gates * coefficients
+        chosen = coefficients.gather(1, self.atoms.reshape(1, -1).expand(len(coefficients), -1))
+        return self.gates * chosen.view(-1, *self.atoms.shape)
+
 
 class ProjectedAtoms(NamedTuple):
     """The adapter in the coordinates of one host, for one task."""
@@ -81,11 +88,16 @@ def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: in
         rows: (M, w) router rows in host coordinates.
         bias: (M,) bias and task term.
     """
-    rms = state.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-    scores = F.linear(state, rows.to(state.dtype)).float() / rms + bias
+    scores = F.linear(state, rows.to(state.dtype)).float() / rms(state) + bias
     best, atoms = scores.topk(top_k, dim=-1)
     probability = torch.sigmoid(best)
     return Routing(atoms, probability - (probability * (best <= 0)).detach(), probability)
+
+
+def rms(state: torch.Tensor) -> torch.Tensor:
+    """Root of the mean square: (…, w) → (…, 1) float32, at least 1e-6."""
+    norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm / math.sqrt(state.shape[-1])).clamp_min(1e-6)
 
 
 def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -93,25 +105,59 @@ def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.T
     rows = rows.to(x.dtype)
     if routing.atoms is None:
         return F.linear(x, rows)
-    return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
+    if x.device.type != "cpu":
+        return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
+    if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
+        return _RoutedDots.apply(x, rows, routing.atoms)
+    return _routed_dots(x, rows, routing.atoms)
 
 
-def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, coefficients: torch.Tensor) -> torch.Tensor:
+def _routed_dots(x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """(N, w), (M, w), (N, k) → (N, k): the product of each token with its k rows, of which no copy is made.
+
+    It is what torch computes as the gradient of the weights in ``embedding_bag``, whose bags are the tokens.
+    """
+    bags = torch.arange(atoms.numel(), device=x.device) // atoms.shape[1]
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), rows, atoms.reshape(-1), bags, bags, 0
+    )
+    return dots.view(atoms.shape)
+
+
+class _RoutedDots(torch.autograd.Function):
+    """``_routed_dots`` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, rows, atoms)
+        return _routed_dots(x, rows, atoms)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, rows, atoms = ctx.saved_tensors
+        of_x = of_rows = None
+        if ctx.needs_input_grad[0]:
+            of_x = F.embedding_bag(atoms, rows, per_sample_weights=gradient, mode="sum")
+        if ctx.needs_input_grad[1]:
+            of_rows = gradient.new_zeros(len(x), len(rows)).scatter_add_(1, atoms, gradient).T @ x
+        return of_x, of_rows, None
+
+
+def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor) -> torch.Tensor:
     """Σ_j gate_j c_j P_out u_j dot_j.
 
     Args:
-        dots: (N, k) from ``read_atoms``.
+        dots: (N, k) from ``read_atoms``; (N, M) with the static router.
         rows: (M, w) written atoms in host coordinates.
-        coefficients: (M,) of this block and module type.
+        weights: (N, k) of one place from ``Routing.weights``; (M,) with the static router.
 
     Returns:
         (N, w) in the dtype of ``dots``.
     """
-    rows = rows.to(dots.dtype)
+    rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
     if routing.atoms is None:
-        return F.linear(dots * (routing.gates * coefficients).to(dots.dtype), rows.T)
-    weights = dots * (routing.gates * coefficients[routing.atoms]).to(dots.dtype)
-    return F.embedding_bag(routing.atoms, rows, per_sample_weights=weights, mode="sum")
+        return F.linear(weighted, rows.T)
+    return F.embedding_bag(routing.atoms, rows, per_sample_weights=weighted, mode="sum")
 
 
 class Mixer(nn.Module):
@@ -187,7 +233,7 @@ class UniHyperLoraAdapter(nn.Module):
         self.tasks = nn.ModuleDict(
             {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
         )
-        self._projected: tuple[object, ProjectedAtoms] | None = None
+        self._kept: tuple[object, dict[Hashable, Any]] = (None, {})  # state of the tensors, and what was made of it
 
     def _make_parts(self, config: UniHyperLoraConfig) -> None:
         """Everything but the tasks."""
@@ -208,25 +254,41 @@ class UniHyperLoraAdapter(nn.Module):
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
 
+    def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept under a name between forward passes that need no gradient.
+
+        It is made anew after any tensor of the adapter changed, and whenever a gradient may be needed.
+        """
+        if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
+            return make()
+        tensors = (*self.parameters(), *self.buffers())
+        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
+            self._kept = (None, {})
+            return make()
+        state = [(t._version, t.device, id(t)) for t in tensors]
+        if self._kept[0] != state:
+            self._kept = (state, {})
+        kept = self._kept[1]
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
+
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
     ) -> ProjectedAtoms:
-        """Bring the atoms into host coordinates; kept between forward passes that need no gradient.
+        """Bring the atoms into host coordinates; see ``keep``.
 
         Args:
             reads, writes, routes: projector keys that the host's sites and block inputs need.
             depths: relative depth of each block.
             task: whose δθ and embedding apply.
         """
-        tensors = (*self.parameters(), *self.buffers())
-        may_keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)  # those have no version
-        state = may_keep and (task, tuple(depths), *((t._version, t.device, id(t)) for t in tensors))
-        if may_keep and self._projected is not None and self._projected[0] == state:
-            return self._projected[1]
-        places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
-        projected = self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
-        self._projected = (state, projected) if may_keep else None
-        return projected
+
+        def make() -> ProjectedAtoms:
+            places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
+            return self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
+
+        return self.keep(("projected", task, tuple(depths)), make)
 
     def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
         """``project`` with the features (L, S, 8) of the places, and nothing kept."""
@@ -252,17 +314,19 @@ class UniHyperLoraAdapter(nn.Module):
         Returns:
             (…, C) float32.
         """
-        logits = self.tasks[task].head_bias()
-        for state, weight in zip(states, self.head_weights(keys, task), strict=True):
+        weights, logits = self.keep(
+            ("head", task, *keys), lambda: (self.head_weights(keys, task), self.tasks[task].head_bias())
+        )
+        for state, weight in zip(states, weights, strict=True):
             state = state.float()
-            rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-            logits = logits + F.linear(state / rms, weight)
+            logits = logits + F.linear(state, weight) / rms(state)
         return logits
 
     def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
         """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
         blocks = self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1)
-        return [block @ self.projector.inward(key) for block, key in zip(blocks, keys, strict=True)]
+        inward = {key: self.projector.inward(key) for key in set(keys)}
+        return [block @ inward[key] for block, key in zip(blocks, keys, strict=True)]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Part name → its stored tensors and buffers' owners; the names of learning rates and byte tables."""

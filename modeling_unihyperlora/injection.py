@@ -13,17 +13,26 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, knot_layers, read_atoms, route, write_atoms
+from .adapter import (
+    KNOTS,
+    ProjectedAtoms,
+    Routing,
+    UniHyperLoraAdapter,
+    knot_layers,
+    read_atoms,
+    route,
+    write_atoms,
+)
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
 
 
 class Pass:
-    """State of one forward pass: projected atoms, the current block and its routing, counts of active atoms.
+    """State of one forward pass: projected atoms, the current block and its routing.
 
-    ``expected_atoms`` and ``active_atoms`` are (B, T) sums over the blocks. T may be longer than the sentences, where
-    the host pads them further.
+    ``routed`` has the states' shape (B, T) and the routing of every block so far. T may be longer than the sentences,
+    where the host pads them further.
     """
 
     def __init__(self, atoms: ProjectedAtoms, task: str, mask: torch.Tensor | None):
@@ -32,9 +41,9 @@ class Pass:
         self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
         self.block: int | None = None
         self.routing: Routing | None = None
+        self.weights: torch.Tensor | None = None  # of the current block, see ``Routing.weights``
+        self.routed: list[tuple[torch.Size, Routing]] = []
         self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
-        self.expected_atoms: torch.Tensor | float = 0.0
-        self.active_atoms: torch.Tensor | float = 0.0
         self._calls: dict[nn.Module, int] = {}
         self._used: set[nn.Module] = set()
         self._read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -58,6 +67,18 @@ class Pass:
         if self._read is None or self._read[0] is not x or self._read[1] is not rows:
             self._read = (x, rows, read_atoms(tokens.flatten(0, -2), rows, self.routing))
         return self._read[2]
+
+    def counts(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[k] and the atoms in use, (B, T) means over the blocks for the states' ``shape`` without padding."""
+        if self.routed[0][1].atoms is None:  # the static router
+            every = torch.full(shape, float(len(self.atoms.mean_gate)), device=self.atoms.mean_gate.device)
+            return every, every
+        padded, _ = self.routed[0]
+        probabilities = torch.stack([routing.probabilities for _, routing in self.routed])
+        gates = torch.stack([routing.gates for _, routing in self.routed])
+        found = [probabilities.sum(dim=(0, 2)), (gates > 0).sum(dim=(0, 2))]
+        expected, active = ((x.float() / len(self.routed)).view(padded)[:, : shape[1]] for x in found)
+        return expected, active
 
 
 @dataclass
@@ -105,6 +126,7 @@ class Injection:
         self.plans = {site: self._plan(site) for site in updated}
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
         self.knot_layers = knot_layers(self.map.num_layers)
+        self.knot_keys = [adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS]
         self._passes: dict[int, Pass] = {}  # by thread
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}
@@ -160,19 +182,16 @@ class Injection:
         tokens = last.shape[1]
         states = current.knot_states | {self.map.num_layers: last}
 
-        def mean(total: torch.Tensor | float) -> torch.Tensor:
-            total = torch.as_tensor(total, device=last.device).float() / self.map.num_layers
-            return total[:, :tokens] if total.dim() else total.expand(last.shape[:2])
-
+        expected, active = current.counts(last.shape[:2])
         return InjectedRun(
             self.adapter,
             task,
             last,
             out.hidden_states,
             [states[layer][:, :tokens] for layer in self.knot_layers],
-            [self.adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS],
-            mean(current.expected_atoms),
-            mean(current.active_atoms),
+            self.knot_keys,
+            expected,
+            active,
             attention_mask,
         )
 
@@ -199,15 +218,13 @@ class Injection:
             run.knot_states[block] = state
         if config.router == "static":
             run.routing = Routing(None, run.atoms.mean_gate)
-            run.expected_atoms = run.expected_atoms + float(config.atoms)
-            run.active_atoms = run.active_atoms + float(config.atoms)
+        else:
+            rows, bias = (x[self.route_keys[block]] for x in (run.atoms.router_rows, run.atoms.router_bias))
+            run.routing = route(state.flatten(0, -2), rows, bias, config.router_top_k)
+        run.weights = run.routing.weights(run.atoms.coefficients[block])
+        run.routed.append((state.shape[:-1], run.routing))
+        if config.router == "static":
             return
-        rows = run.atoms.router_rows[self.route_keys[block]]
-        run.routing = route(
-            state.flatten(0, -2), rows, run.atoms.router_bias[self.route_keys[block]], config.router_top_k
-        )
-        run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1).view(state.shape[:-1])
-        run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1).view(state.shape[:-1])
         own = self.adapter.tasks[run.task]
         if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
             mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])
@@ -229,10 +246,14 @@ class Injection:
                 f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
             )
         dots = run.read(x, tokens, atoms.read[read_key])
-        weights = [atoms.coefficients[site.block, MODULE_TYPES.index(role)] for role in site.module_types]
+        weights = [run.weights[MODULE_TYPES.index(role)] for role in site.module_types]
         update = site.join([write_atoms(dots, atoms.write[write_key], run.routing, weight) for weight in weights])
         own = self._tokens_last(output)
-        return self._tokens_last(own + update.view_as(own).to(own.dtype))
+        update = update.view_as(own).to(own.dtype)
+        if not torch.is_grad_enabled():  # nobody else has seen the output yet
+            own += update
+            return output
+        return self._tokens_last(own + update)
 
     def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
         """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""

@@ -17,11 +17,11 @@ and the host is never modified.
 import json
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
 from transformers.utils import logging as hf_logging
 
 from .adapter import (
@@ -35,9 +35,10 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
+from .calibration import HostFit, cached_fit, fit_host, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
+from .token_mixer import Words
 
 
 @dataclass
@@ -47,8 +48,7 @@ class StreamRun:
     With cached states there is no host pass: T is then W, and the host's states are None.
     """
 
-    adapter: UniHyperLoraAdapter
-    task: str
+    tables: "Tables"
     features: torch.Tensor  # (B, W, F)
     lengths: torch.Tensor  # (B,) words a sentence
     expected_atoms: torch.Tensor  # (B, T) mean over the knots
@@ -66,8 +66,53 @@ class StreamRun:
         return self._logits(self.features.sum(dim=1) / self.lengths.unsqueeze(-1))
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        own = self.adapter.tasks[self.task]
-        return F.linear(features, own.head_weight(), own.head_bias())
+        return F.linear(features, self.tables.head_weight, self.tables.head_bias)
+
+
+class HostToKnots(NamedTuple):
+    """A host's fit, layer by layer: what each layer's states give to the coordinates of the knots that read it.
+
+    ``layers`` has a layer's number, the first and the last + 1 of the coordinates (of K·D in all), and a matrix
+    (coordinates, d).
+    """
+
+    fit: HostFit  # of which it was made
+    layers: list[tuple[int, int, int, torch.Tensor]]
+    offset: torch.Tensor  # (K·D,)
+
+    @classmethod
+    def of(cls, fit: HostFit, device: torch.device) -> "HostToKnots":
+        dim, parts = len(fit[0].offset), []
+        for layer in layers_of([knot.layers for knot in fit]):
+            readers = [k for k, knot in enumerate(fit) if layer in knot.layers]
+            columns = [knot.matrix.unflatten(1, (len(knot.layers), -1)) for knot in fit]
+            zero = torch.zeros_like(columns[readers[0]][:, 0])
+            span = range(readers[0], readers[-1] + 1)
+            rows = [columns[k][:, fit[k].layers.index(layer)] if k in readers else zero for k in span]
+            parts.append((layer, span.start * dim, span.stop * dim, torch.cat(rows).to(device)))
+        return cls(fit, parts, torch.cat([knot.offset for knot in fit]).to(device))
+
+    def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
+        """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
+        z = self.offset.repeat(len(cells), 1)
+        for layer, start, end, matrix in self.layers:
+            states = hidden_states[layer].flatten(0, 1).index_select(0, cells).float()
+            z[:, start:end].addmm_(states, matrix.T)
+        return z
+
+
+class Tables(NamedTuple):
+    """What the stream computes with, for one task."""
+
+    amended: torch.Tensor  # (K, D, D): what δθ adds to the map, as a matrix to the right of z
+    rows_in: torch.Tensor  # (M, D)
+    rows_out: torch.Tensor  # (M, D)
+    router: torch.Tensor  # (M, D)
+    bias: torch.Tensor  # (M,)
+    coefficients: torch.Tensor  # (K, M)
+    mixer: list[torch.Tensor]
+    head_weight: torch.Tensor  # (C, F)
+    head_bias: torch.Tensor  # (C,)
 
 
 class Stream:
@@ -95,6 +140,7 @@ class Stream:
         self.near = near_layers(self.num_layers)
         self.layers = layers_of(self.near)
         self.disturbs = True
+        self._to_knots: HostToKnots | None = None
         self._host_linear = linear_multiply_adds(host)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.begins_word = word_beginnings(tokenizer, tokens)
@@ -111,9 +157,15 @@ class Stream:
 
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
-        if self.fit[0].matrix.device != positions.device:
-            self.fit = fit_on(positions.device, self.fit)
-        return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
+        cells = positions + torch.arange(len(positions), device=positions.device)[:, None] * hidden_states[0].shape[1]
+        return self._at_knots(hidden_states, cells.flatten()).view(*positions.shape, len(KNOTS), -1)
+
+    def _at_knots(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
+        """The same for tokens by their number in the batch: (N,) of B·T → (N, K·D)."""
+        kept = self._to_knots
+        if kept is None or kept.fit is not self.fit or kept.offset.device != cells.device:
+            kept = self._to_knots = HostToKnots.of(self.fit, cells.device)
+        return kept(hidden_states, cells)
 
     def run(
         self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
@@ -143,30 +195,52 @@ class Stream:
 
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
-        adapter, config = self.adapter, self.adapter.config
-        own = adapter.tasks[task]
+        adapter, config, (batch, width, knots, dim) = self.adapter, self.adapter.config, z.shape
+        tables: Tables = adapter.keep(("stream", task), lambda: self._tables(task))
         if adapter.training and self.disturbs:
             z = disturb(z, config.stream_fidelity)
-        rows_in, rows_out = adapter.atoms_in(), adapter.atoms_out()
-        router = adapter.router_weight()
-        bias = adapter.router_bias() + router @ own.embedding()
-        places = knot_features(torch.tensor(KNOTS, device=z.device))
-        coefficients, amendments = adapter.mixer(places), places @ own.delta()
-        cells = torch.arange(z.shape[0] * z.shape[1]).view(z.shape[:2])
-        packed = pack_padded_sequence(cells, lengths.cpu(), batch_first=True, enforce_sorted=False).to(z.device)
-        words = z.flatten(0, 1)[packed.data]
-        moved, expected, active = [], 0.0, 0.0
-        for k in range(len(KNOTS)):
-            flat = words[:, k]
-            flat = flat + flat @ ((rows_in.T * amendments[k]) @ rows_out)
-            routing = route(flat, router, bias, config.router_top_k)
-            update = write_atoms(read_atoms(flat, rows_in, routing), rows_out, routing, coefficients[k])
-            moved.append(flat + update)
-            expected = expected + routing.probabilities.sum(dim=-1) / len(KNOTS)
-            active = active + (routing.gates > 0).sum(dim=-1) / len(KNOTS)
-        features = adapter.token_mixer(packed._replace(data=torch.cat(moved, dim=-1))).data
-        features, expected, active = (_unpack(x, packed.data, z.shape[:2]) for x in (features, expected, active))
-        return StreamRun(adapter, task, features, lengths, expected, active)
+        inside = torch.arange(width, device=z.device) < lengths[:, None]  # (B, W)
+        flat = z.flatten(0, 1)
+        if torch.compiler.is_compiling():  # a program of fixed shapes computes the padding as well
+            cells, words = None, Words.in_rows(lengths, width)
+        else:
+            cells = inside.flatten().nonzero().squeeze(1)
+            words, flat = Words.one_after_the_other(lengths, len(cells)), flat.index_select(0, cells)
+        at_knots = flat.transpose(0, 1)  # (K, N, D)
+        at_knots = torch.baddbmm(at_knots, at_knots, tables.amended).flatten(0, 1)
+        routing = route(at_knots, tables.router, tables.bias, config.router_top_k)
+        own = routing.atoms.view(knots, -1)
+        weights = routing.gates * tables.coefficients.gather(1, own).view_as(routing.gates)
+        dots = read_atoms(at_knots, tables.rows_in, routing)
+        moved = at_knots + write_atoms(dots, tables.rows_out, routing, weights)
+        features = adapter.token_mixer(moved.view(knots, -1, dim).transpose(0, 1).flatten(1), words, tables.mixer)
+        counts = (routing.probabilities, (routing.gates > 0).float())
+        expected, active = (count.sum(dim=-1).view(knots, -1).mean(dim=0) for count in counts)
+        values = (features, expected, active)
+        if cells is None:
+            values = (x.view(batch, width, *x.shape[1:]) for x in values)
+            values = (x.masked_fill(~(inside[..., None] if x.dim() == 3 else inside), 0) for x in values)
+        else:
+            values = (_unpack(x, cells, (batch, width)) for x in values)
+        features, expected, active = values
+        return StreamRun(tables, features, lengths, expected, active)
+
+    def _tables(self, task: str) -> Tables:
+        adapter = self.adapter
+        own = adapter.tasks[task]
+        rows_in, rows_out, router = adapter.atoms_in(), adapter.atoms_out(), adapter.router_weight()
+        places = knot_features(torch.tensor(KNOTS, device=rows_in.device))
+        return Tables(
+            amended=torch.einsum("md,km,me->kde", rows_in, places @ own.delta(), rows_out),
+            rows_in=rows_in,
+            rows_out=rows_out,
+            router=router,
+            bias=adapter.router_bias() + router @ own.embedding(),
+            coefficients=adapter.mixer(places),
+            mixer=adapter.token_mixer.weights(),
+            head_weight=own.head_weight(),
+            head_bias=own.head_bias(),
+        )
 
     def host_multiply_adds(self, sequence_length: int) -> int:
         """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
@@ -183,15 +257,16 @@ class Stream:
         return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
-        """The map of this host and its table of word beginnings."""
-        return [*(tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)), self.begins_word]
+        """The map of this host, by knot and by layer, its table of word beginnings, and the values of the file."""
+        made = HostToKnots.of(self.fit, self.begins_word.device)
+        by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
+        *tables, mixer, head_weight, head_bias = self._tables(task)
+        by_knot = [tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)]
+        return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias]
 
 
 def _unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Values of packed words (N, …) → (B, W, …) by their cells in it, the others 0.
-
-    As ``pad_packed_sequence``, whose gradient copies the whole batch once for every length of a sentence.
-    """
+    """Values of words (N, …) → (B, W, …) by their cells in it, the others 0."""
     padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
     return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])
 
@@ -257,7 +332,8 @@ def word_positions(
     begins = begins_of(begins_word, input_ids, attention_mask)
     lengths = begins.sum(dim=1)
     word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
-    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    most = begins.shape[1] if torch.compiler.is_compiling() else int(lengths.max())
+    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
     return order * inside, lengths, word_of
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
 import run_ner
 from modeling_unihyperlora import UniHyperLoraError, adapter, anchors, calibration, stream
 from modeling_unihyperlora.anchors import join_anchors, read_anchors
 from modeling_unihyperlora.quantization import Grid
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.token_mixer import TokenMixer
+from modeling_unihyperlora.token_mixer import TokenMixer, Words
 from trainers import sources, state_cache
 
 logger = logging.getLogger("ablation")
@@ -65,9 +64,8 @@ def words_alone() -> mock._patch:
     """The token mixer sees one word at a time."""
     forward = TokenMixer.forward
 
-    def alone(self, words: PackedSequence) -> PackedSequence:
-        each = forward(self, PackedSequence(words.data, torch.tensor([len(words.data)])))  # sentences of one word
-        return words._replace(data=each.data)
+    def alone(self, z: torch.Tensor, words: Words, *weights) -> torch.Tensor:
+        return forward(self, z, Words.in_rows(torch.ones_like(words.place), 1), *weights)  # sentences of one word
 
     return mock.patch.object(TokenMixer, "forward", alone)
 
@@ -97,16 +95,20 @@ def no_copies() -> mock._patch:
 
 def only_knots(*kept: int) -> Change:
     """The other knots are always zero."""
-    apply_fit = calibration.apply_fit
+    apply_fit, canonical_states = calibration.apply_fit, stream.Stream.canonical_states
     mask = torch.tensor([float(knot in kept) for knot in range(len(adapter.KNOTS))])[:, None]
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
-        def masked(*args) -> torch.Tensor:
+        def cached(*args) -> torch.Tensor:
             return apply_fit(*args) * mask
 
-        with mock.patch.object(stream, "apply_fit", masked), mock.patch.object(state_cache, "apply_fit", masked):
-            yield
+        def read(*args) -> torch.Tensor:
+            return canonical_states(*args) * mask
+
+        with mock.patch.object(stream.Stream, "canonical_states", read):
+            with mock.patch.object(state_cache, "apply_fit", cached):
+                yield
 
     return change
 

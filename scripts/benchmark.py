@@ -3,14 +3,17 @@
     python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
     python scripts/benchmark.py record runs/matrix --name conll2003-transfer
     python scripts/benchmark.py paper hub_configs/runs/sat_lora-*.yaml --seeds 0 1 2 --output_dir runs/paper
+    python scripts/benchmark.py latency --model_name_or_path H --output results/speed-latency-h.json
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
 costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
 its picture, of one of ablation.py the table.
 ``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each.
-``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md from those files
-alone.
+``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure what an adapter costs on a host
+(see speed.py).
+``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and results/speed.md
+with its picture from those files alone.
 """
 
 import argparse
@@ -50,6 +53,8 @@ ABLATION = "ablation.json"  # what ablation.py calls its own
 
 def main(command_line: list[str] | None = None) -> None:
     import paper  # here, because the runs of a matrix are recorded with this module
+    import speed
+    import speed_report
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -58,6 +63,8 @@ def main(command_line: list[str] | None = None) -> None:
     record.add_argument("--name", required=True)
     what = "do and keep the runs of a set of run configs"
     paper.add_arguments(commands.add_parser("paper", help=what, allow_abbrev=False))  # --seed is no --seeds
+    for command in speed.COMMANDS:
+        speed.add_arguments(command, commands.add_parser(command, help="see speed.py"))
     commands.add_parser("render", help="write results/README.md")
     args, passed = parser.parse_known_args(command_line)
     if passed and args.command != "paper":
@@ -66,6 +73,8 @@ def main(command_line: list[str] | None = None) -> None:
         kind = "paper_rate" if args.learning_rates else "paper"
         for folder in paper.run_all(args, passed):
             write_json(RESULTS / PAPER / f"{folder.name}.json", record_of(folder) | {"kind": kind})
+    elif args.command in speed.COMMANDS:
+        speed.run(args.command, args)
     elif args.command == "record":
         drawn = [stem for stem in WITH_PICTURE if (args.folder / f"{stem}.json").is_file()]
         if drawn:
@@ -86,6 +95,8 @@ def main(command_line: list[str] | None = None) -> None:
         }.items():
             with replacing(path) as temporary:
                 Path(temporary).write_text(text, encoding="utf-8")
+        if of_speed := _of_kind(records, "speed"):
+            speed_report.write(of_speed, RESULTS)
 
 
 def record_of(folder: Path) -> dict[str, object]:

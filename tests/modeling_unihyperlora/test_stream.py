@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from modeling_unihyperlora import (
@@ -22,6 +21,7 @@ from modeling_unihyperlora.calibration import RIDGES, canonical_coordinates, fit
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
 from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
+from modeling_unihyperlora.token_mixer import Words
 from tests.conftest import piece_tokenizer
 from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
 
@@ -221,9 +221,7 @@ class TestStream:
     def test_the_way_of_a_word_is_the_papers(self, model, tokenizer):
         """Every word's features before the recurrent layer, recomputed in float64 with loops."""
         seen = {}
-        hook = model.adapter.token_mixer.register_forward_pre_hook(
-            lambda _, args: seen.update(z=pad_packed_sequence(args[0], True)[0])
-        )
+        hook = model.adapter.token_mixer.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
         inputs = batch(tokenizer)
         out = model(**inputs)
         hook.remove()
@@ -250,7 +248,7 @@ class TestStream:
                     active += 1
                     dot = value["atoms_in"][j] @ z
                     moved += score[j].sigmoid() * weight[j] * value["atoms_out"][j] * dot
-            mine = seen["z"][0, 0, k * D : (k + 1) * D].double()
+            mine = seen["z"][0, k * D : (k + 1) * D].double()  # the first word of the first sentence
             torch.testing.assert_close(mine, moved, rtol=1e-3, atol=1e-4)
             assert (moved - z).abs().max() > 1e-3 or active == 0
         assert active > 0, "no atom acted"
@@ -267,7 +265,7 @@ class TestStream:
                 getattr(plain, f"bias_hh_l0{suffix}").zero_()
             z = torch.randn(2, 5, 5 * D)
             x = torch.nn.functional.gelu(z @ mixer.inward().T + mixer.inward_bias())
-            mine = pad_packed_sequence(mixer(pack_padded_sequence(z, torch.tensor([5, 3]), batch_first=True)), True)[0]
+            mine = mixer(z.flatten(0, 1), Words.in_rows(torch.tensor([5, 3]), 5)).view(2, 5, -1)
             torch.testing.assert_close(mine[0], plain(x[:1])[0][0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(mine[1, :3], plain(x[1:, :3])[0][0], rtol=1e-4, atol=1e-5)
 
