@@ -14,6 +14,7 @@ words of the sentence, whose outputs the head reads. Nothing of this depends on 
 and the host is never modified.
 """
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, cached_fit, fit_host, layers_of
+from .calibration import HostFit, Landmarks, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .token_mixer import Words
@@ -71,27 +72,33 @@ class StreamRun:
 
 
 class HostToKnots(NamedTuple):
-    """A host's fit, layer by layer: what each layer's states give to the coordinates of the knots that read it.
+    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
 
-    ``layers`` has a layer's number, the first and the last + 1 of the coordinates (of K·D in all), and a matrix
-    (coordinates, d).
+    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
+    and a matrix (that many, d).
     """
 
     fit: HostFit  # of which it was made
     layers: list[tuple[int, int, int, torch.Tensor]]
-    offset: torch.Tensor  # (K·D,)
+    offset: torch.Tensor  # (K·D + Q,)
+    landmarks: Landmarks
 
     @classmethod
     def of(cls, fit: HostFit, device: torch.device) -> "HostToKnots":
-        dim, parts = len(fit[0].offset), []
-        for layer in layers_of([knot.layers for knot in fit]):
-            readers = [k for k, knot in enumerate(fit) if layer in knot.layers]
-            columns = [knot.matrix.unflatten(1, (len(knot.layers), -1)) for knot in fit]
-            zero = torch.zeros_like(columns[readers[0]][:, 0])
-            span = range(readers[0], readers[-1] + 1)
-            rows = [columns[k][:, fit[k].layers.index(layer)] if k in readers else zero for k in span]
-            parts.append((layer, span.start * dim, span.stop * dim, torch.cat(rows).to(device)))
-        return cls(fit, parts, torch.cat([knot.offset for knot in fit]).to(device))
+        readers, parts = (*fit.knots, fit.landmarks), []
+        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
+        for layer in layers_of([reader.layers for reader in readers]):
+            runs: list[list[int]] = []  # of readers that follow one another, for one product each
+            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
+                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
+            for run in runs:
+                rows = [
+                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
+                    for k in run
+                ]
+                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
+        offset = torch.cat([reader.offset for reader in readers]).to(device)
+        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
 
     def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
@@ -101,7 +108,8 @@ class HostToKnots(NamedTuple):
         for part, chosen in zip(z.split(step), cells.split(step), strict=True):
             for states, start, end, matrix in flat:
                 part[:, start:end].addmm_(states.index_select(0, chosen).float(), matrix.T)
-        return z
+        coordinates = len(self.landmarks.weights)
+        return z[:, :coordinates] + self.landmarks(z[:, coordinates:])
 
 
 class Tables(NamedTuple):
@@ -152,7 +160,8 @@ class Stream:
             states = anchor_states
             if states is None:
                 states = read_anchor_states(host, tokenizer, adapter.anchors.sentences())
-            return fit_host(states, self.near, adapter.anchors.canonical().detach().cpu())
+            coordinates = adapter.anchors.canonical().detach().cpu()
+            return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
         self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
@@ -254,17 +263,20 @@ class Stream:
         """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
         config, knots = self.adapter.config, len(KNOTS)
         project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
+        landmarks = len(self.fit.landmarks.at) * (self.fit.landmarks.at.shape[1] + knots * config.stream_dim)
+        landmarks += len(self.fit.landmarks.offset) * self.hidden_size * len(self.fit.landmarks.layers)
         atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k + config.stream_dim)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
-        return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
+        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host, by knot and by layer, its table of word beginnings, and the values of the file."""
         made = HostToKnots.of(self.fit, self.begins_word.device)
         by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
         *tables, mixer, head_weight, head_bias = self._tables(task)
-        by_knot = [tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)]
+        parts = (*self.fit.knots, self.fit.landmarks)
+        by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
         return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias]
 
 
