@@ -103,13 +103,15 @@ class HostToKnots(NamedTuple):
     def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
         z = self.offset.repeat(len(cells), 1)
-        flat = [(hidden_states[layer].flatten(0, 1), *rest) for layer, *rest in self.layers]
-        step = AT_ONCE // flat[0][0].shape[-1]
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in self.layers}
+        coordinates, landmarks = self.landmarks.weights.shape
+        step = max(1, AT_ONCE // landmarks)
         for part, chosen in zip(z.split(step), cells.split(step), strict=True):
-            for states, start, end, matrix in flat:
-                part[:, start:end].addmm_(states.index_select(0, chosen).float(), matrix.T)
-        coordinates = len(self.landmarks.weights)
-        return z[:, :coordinates] + self.landmarks(z[:, coordinates:])
+            states = {layer: every.index_select(0, chosen).float() for layer, every in flat.items()}
+            for layer, start, end, matrix in self.layers:
+                part[:, start:end].addmm_(states[layer], matrix.T)
+            part[:, :coordinates] += self.landmarks(part[:, coordinates:])
+        return z[:, :coordinates]
 
 
 class Tables(NamedTuple):
@@ -170,7 +172,7 @@ class Stream:
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
         cells = positions + torch.arange(len(positions), device=positions.device)[:, None] * hidden_states[0].shape[1]
-        return self._at_knots(hidden_states, cells.flatten()).view(*positions.shape, len(KNOTS), -1)
+        return self._at_knots(hidden_states, cells.flatten()).reshape(*positions.shape, len(KNOTS), -1)
 
     def _at_knots(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """The same for tokens by their number in the batch: (N,) of B·T → (N, K·D)."""
