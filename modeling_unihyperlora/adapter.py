@@ -23,6 +23,7 @@ from torch import nn
 from .anchors import Anchors
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .hosts import MODULE_TYPES
+from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import DimensionProjector
 from .quantization import Grid, Half, RowInteger, StoredTensor
 from .token_mixer import TokenMixer
@@ -50,22 +51,24 @@ class Routing(NamedTuple):
 
     ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
     beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token.
+    Where sentences are of Q tasks, ``rows`` (N,) says which one a token is of, and static gates are (Q, M).
     """
 
     atoms: torch.Tensor | None
     gates: torch.Tensor
     probabilities: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
 
 class ProjectedAtoms(NamedTuple):
-    """The adapter in the coordinates of one host, for one task."""
+    """The adapter in the coordinates of one host, for one task, or for Q of them in Q rows."""
 
     read: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows v_jᵀ P_in
     write: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows P_out u_j
     router_rows: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M, w)
-    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,)
-    mean_gate: torch.Tensor  # (M,)
-    coefficients: torch.Tensor  # (L, S, M): (g_θ + δθ)(ℓ/L, type)
+    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,) or (Q, M)
+    mean_gate: torch.Tensor  # (M,) or (Q, M)
+    coefficients: torch.Tensor  # (L, S, M) or (L, S, Q, M): (g_θ + δθ)(ℓ/L, type)
 
 
 def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: int) -> Routing:
@@ -102,15 +105,17 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, coeffi
     Args:
         dots: (N, k) from ``read_atoms``.
         rows: (M, w) written atoms in host coordinates.
-        coefficients: (M,) of this block and module type.
+        coefficients: (M,) of this block and module type; (Q, M) with the rows of several tasks.
 
     Returns:
         (N, w) in the dtype of ``dots``.
     """
     rows = rows.to(dots.dtype)
     if routing.atoms is None:
-        return F.linear(dots * (routing.gates * coefficients).to(dots.dtype), rows.T)
-    weights = dots * (routing.gates * coefficients[routing.atoms]).to(dots.dtype)
+        weights = (routing.gates * coefficients).to(dots.dtype)
+        return F.linear(dots * (weights if routing.rows is None else weights[routing.rows]), rows.T)
+    own = coefficients[routing.atoms] if routing.rows is None else coefficients[routing.rows[:, None], routing.atoms]
+    weights = dots * (routing.gates * own).to(dots.dtype)
     return F.embedding_bag(routing.atoms, rows, per_sample_weights=weights, mode="sum")
 
 
@@ -218,7 +223,8 @@ class UniHyperLoraAdapter(nn.Module):
             depths: relative depth of each block.
             task: whose δθ and embedding apply.
         """
-        tensors = (*self.parameters(), *self.buffers())
+        shared = [part for name, part in self.named_children() if name != "tasks"]
+        tensors = [t for part in (*shared, self.tasks[task]) for t in (*part.parameters(), *part.buffers())]
         may_keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)  # those have no version
         state = may_keep and (task, tuple(depths), *((t._version, t.device, id(t)) for t in tensors))
         if may_keep and self._projected is not None and self._projected[0] == state:
@@ -242,7 +248,28 @@ class UniHyperLoraAdapter(nn.Module):
             coefficients=self.mixer(places) + places @ own.delta(),
         )
 
-    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
+    def project_mixed(
+        self,
+        reads: Iterable[Hashable],
+        writes: Iterable[Hashable],
+        routes: Iterable[Hashable],
+        depths,
+        own: StackedTasks,
+    ) -> ProjectedAtoms:
+        """``project`` for several tasks; the atoms are those of any task, and kept likewise."""
+        shared = self.project(reads, writes, routes, depths, next(iter(self.tasks)))
+        places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
+        return shared._replace(
+            router_bias=dict.fromkeys(routes, self.router_bias() + own.embedding() @ self.router_weight().T),
+            mean_gate=own.mean_gate.half().float(),
+            coefficients=self.mixer(places).unsqueeze(2) + torch.einsum("lsf,qfm->lsqm", places, own.delta()),
+        )
+
+    def own(self, task: str | MixedTasks) -> TaskParameters | StackedTasks:
+        """The parameters of a task, or of several side by side."""
+        return task.of(self.tasks) if isinstance(task, MixedTasks) else self.tasks[task]
+
+    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str | MixedTasks) -> torch.Tensor:
         """A linear head on the canonical states P_in h / rms(h) of the knots.
 
         Args:
@@ -252,16 +279,17 @@ class UniHyperLoraAdapter(nn.Module):
         Returns:
             (…, C) float32.
         """
-        logits = self.tasks[task].head_bias()
+        own, mixed = self.own(task), isinstance(task, MixedTasks)
+        logits = own.of_sentences(own.head_bias(), states[0]) if mixed else own.head_bias()
         for state, weight in zip(states, self.head_weights(keys, task), strict=True):
             state = state.float()
             rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-            logits = logits + F.linear(state / rms, weight)
+            logits = logits + (own.linear(state / rms, weight) if mixed else F.linear(state / rms, weight))
         return logits
 
-    def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
+    def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
         """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
-        blocks = self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1)
+        blocks = self.own(task).head_weight().chunk(len(KNOTS), dim=-1)
         return [block @ self.projector.inward(key) for block, key in zip(blocks, keys, strict=True)]
 
     def parts(self) -> dict[str, list[nn.Module]]:

@@ -17,6 +17,7 @@ from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, knot_l
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
+from .mixed_tasks import MixedTasks
 
 
 class Pass:
@@ -26,7 +27,7 @@ class Pass:
     the host pads them further.
     """
 
-    def __init__(self, atoms: ProjectedAtoms, task: str, mask: torch.Tensor | None):
+    def __init__(self, atoms: ProjectedAtoms, task: str | MixedTasks, mask: torch.Tensor | None):
         self.atoms = atoms
         self.task = task
         self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
@@ -47,6 +48,10 @@ class Pass:
         self.block = blocks[number % len(blocks)]
         return self.block
 
+    def rows(self, state: torch.Tensor) -> torch.Tensor | None:
+        """Which of several tasks each token (N,) of a state (B, T, w) is of; None where there is one."""
+        return self.task.rows.repeat_interleave(state.shape[1]) if isinstance(self.task, MixedTasks) else None
+
     def first_use(self, linear: nn.Module) -> bool:
         """Whether a layer is used for the first time in its block, on the tokens; then come relative positions."""
         again = linear in self._used
@@ -65,7 +70,7 @@ class InjectedRun:
     """One forward pass of a host with the update in it, and what the heads read of it."""
 
     adapter: UniHyperLoraAdapter
-    task: str
+    task: str | MixedTasks
     last_hidden_state: torch.Tensor  # (B, T, d)
     hidden_states: tuple[torch.Tensor, ...] | None
     knot_states: list[torch.Tensor]  # (B, T, d) for each knot
@@ -139,7 +144,7 @@ class Injection:
         self._handles.clear()
 
     @contextmanager
-    def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
+    def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
         thread = threading.get_ident()
         self._passes[thread] = Pass(self.project(task), task, attention_mask)
@@ -149,7 +154,7 @@ class Injection:
             del self._passes[thread]
 
     def run(
-        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+        self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
     ) -> InjectedRun:
         """The host's own forward with the update of ``task`` in it."""
         if output_hidden_states is not None:
@@ -177,11 +182,14 @@ class Injection:
         )
 
     @torch.compiler.disable  # once a pass at most; its values are those of the file, see StoredTensor
-    def project(self, task: str) -> ProjectedAtoms:
+    def project(self, task: str | MixedTasks) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
         device = self.adapter.router_bias.latent.device.type
         with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
+            if isinstance(task, MixedTasks):
+                own = self.adapter.own(task)
+                return self.adapter.project_mixed(reads, writes, set(self.route_keys), self.depths, own)
             return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
     def _route(self, blocks: tuple[int, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -198,16 +206,18 @@ class Injection:
         if block in self.knot_layers:
             run.knot_states[block] = state
         if config.router == "static":
-            run.routing = Routing(None, run.atoms.mean_gate)
+            run.routing = Routing(None, run.atoms.mean_gate, rows=run.rows(state))
             run.expected_atoms = run.expected_atoms + float(config.atoms)
             run.active_atoms = run.active_atoms + float(config.atoms)
             return
-        rows = run.atoms.router_rows[self.route_keys[block]]
-        run.routing = route(
-            state.flatten(0, -2), rows, run.atoms.router_bias[self.route_keys[block]], config.router_top_k
-        )
+        rows, bias = (x[self.route_keys[block]] for x in (run.atoms.router_rows, run.atoms.router_bias))
+        which = run.rows(state)
+        bias = bias if which is None else bias[which]
+        run.routing = route(state.flatten(0, -2), rows, bias, config.router_top_k)._replace(rows=which)
         run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1).view(state.shape[:-1])
         run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1).view(state.shape[:-1])
+        if which is not None:
+            return
         own = self.adapter.tasks[run.task]
         if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
             mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])

@@ -38,6 +38,7 @@ from .anchors import word_states
 from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
+from .mixed_tasks import MixedTasks
 
 
 @dataclass
@@ -48,7 +49,7 @@ class StreamRun:
     """
 
     adapter: UniHyperLoraAdapter
-    task: str
+    task: str | MixedTasks
     features: torch.Tensor  # (B, W, F)
     lengths: torch.Tensor  # (B,) words a sentence
     expected_atoms: torch.Tensor  # (B, T) mean over the knots
@@ -66,7 +67,9 @@ class StreamRun:
         return self._logits(self.features.sum(dim=1) / self.lengths.unsqueeze(-1))
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        own = self.adapter.tasks[self.task]
+        own = self.adapter.own(self.task)
+        if isinstance(self.task, MixedTasks):
+            return own.linear(features, own.head_weight()) + own.of_sentences(own.head_bias(), features)
         return F.linear(features, own.head_weight(), own.head_bias())
 
 
@@ -116,7 +119,7 @@ class Stream:
         return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
 
     def run(
-        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+        self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
     ) -> StreamRun:
         """The stream of ``task`` on the host's states of token ids, or on cached states of words.
 
@@ -141,24 +144,32 @@ class Stream:
         positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
         return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
 
-    def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
+    def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str | MixedTasks) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
         adapter, config = self.adapter, self.adapter.config
-        own = adapter.tasks[task]
+        own = adapter.own(task)
         if adapter.training and self.disturbs:
             z = disturb(z, config.stream_fidelity)
         rows_in, rows_out = adapter.atoms_in(), adapter.atoms_out()
         router = adapter.router_weight()
-        bias = adapter.router_bias() + router @ own.embedding()
         places = knot_features(torch.tensor(KNOTS, device=z.device))
         coefficients, amendments = adapter.mixer(places), places @ own.delta()
         cells = torch.arange(z.shape[0] * z.shape[1]).view(z.shape[:2])
         packed = pack_padded_sequence(cells, lengths.cpu(), batch_first=True, enforce_sorted=False).to(z.device)
         words = z.flatten(0, 1)[packed.data]
+        if isinstance(task, MixedTasks):
+            row = task.rows[packed.data // z.shape[1]]  # (N,) of the word's sentence
+            bias = (adapter.router_bias() + own.embedding() @ router.T)[row]
+            amendments = amendments[row].transpose(0, 1)  # (K, N, M)
+        else:
+            bias = adapter.router_bias() + router @ own.embedding()
         moved, expected, active = [], 0.0, 0.0
         for k in range(len(KNOTS)):
             flat = words[:, k]
-            flat = flat + flat @ ((rows_in.T * amendments[k]) @ rows_out)
+            if isinstance(task, MixedTasks):
+                flat = flat + (flat @ rows_in.T * amendments[k]) @ rows_out
+            else:
+                flat = flat + flat @ ((rows_in.T * amendments[k]) @ rows_out)
             routing = route(flat, router, bias, config.router_top_k)
             update = write_atoms(read_atoms(flat, rows_in, routing), rows_out, routing, coefficients[k])
             moved.append(flat + update)
