@@ -165,6 +165,8 @@ def calibrate_all(model, sources: list[Source]) -> None:
 def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     """Choose the adapter's canonical coordinates by training; see the module's docstring.
 
+    Every process of a launch takes whole batches and does the same, so that it does not matter how many there are.
+
     Args:
         trainer: a ``UniHyperLoraTrainer`` whose training data are the ``SourceStates`` of the sources.
         sources: the model's own host first.
@@ -185,7 +187,8 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
 
     data = trainer.train_dataset
     sampler = data.sampler(args.seed)
-    loader = DataLoader(data, batch_size=args.train_batch_size, sampler=sampler, collate_fn=trainer.data_collator)
+    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    loader = DataLoader(data, batch_size=size, sampler=sampler, collate_fn=trainer.data_collator)
     steps = math.ceil(epochs * len(loader) / len(sources))
     logger.info("Learning %d coordinates a knot, %d steps", config.stream_dim, steps)
     optimizer = trainer.create_optimizer()
