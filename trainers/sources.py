@@ -216,7 +216,9 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
         anchors.coordinates.latent.copy_(kept.flatten(0, 1))
         for parameter in model.adapter.parameters():
             parameter.copy_(broadcast(parameter.data))
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    logger.info("Coordinates learned in %.0f s", seconds)
+    return seconds
 
 
 def _unit(axes: torch.Tensor) -> torch.Tensor:
