@@ -3,14 +3,17 @@
     python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
     python scripts/benchmark.py record runs/matrix --name conll2003-transfer
     python scripts/benchmark.py paper hub_configs/runs/sat_lora-*.yaml --seeds 0 1 2 --output_dir runs/paper
+    python scripts/benchmark.py tasks --model_name_or_path HOST --output results/mixed-tasks.json
+    python scripts/benchmark.py scaling --model_name_or_path HOST --hosts HOST SMALLER --output results/scaling.json
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
 costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
-its picture, of one of ablation.py the table.
+its picture, of one of ablation.py the table, of one of --do_search the trials.
 ``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each.
-``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md from those files
-alone.
+``tasks`` measures a batch of many tasks (see mixed_tasks.py), ``scaling`` how costs grow (see scaling.py).
+``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md and
+docs/SCALING.md from those files alone.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from pathlib import Path
 from host_tables import host_tables
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.storage import replacing, write_json
+from scaling_tables import scaling_page, search_tables
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
@@ -43,10 +47,14 @@ BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA 
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
 ABLATION = "ablation.json"  # what ablation.py calls its own
+SEARCH = "search.json"  # and what --do_search does
 
 
 def main(command_line: list[str] | None = None) -> None:
     import paper  # here, because the runs of a matrix are recorded with this module
+
+    import mixed_tasks
+    import scaling
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -55,6 +63,9 @@ def main(command_line: list[str] | None = None) -> None:
     record.add_argument("--name", required=True)
     what = "do and keep the runs of a set of run configs"
     paper.add_arguments(commands.add_parser("paper", help=what, allow_abbrev=False))  # --seed is no --seeds
+    mixed_tasks.add_arguments(commands.add_parser("tasks", help="measure a batch of many tasks"))
+    what = "measure how costs grow with tokens, sentences, batch and hosts"
+    scaling.add_arguments(commands.add_parser("scaling", help=what))
     commands.add_parser("render", help="write results/README.md")
     args, passed = parser.parse_known_args(command_line)
     if passed and args.command != "paper":
@@ -62,21 +73,29 @@ def main(command_line: list[str] | None = None) -> None:
     if args.command == "paper":
         for folder in paper.run_all(args, passed):
             write_json(RESULTS / f"{folder.name}.json", record_of(folder))
+    elif args.command == "tasks":
+        mixed_tasks.measure(args)
+    elif args.command == "scaling":
+        scaling.measure(args)
     elif args.command == "record":
         drawn = [stem for stem in WITH_PICTURE if (args.folder / f"{stem}.json").is_file()]
         if drawn:
             keep_with_picture(args.folder / drawn[0], args.name)
         elif (args.folder / ABLATION).is_file():
             write_json(RESULTS / f"{args.name}.json", ablation_of(args.folder))
+        elif (args.folder / SEARCH).is_file():
+            write_json(RESULTS / f"{args.name}.json", search_of(args.folder))
         else:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
         records = read_records(RESULTS)
         readme, hosts = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "HOSTS.md"
+        scaling = RESULTS.parent / "docs" / "SCALING.md"
         for path, text in {
             RESULTS / "README.md": rendered(records),
             readme: between(readme.read_text(encoding="utf-8"), *MARKS, summary(records)),
             hosts: between(hosts.read_text(encoding="utf-8"), *HOST_MARKS, host_tables(records)),
+            scaling: scaling_page(scaling.read_text(encoding="utf-8"), records),
         }.items():
             with replacing(path) as temporary:
                 Path(temporary).write_text(text, encoding="utf-8")
@@ -153,13 +172,22 @@ def ablation_of(folder: Path) -> dict[str, object]:
     return kept | {"kind": "ablation", "rows": table["rows"]}
 
 
+def search_of(folder: Path) -> dict[str, object]:
+    """What --do_search found, beside the run of its best trial."""
+    best = record_of(folder)
+    found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
+    kept = {name: best[name] for name in ("settings", "pathway", "host", "data", "results", "versions", "hardware")}
+    return {"kind": "search"} | kept | {"search": found}
+
+
 def read_records(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def rendered(records: dict[str, dict]) -> str:
     """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
-    matrices, ablations, records = (_of_kind(records, kind) for kind in ("transfer", "ablation", None))
+    kinds = ("transfer", "ablation", "search", None)
+    matrices, ablations, searches, records = (_of_kind(records, kind) for kind in kinds)
     lines = [
         "# Results",
         "",
@@ -199,6 +227,7 @@ def rendered(records: dict[str, dict]) -> str:
         lines += transfer_table(name, matrix)
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
+    lines += search_tables(searches)
     return "\n".join(lines) + "\n"
 
 
