@@ -28,7 +28,7 @@ from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
 from .publishing import Publishing
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
-from .stream import Stream, StreamRun, at_knots, read_anchor_states
+from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         model = cls(config, host=host)
         config.source_hosts = [describe_host(model.host, name or None)]
         if config.pathway == "stream":
-            states = read_anchor_states(model.host, tokenizer, sentences)
+            states = kept_anchor_states(model.host, tokenizer, sentences)
             model.adapter.anchors.set(
                 sentences,
                 canonical_coordinates(at_knots(states, num_layers_of(model.host)), config.stream_dim),

@@ -14,6 +14,7 @@ words of the sentence, whose outputs the head reads. Nothing of this depends on 
 and the host is never modified.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, apply_fit, cached_fit, fit_host, fit_on, layers_of
+from .calibration import HostFit, apply_fit, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .mixed_tasks import MixedTasks
@@ -234,6 +235,20 @@ def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -
     layers = layers_of(near_layers(num_layers_of(host)))
     with hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False) as bar:
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
+
+
+def kept_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
+    """``read_anchor_states``, read once and kept in the cache, 4·layers·N·d bytes; training asks for it often."""
+    layers, backend = layers_of(near_layers(num_layers_of(host))), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return read_anchor_states(host, tokenizer, sentences)  # which says what is wrong with it
+    said = json.dumps([fingerprint(host), backend.to_str(), tokenizer.model_max_length, sentences])
+    path = cache_folder() / f"anchors-{hashlib.sha256(f'{layers} {said}'.encode()).hexdigest()[:24]}.safetensors"
+    return kept(
+        path,
+        lambda: {"states": read_anchor_states(host, tokenizer, sentences)},
+        lambda tensors: tensors["states"],
+    )
 
 
 def at_knots(anchor_states: torch.Tensor, num_layers: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.adapter import KNOTS, near_layers
 from modeling_unihyperlora.calibration import HostFit, canonical_coordinates, fit_host
 from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
-from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
+from modeling_unihyperlora.stream import at_knots, disturb, kept_anchor_states
 
 from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
@@ -70,9 +70,9 @@ class Source:
 
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:
-        """(layers, N, d), see ``read_anchor_states``."""
+        """(layers, N, d), see ``kept_anchor_states``."""
         to_read, self._to_read = self._to_read, None
-        return read_anchor_states(*to_read)
+        return kept_anchor_states(*to_read)
 
     def calibrate(self, coordinates: torch.Tensor, copies: int = len(COPIES)) -> None:
         """Line the source and as many copies of it up with (K, N, D) coordinates of the anchors."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import AdapterFileError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.interruption import EXIT_STATUS, is_complete, last_complete_checkpoint
 
@@ -101,6 +102,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
         trainer.train()
     assert (tmp_path / "cut" / "checkpoint-4" / "optimizer.pt").is_file()
     shutil.copy(tmp_path / "whole" / "checkpoint-2" / "rng_state.pth", tmp_path / "cut" / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
+
+
+@pytest.mark.parametrize("most", [1_000, 6_000, 10_000])
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, most):
+    """No file may grow beyond so many bytes from step 3 on: another file of checkpoint-4 is cut off each time."""
+    trainer = make_trainer(tmp_path / "cut", make_model())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))))
+    try:
+        with pytest.raises((OSError, RuntimeError, AdapterFileError)):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-2"
     assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
 
