@@ -1,5 +1,6 @@
 # make demo    train and score on the embedded host and tweets, then tag a sentence: make demo SENTENCE="..."
 # make test    lint, format check and the quick tests
+# make bench   what an adapter costs beside the bare host and LoRA: results/speed.md (about half an hour)
 # Each target sets up what it needs in .venv; PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SENTENCE ?=
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
@@ -17,6 +18,16 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+
+# BENCH_HOSTS: Hub ids or folders; the first is measured in everything.
+BENCH_HOSTS ?= sentence-transformers/all-MiniLM-L6-v2 sentence-transformers/all-mpnet-base-v2
+BENCH = OMP_NUM_THREADS=1 $(RUN) scripts/benchmark.py
+bench: $(VENV)/.installed-test
+	for host in $(BENCH_HOSTS); do for what in latency train memory calibrate size; do \
+	    $(BENCH) $$what --model_name_or_path $$host --output results/speed-$$what-$$(basename $$host).json || exit 1; \
+	done; done
+	$(BENCH) slopes --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-slopes.json
+	$(RUN) scripts/benchmark.py render
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -13,8 +13,8 @@ one product with M rows a block and 2k short vectors a layer.
 """
 
 import math
-from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ ROUTER_BITS = 8
 HEAD_BITS = 8
 MIXER_BITS = 4
 MEAN_GATE_MOMENTUM = 0.01
+AT_ONCE = 2**18  # numbers that are copied or made at a time where fresh memory costs more than the work
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths whose states the head reads
 
 
@@ -50,14 +51,28 @@ class Routing(NamedTuple):
     """The atoms that each token uses in one block.
 
     ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
-    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token.
-    Where sentences are of Q tasks, ``rows`` (N,) says which one a token is of, and static gates are (Q, M).
+    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token. ``bags`` is for torch's
+    ``embedding_bag``: where each token's atoms begin (N,), and whose an atom is (N·k,). With Q tasks,
+    ``rows`` (N,) says which one a token is of, and static gates are (Q, M).
     """
 
     atoms: torch.Tensor | None
     gates: torch.Tensor
     probabilities: torch.Tensor | None = None
+    bags: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: torch.Tensor | None = None
+
+    def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static.
+
+        Of several tasks: (S, Q, M) → (S, N, k), or (S, N, M) if static.
+        """
+        if self.atoms is None:
+            return self.gates * coefficients if self.rows is None else (self.gates * coefficients)[:, self.rows]
+        if self.rows is not None:
+            return self.gates * coefficients[:, self.rows[:, None], self.atoms]
+        chosen = coefficients.gather(1, self.atoms.reshape(1, -1).expand(len(coefficients), -1))
+        return self.gates * chosen.view(-1, *self.atoms.shape)
 
 
 class ProjectedAtoms(NamedTuple):
@@ -71,7 +86,19 @@ class ProjectedAtoms(NamedTuple):
     coefficients: torch.Tensor  # (L, S, M) or (L, S, Q, M): (g_θ + δθ)(ℓ/L, type)
 
 
-def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: int) -> Routing:
+def make_bags(tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Routing.bags`` for so many tokens."""
+    each = torch.arange(tokens * top_k, device=device)
+    return each[::top_k].contiguous(), each // top_k
+
+
+def route(
+    state: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    bags: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Routing:
     """Choose at most ``top_k`` atoms a token.
 
     Score s_j of an atom is r_jᵀ P_in x / rms(x) + bias_j; that of the null choice is 0. Under logistic noise on their
@@ -82,13 +109,24 @@ def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: in
     Args:
         state: (N, w) states at the input of a block.
         rows: (M, w) router rows in host coordinates.
-        bias: (M,) bias and task term.
+        bias: (M,) bias and task term, or (N, M) where tokens are of different tasks.
+        bags: ``make_bags`` of as many tokens, if it is there already.
     """
-    rms = state.float().square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-    scores = F.linear(state, rows.to(state.dtype)).float() / rms + bias
+    scale = rms(state)
+    if state.shape[-1] < len(rows) and bias.dim() == 1:
+        scores = F.linear(state / scale, rows.to(state.dtype), bias)
+    else:
+        scores = torch.addcdiv(bias, F.linear(state, rows.to(state.dtype)).float(), scale)
     best, atoms = scores.topk(top_k, dim=-1)
     probability = torch.sigmoid(best)
-    return Routing(atoms, probability - (probability * (best <= 0)).detach(), probability)
+    gates = probability - (probability * (best <= 0)).detach()
+    return Routing(atoms, gates, probability, bags or make_bags(len(state), top_k, state.device))
+
+
+def rms(state: torch.Tensor) -> torch.Tensor:
+    """Root of the mean square: (…, w) → (…, 1) float32, at least 1e-6."""
+    norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm / math.sqrt(state.shape[-1])).clamp_min(1e-6)
 
 
 def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -96,27 +134,84 @@ def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.T
     rows = rows.to(x.dtype)
     if routing.atoms is None:
         return F.linear(x, rows)
-    return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
+    if x.device.type != "cpu":
+        return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
+    if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
+        return _RoutedDots.apply(x, rows, routing.atoms, *routing.bags)
+    return _routed_dots(x, rows, routing.atoms, *routing.bags)
 
 
-def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, coefficients: torch.Tensor) -> torch.Tensor:
+def _routed_dots(
+    x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor, bags: torch.Tensor
+) -> torch.Tensor:
+    """(N, w), (M, w), (N, k) → (N, k): the product of each token with its k rows, of which no copy is made.
+
+    It is what torch computes as the gradient of the weights in ``embedding_bag``, whose bags are the tokens.
+    """
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), rows, atoms.reshape(-1), starts, bags, 0
+    )
+    return dots.view(atoms.shape)
+
+
+def _sum_atoms(weights: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """(N, k), (M, w), (N, k) → (N, w): the sum of each token's rows by their weights."""
+    flat = weights.reshape(-1)
+    return torch.embedding_bag(rows, atoms.reshape(-1), starts, False, 0, False, flat, False)[0]
+
+
+class _RoutedDots(torch.autograd.Function):
+    """``_routed_dots`` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, rows, atoms, starts, bags) -> torch.Tensor:
+        ctx.save_for_backward(x, rows, atoms, starts)
+        return _routed_dots(x, rows, atoms, starts, bags)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, rows, atoms, starts = ctx.saved_tensors
+        of_x = of_rows = None
+        if ctx.needs_input_grad[0]:
+            of_x = _sum_atoms(gradient, rows, atoms, starts)
+        if ctx.needs_input_grad[1]:
+            of_rows = gradient.new_zeros(len(x), len(rows)).scatter_add_(1, atoms, gradient).T @ x
+        return of_x, of_rows, None, None, None
+
+
+def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor) -> torch.Tensor:
     """Σ_j gate_j c_j P_out u_j dot_j.
 
     Args:
-        dots: (N, k) from ``read_atoms``.
+        dots: (N, k) from ``read_atoms``; (N, M) with the static router.
         rows: (M, w) written atoms in host coordinates.
-        coefficients: (M,) of this block and module type; (Q, M) with the rows of several tasks.
+        weights: (N, k) of one place from ``Routing.weights``; (M,) or (N, M) with the static router.
 
     Returns:
         (N, w) in the dtype of ``dots``.
     """
-    rows = rows.to(dots.dtype)
+    rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
     if routing.atoms is None:
-        weights = (routing.gates * coefficients).to(dots.dtype)
-        return F.linear(dots * (weights if routing.rows is None else weights[routing.rows]), rows.T)
-    own = coefficients[routing.atoms] if routing.rows is None else coefficients[routing.rows[:, None], routing.atoms]
-    weights = dots * (routing.gates * own).to(dots.dtype)
-    return F.embedding_bag(routing.atoms, rows, per_sample_weights=weights, mode="sum")
+        return F.linear(weighted, rows.T)
+    return _sum_atoms(weighted, rows, routing.atoms, routing.bags[0])
+
+
+def add_atoms(
+    out: torch.Tensor, dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor
+) -> None:
+    """``out += write_atoms(dots, rows, routing, weights)``, where no gradient is needed.
+
+    It goes a few tokens at a time: a second array as large as ``out`` (N, w) costs more in fresh memory than the sum.
+    """
+    rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
+    if routing.atoms is None:
+        out += F.linear(weighted, rows.T)
+        return
+    step = max(1, AT_ONCE // out.shape[-1])
+    starts = routing.bags[0]
+    for first in range(0, len(out), step):
+        chosen = routing.atoms[first : first + step]
+        out[first : first + step] += _sum_atoms(weighted[first : first + step], rows, chosen, starts[: len(chosen)])
 
 
 class Mixer(nn.Module):
@@ -192,7 +287,7 @@ class UniHyperLoraAdapter(nn.Module):
         self.tasks = nn.ModuleDict(
             {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
         )
-        self._projected: tuple[object, ProjectedAtoms] | None = None
+        self._kept: tuple[object, dict[Hashable, Any]] = (None, {})  # state of the tensors, and what was made of it
 
     def _make_parts(self, config: UniHyperLoraConfig) -> None:
         """Everything but the tasks."""
@@ -213,26 +308,41 @@ class UniHyperLoraAdapter(nn.Module):
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
 
+    def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept under a name between forward passes that need no gradient.
+
+        It is made anew after any tensor of the adapter changed, and whenever a gradient may be needed.
+        """
+        if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
+            return make()
+        tensors = list(_tensors_of(self))
+        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
+            self._kept = (None, {})
+            return make()
+        state = [(t._version, t.device, id(t)) for t in tensors]
+        if self._kept[0] != state:
+            self._kept = (state, {})
+        kept = self._kept[1]
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
+
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
     ) -> ProjectedAtoms:
-        """Bring the atoms into host coordinates; kept between forward passes that need no gradient.
+        """Bring the atoms into host coordinates; see ``keep``.
 
         Args:
             reads, writes, routes: projector keys that the host's sites and block inputs need.
             depths: relative depth of each block.
             task: whose δθ and embedding apply.
         """
-        shared = [part for name, part in self.named_children() if name != "tasks"]
-        tensors = [t for part in (*shared, self.tasks[task]) for t in (*part.parameters(), *part.buffers())]
-        may_keep = not torch.is_grad_enabled() and not any(t.is_inference() for t in tensors)  # those have no version
-        state = may_keep and (task, tuple(depths), *((t._version, t.device, id(t)) for t in tensors))
-        if may_keep and self._projected is not None and self._projected[0] == state:
-            return self._projected[1]
-        places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
-        projected = self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
-        self._projected = (state, projected) if may_keep else None
-        return projected
+
+        def make() -> ProjectedAtoms:
+            places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
+            return self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
+
+        return self.keep(("projected", task, tuple(depths)), make)
 
     def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
         """``project`` with the features (L, S, 8) of the places, and nothing kept."""
@@ -279,18 +389,25 @@ class UniHyperLoraAdapter(nn.Module):
         Returns:
             (…, C) float32.
         """
-        own, mixed = self.own(task), isinstance(task, MixedTasks)
-        logits = own.of_sentences(own.head_bias(), states[0]) if mixed else own.head_bias()
-        for state, weight in zip(states, self.head_weights(keys, task), strict=True):
+        if isinstance(task, MixedTasks):
+            own = self.own(task)
+            logits = own.of_sentences(own.head_bias(), states[0])
+            for state, weight in zip(states, self.head_weights(keys, task), strict=True):
+                logits = logits + own.linear(state.float(), weight) / rms(state.float())
+            return logits
+        weights, logits = self.keep(
+            ("head", task, *keys), lambda: (self.head_weights(keys, task), self.tasks[task].head_bias())
+        )
+        for state, weight in zip(states, weights, strict=True):
             state = state.float()
-            rms = state.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
-            logits = logits + (own.linear(state / rms, weight) if mixed else F.linear(state / rms, weight))
+            logits = logits + F.linear(state, weight) / rms(state)
         return logits
 
     def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
         """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
         blocks = self.own(task).head_weight().chunk(len(KNOTS), dim=-1)
-        return [block @ self.projector.inward(key) for block, key in zip(blocks, keys, strict=True)]
+        inward = {key: self.projector.inward(key) for key in set(keys)}
+        return [block @ inward[key] for block, key in zip(blocks, keys, strict=True)]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Part name → its stored tensors and buffers' owners; the names of learning rates and byte tables."""
@@ -299,6 +416,15 @@ class UniHyperLoraAdapter(nn.Module):
         for name, module in stored.items():
             parts[part_of(name)].append(module)
         return parts
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, as a module's own iterators but several times as fast: it is asked in every pass."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
+    for child in module._modules.values():
+        yield from _tensors_of(child)
 
 
 PARTS = ("dictionary", "projector", "mixer", "router", "anchors", "stream", "delta", "head")

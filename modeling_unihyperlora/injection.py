@@ -5,7 +5,7 @@ computes what it always did.
 """
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +13,33 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adapter import KNOTS, ProjectedAtoms, Routing, UniHyperLoraAdapter, knot_layers, read_atoms, route, write_atoms
+from .adapter import (
+    KNOTS,
+    ProjectedAtoms,
+    Routing,
+    UniHyperLoraAdapter,
+    add_atoms,
+    knot_layers,
+    read_atoms,
+    route,
+    write_atoms,
+)
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
 from .mixed_tasks import MixedTasks
 
 
-class Pass:
-    """State of one forward pass: projected atoms, the current block and its routing, counts of active atoms.
+def _thread() -> int:
+    """Which thread this is; a compiled program has but one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
-    ``expected_atoms`` and ``active_atoms`` are (B, T) sums over the blocks. T may be longer than the sentences, where
-    the host pads them further.
+
+class Pass:
+    """State of one forward pass: projected atoms, the current block and its routing.
+
+    ``routed`` has the states' shape (B, T) and the routing of every block so far. T may be longer than the sentences,
+    where the host pads them further.
     """
 
     def __init__(self, atoms: ProjectedAtoms, task: str | MixedTasks, mask: torch.Tensor | None):
@@ -33,9 +48,9 @@ class Pass:
         self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
         self.block: int | None = None
         self.routing: Routing | None = None
+        self.weights: Sequence[torch.Tensor] = ()  # of the current block's module types, see ``Routing.weights``
+        self.routed: list[tuple[torch.Size, Routing]] = []
         self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
-        self.expected_atoms: torch.Tensor | float = 0.0
-        self.active_atoms: torch.Tensor | float = 0.0
         self._calls: dict[nn.Module, int] = {}
         self._used: set[nn.Module] = set()
         self._read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -63,6 +78,18 @@ class Pass:
         if self._read is None or self._read[0] is not x or self._read[1] is not rows:
             self._read = (x, rows, read_atoms(tokens.flatten(0, -2), rows, self.routing))
         return self._read[2]
+
+    def counts(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[k] and the atoms in use, (B, T) means over the blocks for the states' ``shape`` without padding."""
+        if not self.routed:  # the static router
+            every = torch.full(shape, float(self.atoms.mean_gate.shape[-1]), device=self.atoms.mean_gate.device)
+            return every, every
+        padded, _ = self.routed[0]
+        probabilities = torch.stack([routing.probabilities for _, routing in self.routed])
+        gates = torch.stack([routing.gates for _, routing in self.routed])
+        found = [probabilities.sum(dim=(0, 2)), (gates > 0).sum(dim=(0, 2))]
+        expected, active = ((x.float() / len(self.routed)).view(padded)[:, : shape[1]] for x in found)
+        return expected, active
 
 
 @dataclass
@@ -106,10 +133,14 @@ class Injection:
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         targets = {*(adapter.config.target_modules or MODULE_TYPES)}
         updated = [site for site in self.map.sites if targets.intersection(site.module_types)]
-        self.sites = {(site.block, site.linear): site for site in updated}
         self.plans = {site: self._plan(site) for site in updated}
+        self._by_call = {
+            (site.block, site.linear): (site, *plan, [MODULE_TYPES.index(role) for role in site.module_types])
+            for site, plan in self.plans.items()
+        }
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
         self.knot_layers = knot_layers(self.map.num_layers)
+        self.knot_keys = [adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS]
         self._passes: dict[int, Pass] = {}  # by thread
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}
@@ -118,7 +149,7 @@ class Injection:
     @property
     def current(self) -> Pass | None:
         """The forward pass that this thread is in."""
-        return self._passes.get(threading.get_ident())
+        return self._passes.get(_thread())
 
     def _plan(self, site: Site) -> tuple[str, object, str, object]:
         """Side and projector key for reading, then for writing."""
@@ -146,7 +177,7 @@ class Injection:
     @contextmanager
     def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
-        thread = threading.get_ident()
+        thread = _thread()
         self._passes[thread] = Pass(self.project(task), task, attention_mask)
         try:
             yield self._passes[thread]
@@ -165,23 +196,19 @@ class Injection:
         tokens = last.shape[1]
         states = current.knot_states | {self.map.num_layers: last}
 
-        def mean(total: torch.Tensor | float) -> torch.Tensor:
-            total = torch.as_tensor(total, device=last.device).float() / self.map.num_layers
-            return total[:, :tokens] if total.dim() else total.expand(last.shape[:2])
-
+        expected, active = current.counts(last.shape[:2])
         return InjectedRun(
             self.adapter,
             task,
             last,
             out.hidden_states,
             [states[layer][:, :tokens] for layer in self.knot_layers],
-            [self.adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS],
-            mean(current.expected_atoms),
-            mean(current.active_atoms),
+            self.knot_keys,
+            expected,
+            active,
             attention_mask,
         )
 
-    @torch.compiler.disable  # once a pass at most; its values are those of the file, see StoredTensor
     def project(self, task: str | MixedTasks) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
@@ -205,17 +232,19 @@ class Injection:
             )
         if block in self.knot_layers:
             run.knot_states[block] = state
+        if self.merged:
+            return
         if config.router == "static":
             run.routing = Routing(None, run.atoms.mean_gate, rows=run.rows(state))
-            run.expected_atoms = run.expected_atoms + float(config.atoms)
-            run.active_atoms = run.active_atoms + float(config.atoms)
+            run.weights = run.routing.weights(run.atoms.coefficients[block])
             return
-        rows, bias = (x[self.route_keys[block]] for x in (run.atoms.router_rows, run.atoms.router_bias))
-        which = run.rows(state)
+        key, tokens, which = self.route_keys[block], state.flatten(0, -2), run.rows(state)
+        before = run.routing.bags if run.routing is not None and len(run.routing.atoms) == len(tokens) else None
+        rows, bias = run.atoms.router_rows[key], run.atoms.router_bias[key]
         bias = bias if which is None else bias[which]
-        run.routing = route(state.flatten(0, -2), rows, bias, config.router_top_k)._replace(rows=which)
-        run.expected_atoms = run.expected_atoms + run.routing.probabilities.sum(dim=-1).view(state.shape[:-1])
-        run.active_atoms = run.active_atoms + (run.routing.gates > 0).sum(dim=-1).view(state.shape[:-1])
+        run.routing = route(tokens, rows, bias, config.router_top_k, before)._replace(rows=which)
+        run.weights = run.routing.weights(run.atoms.coefficients[block]).unbind()
+        run.routed.append((state.shape[:-1], run.routing))
         if which is not None:
             return
         own = self.adapter.tasks[run.task]
@@ -225,12 +254,12 @@ class Injection:
             own.track_mean_gate(run.routing, real.flatten())
 
     def _update(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        run = self.current
-        if run is None or self.merged or (site := self.sites.get((run.block, module))) is None:
+        run = self._passes.get(_thread())
+        if run is None or self._originals or (call := self._by_call.get((run.block, module))) is None:
             return None
         if not run.first_use(module):
             return None
-        read_side, read_key, _, write_key = self.plans[site]
+        site, read_side, read_key, _, write_key, types = call
         x = args[0] if read_side == "input" else output
         tokens, atoms = self._tokens_last(x), run.atoms
         if run.routing.atoms is not None and tokens.shape[:-1].numel() != len(run.routing.atoms):
@@ -238,11 +267,14 @@ class Injection:
                 f"In block {site.block} the {site.module_types[0]} layer reads {tokens.shape[:-1].numel()} vectors "
                 f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
             )
-        dots = run.read(x, tokens, atoms.read[read_key])
-        weights = [atoms.coefficients[site.block, MODULE_TYPES.index(role)] for role in site.module_types]
-        update = site.join([write_atoms(dots, atoms.write[write_key], run.routing, weight) for weight in weights])
+        dots, rows = run.read(x, tokens, atoms.read[read_key]), atoms.write[write_key]
+        if not torch.is_grad_enabled() and len(types) == 1 and output.is_contiguous() and output.dtype == dots.dtype:
+            if not self.map.layout.channels_first:  # nobody else has seen the output yet
+                add_atoms(output.flatten(0, -2), dots, rows, run.routing, run.weights[types[0]])
+                return output
+        update = site.join([write_atoms(dots, rows, run.routing, run.weights[number]) for number in types])
         own = self._tokens_last(output)
-        return self._tokens_last(own + update.view_as(own).to(own.dtype))
+        return self._tokens_last(own + update.view(own.shape).to(own.dtype))
 
     def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
         """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""

@@ -15,17 +15,19 @@ and the host is never modified.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
 from transformers.utils import logging as hf_logging
 
 from .adapter import (
+    AT_ONCE,
     KNOTS,
     UniHyperLoraAdapter,
     knot_features,
@@ -36,10 +38,11 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, apply_fit, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
+from .calibration import HostFit, Landmarks, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
-from .mixed_tasks import MixedTasks
+from .mixed_tasks import MixedTasks, StackedTasks
+from .token_mixer import Words
 
 
 @dataclass
@@ -49,8 +52,7 @@ class StreamRun:
     With cached states there is no host pass: T is then W, and the host's states are None.
     """
 
-    adapter: UniHyperLoraAdapter
-    task: str | MixedTasks
+    tables: "Tables"
     features: torch.Tensor  # (B, W, F)
     lengths: torch.Tensor  # (B,) words a sentence
     expected_atoms: torch.Tensor  # (B, T) mean over the knots
@@ -58,6 +60,7 @@ class StreamRun:
     word_of: torch.Tensor | None = None  # (B, T) the word that each token belongs to
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    mixed: StackedTasks | None = None  # whose heads these are, where sentences are of several tasks
 
     def token_logits(self) -> torch.Tensor:
         """(B, T, C): a token has the scores of its word."""
@@ -68,10 +71,65 @@ class StreamRun:
         return self._logits(self.features.sum(dim=1) / self.lengths.unsqueeze(-1))
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        own = self.adapter.own(self.task)
-        if isinstance(self.task, MixedTasks):
+        if self.mixed is not None:
+            own = self.mixed
             return own.linear(features, own.head_weight()) + own.of_sentences(own.head_bias(), features)
-        return F.linear(features, own.head_weight(), own.head_bias())
+        return F.linear(features, self.tables.head_weight, self.tables.head_bias)
+
+
+class HostToKnots(NamedTuple):
+    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
+
+    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
+    and a matrix (that many, d).
+    """
+
+    fit: HostFit  # of which it was made
+    layers: list[tuple[int, int, int, torch.Tensor]]
+    offset: torch.Tensor  # (K·D + Q,)
+    landmarks: Landmarks
+
+    @classmethod
+    def of(cls, fit: HostFit, device: torch.device) -> "HostToKnots":
+        readers, parts = (*fit.knots, fit.landmarks), []
+        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
+        for layer in layers_of([reader.layers for reader in readers]):
+            runs: list[list[int]] = []  # of readers that follow one another, for one product each
+            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
+                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
+            for run in runs:
+                rows = [
+                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
+                    for k in run
+                ]
+                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
+        offset = torch.cat([reader.offset for reader in readers]).to(device)
+        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
+
+    def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
+        """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
+        z = self.offset.repeat(len(cells), 1)
+        flat = [(hidden_states[layer].flatten(0, 1), *rest) for layer, *rest in self.layers]
+        step = AT_ONCE // flat[0][0].shape[-1]
+        for part, chosen in zip(z.split(step), cells.split(step), strict=True):
+            for states, start, end, matrix in flat:
+                part[:, start:end].addmm_(states.index_select(0, chosen).float(), matrix.T)
+        coordinates = len(self.landmarks.weights)
+        return z[:, :coordinates] + self.landmarks(z[:, coordinates:])
+
+
+class Tables(NamedTuple):
+    """What the stream computes with, for one task."""
+
+    amended: torch.Tensor  # (K, D, D): what δθ adds to the map, as a matrix to the right of z
+    rows_in: torch.Tensor  # (M, D)
+    rows_out: torch.Tensor  # (M, D)
+    router: torch.Tensor  # (M, D)
+    bias: torch.Tensor  # (M,)
+    coefficients: torch.Tensor  # (K, M)
+    mixer: list[torch.Tensor]
+    head_weight: torch.Tensor  # (C, F)
+    head_bias: torch.Tensor  # (C,)
 
 
 class Stream:
@@ -99,6 +157,7 @@ class Stream:
         self.near = near_layers(self.num_layers)
         self.layers = layers_of(self.near)
         self.disturbs = True
+        self._to_knots: HostToKnots | None = None
         self._host_linear = linear_multiply_adds(host)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.begins_word = word_beginnings(tokenizer, tokens)
@@ -107,7 +166,8 @@ class Stream:
             states = anchor_states
             if states is None:
                 states = read_anchor_states(host, tokenizer, adapter.anchors.sentences())
-            return fit_host(states, self.near, adapter.anchors.canonical().detach().cpu())
+            coordinates = adapter.anchors.canonical().detach().cpu()
+            return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
         self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
@@ -115,9 +175,15 @@ class Stream:
 
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
-        if self.fit[0].matrix.device != positions.device:
-            self.fit = fit_on(positions.device, self.fit)
-        return apply_fit(self.fit, states_of_words(hidden_states, self.layers, positions), self.layers)
+        cells = positions + torch.arange(len(positions), device=positions.device)[:, None] * hidden_states[0].shape[1]
+        return self._at_knots(hidden_states, cells.flatten()).view(*positions.shape, len(KNOTS), -1)
+
+    def _at_knots(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
+        """The same for tokens by their number in the batch: (N,) of B·T → (N, K·D)."""
+        kept = self._to_knots
+        if kept is None or kept.fit is not self.fit or kept.offset.device != cells.device:
+            kept = self._to_knots = HostToKnots.of(self.fit, cells.device)
+        return kept(hidden_states, cells)
 
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
@@ -147,38 +213,68 @@ class Stream:
 
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str | MixedTasks) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
-        adapter, config = self.adapter, self.adapter.config
-        own = adapter.own(task)
+        adapter, config, (batch, width, knots, dim) = self.adapter, self.adapter.config, z.shape
+        mixed = adapter.own(task) if isinstance(task, MixedTasks) else None
+        name = task if mixed is None else next(iter(adapter.tasks))  # all but what is of a task serves any
+        tables: Tables = adapter.keep(("stream", name), lambda: self._tables(name))
         if adapter.training and self.disturbs:
             z = disturb(z, config.stream_fidelity)
-        rows_in, rows_out = adapter.atoms_in(), adapter.atoms_out()
-        router = adapter.router_weight()
-        places = knot_features(torch.tensor(KNOTS, device=z.device))
-        coefficients, amendments = adapter.mixer(places), places @ own.delta()
-        cells = torch.arange(z.shape[0] * z.shape[1]).view(z.shape[:2])
-        packed = pack_padded_sequence(cells, lengths.cpu(), batch_first=True, enforce_sorted=False).to(z.device)
-        words = z.flatten(0, 1)[packed.data]
-        if isinstance(task, MixedTasks):
-            row = task.rows[packed.data // z.shape[1]]  # (N,) of the word's sentence
-            bias = (adapter.router_bias() + own.embedding() @ router.T)[row]
-            amendments = amendments[row].transpose(0, 1)  # (K, N, M)
+        inside = torch.arange(width, device=z.device) < lengths[:, None]  # (B, W)
+        flat = z.flatten(0, 1)
+        if torch.compiler.is_compiling():  # a program of fixed shapes computes the padding as well
+            cells, words = None, Words.in_rows(lengths, width)
         else:
-            bias = adapter.router_bias() + router @ own.embedding()
-        moved, expected, active = [], 0.0, 0.0
-        for k in range(len(KNOTS)):
-            flat = words[:, k]
-            if isinstance(task, MixedTasks):
-                flat = flat + (flat @ rows_in.T * amendments[k]) @ rows_out
-            else:
-                flat = flat + flat @ ((rows_in.T * amendments[k]) @ rows_out)
-            routing = route(flat, router, bias, config.router_top_k)
-            update = write_atoms(read_atoms(flat, rows_in, routing), rows_out, routing, coefficients[k])
-            moved.append(flat + update)
-            expected = expected + routing.probabilities.sum(dim=-1) / len(KNOTS)
-            active = active + (routing.gates > 0).sum(dim=-1) / len(KNOTS)
-        features = adapter.token_mixer(packed._replace(data=torch.cat(moved, dim=-1))).data
-        features, expected, active = (_unpack(x, packed.data, z.shape[:2]) for x in (features, expected, active))
-        return StreamRun(adapter, task, features, lengths, expected, active)
+            cells = inside.flatten().nonzero().squeeze(1)
+            words, flat = Words.one_after_the_other(lengths, len(cells)), flat.index_select(0, cells)
+        at_knots = flat.transpose(0, 1)  # (K, N, D)
+        if mixed is None:
+            at_knots, bias = torch.baddbmm(at_knots, at_knots, tables.amended).flatten(0, 1), tables.bias
+        else:
+            at_knots, bias = self._amend_each(at_knots, mixed, tables, cells, width)
+        routing = route(at_knots, tables.router, bias, config.router_top_k)
+        own = routing.atoms.view(knots, -1)
+        weights = routing.gates * tables.coefficients.gather(1, own).view_as(routing.gates)
+        dots = read_atoms(at_knots, tables.rows_in, routing)
+        moved = at_knots + write_atoms(dots, tables.rows_out, routing, weights)
+        features = adapter.token_mixer(moved.view(knots, -1, dim).transpose(0, 1).flatten(1), words, tables.mixer)
+        counts = (routing.probabilities, (routing.gates > 0).float())
+        expected, active = (count.sum(dim=-1).view(knots, -1).mean(dim=0) for count in counts)
+        values = (features, expected, active)
+        if cells is None:
+            values = (x.view(batch, width, *x.shape[1:]) for x in values)
+            values = (x.masked_fill(~(inside[..., None] if x.dim() == 3 else inside), 0) for x in values)
+        else:
+            values = (_unpack(x, cells, (batch, width)) for x in values)
+        features, expected, active = values
+        return StreamRun(tables, features, lengths, expected, active, mixed=mixed)
+
+    def _amend_each(
+        self, at_knots: torch.Tensor, own: StackedTasks, tables: Tables, cells: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Words (K, N, D) amended by the δθ of their own tasks → (K·N, D), and the router's bias (K·N, M) of each."""
+        row = own.rows.repeat_interleave(width) if cells is None else own.rows[cells // width]  # (N,)
+        places = knot_features(torch.tensor(KNOTS, device=at_knots.device))
+        amendments = (places @ own.delta()).transpose(0, 1)[:, row]  # (K, N, M)
+        amended = at_knots + (at_knots @ tables.rows_in.T * amendments) @ tables.rows_out
+        bias = self.adapter.router_bias() + own.embedding() @ tables.router.T
+        return amended.flatten(0, 1), bias[row].repeat(len(at_knots), 1)
+
+    def _tables(self, task: str) -> Tables:
+        adapter = self.adapter
+        own = adapter.tasks[task]
+        rows_in, rows_out, router = adapter.atoms_in(), adapter.atoms_out(), adapter.router_weight()
+        places = knot_features(torch.tensor(KNOTS, device=rows_in.device))
+        return Tables(
+            amended=torch.einsum("md,km,me->kde", rows_in, places @ own.delta(), rows_out),
+            rows_in=rows_in,
+            rows_out=rows_out,
+            router=router,
+            bias=adapter.router_bias() + router @ own.embedding(),
+            coefficients=adapter.mixer(places),
+            mixer=adapter.token_mixer.weights(),
+            head_weight=own.head_weight(),
+            head_bias=own.head_bias(),
+        )
 
     def host_multiply_adds(self, sequence_length: int) -> int:
         """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
@@ -189,21 +285,25 @@ class Stream:
         """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
         config, knots = self.adapter.config, len(KNOTS)
         project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
+        landmarks = len(self.fit.landmarks.at) * (self.fit.landmarks.at.shape[1] + knots * config.stream_dim)
+        landmarks += len(self.fit.landmarks.offset) * self.hidden_size * len(self.fit.landmarks.layers)
         atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k + config.stream_dim)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
-        return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
+        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
-        """The map of this host and its table of word beginnings."""
-        return [*(tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)), self.begins_word]
+        """The map of this host, by knot and by layer, its table of word beginnings, and the values of the file."""
+        made = HostToKnots.of(self.fit, self.begins_word.device)
+        by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
+        *tables, mixer, head_weight, head_bias = self._tables(task)
+        parts = (*self.fit.knots, self.fit.landmarks)
+        by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
+        return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias]
 
 
 def _unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Values of packed words (N, …) → (B, W, …) by their cells in it, the others 0.
-
-    As ``pad_packed_sequence``, whose gradient copies the whole batch once for every length of a sentence.
-    """
+    """Values of words (N, …) → (B, W, …) by their cells in it, the others 0."""
     padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
     return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])
 
@@ -283,7 +383,8 @@ def word_positions(
     begins = begins_of(begins_word, input_ids, attention_mask)
     lengths = begins.sum(dim=1)
     word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
-    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    most = begins.shape[1] if torch.compiler.is_compiling() else int(lengths.max())
+    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
     return order * inside, lengths, word_of
 

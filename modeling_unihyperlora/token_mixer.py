@@ -1,14 +1,45 @@
 """The token mixer of the portable stream: what the words of a sentence tell each other, in the canonical space."""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from .quantization import Half, RowInteger, StoredTensor
 
 STREAM_BITS = 8
+GROUP = 8  # sentences that the CPU reads together, each group padded to its own longest
+
+
+class Words(NamedTuple):
+    """Where the N words of B sentences lie among rows: those of a sentence one after the other.
+
+    ``starts`` and ``lengths`` (B,): first row of a sentence, and how many words it has. ``sentence`` and ``place``
+    (N,): of each row the sentence, and how many words of it come before; a row that no sentence counts among its words
+    has a place from its length on.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    sentence: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def one_after_the_other(cls, lengths: torch.Tensor, total: int) -> "Words":
+        """Sentences without a gap, ``total`` words in all."""
+        starts = lengths.cumsum(dim=0) - lengths
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        sentence = numbers.repeat_interleave(lengths, output_size=total)
+        place = torch.arange(total, device=lengths.device) - starts[sentence]
+        return cls(starts, lengths, sentence, place)
+
+    @classmethod
+    def in_rows(cls, lengths: torch.Tensor, width: int) -> "Words":
+        """``width`` rows for each sentence, however long it is."""
+        cells = torch.arange(len(lengths) * width, device=lengths.device)
+        return cls(cells[::width], lengths, cells // width, cells % width)
 
 
 class TokenMixer(nn.Module):
@@ -44,23 +75,49 @@ class TokenMixer(nn.Module):
         )
         self.hidden = hidden
 
-    def forward(self, words: PackedSequence) -> PackedSequence:
-        """The words of the batch's sentences, (N, K·D) → (N, F)."""
-        x = self.dropout(nn.functional.gelu(nn.functional.linear(words.data, self.inward(), self.inward_bias())))
-        weights = []
+    def weights(self) -> list[torch.Tensor]:
+        """The values of all its tensors: of the linear map, then of both directions."""
+        values = [self.inward(), self.inward_bias()]
         for direction in self.directions:
             bias = direction["bias"]()
-            weights += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
-        state = x.new_zeros(2, int(words.batch_sizes[0]), self.hidden)
-        out, _, _ = torch.lstm(
-            x,
-            words.batch_sizes,
-            (state, state),
-            weights,
-            has_biases=True,
-            num_layers=1,
-            dropout=0.0,
-            train=self.training,
-            bidirectional=True,
-        )
-        return words._replace(data=self.dropout(out))
+            values += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
+        return values
+
+    def forward(self, z: torch.Tensor, words: Words, weights: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The words of the batch's sentences, (N, K·D) → (N, F); ``weights`` where they are known already.
+
+        Backwards a sentence is read from its last word on, so that nothing comes before it; what is read after its
+        first word is not looked at.
+        """
+        inward, bias, *weights = self.weights() if weights is None else weights
+        x = self.dropout(F.gelu(F.linear(z, inward, bias)))
+        starts, lengths, sentence, place = words
+        onward, back = [], []
+        rows = torch.zeros_like(lengths)  # a sentence's first among the outputs of all groups
+        done = 0
+        for chosen in self._groups(lengths, len(x)):
+            first, count = starts[chosen, None], lengths[chosen, None]
+            longest = len(x) // len(lengths) if torch.compiler.is_compiling() else int(count.max())
+            step = torch.arange(longest, device=x.device)
+            inside = step < count
+            ahead = torch.where(inside, first + step, first)
+            behind = torch.where(inside, first + count - 1 - step, first)
+            onward.append(self._read(x[ahead], weights[:4]))
+            back.append(self._read(x[behind], weights[4:]))
+            rows[chosen] = done + torch.arange(len(chosen), device=x.device) * longest
+            done += inside.numel()
+        at, mirrored = rows[sentence], lengths[sentence] - 1 - place
+        ends = [torch.cat(onward)[at + place], torch.cat(back)[at + torch.where(mirrored >= 0, mirrored, place)]]
+        return self.dropout(torch.cat(ends, dim=-1))
+
+    def _groups(self, lengths: torch.Tensor, words: int) -> tuple[torch.Tensor, ...]:
+        """Sentences that are read together: on the CPU a few of similar length."""
+        if torch.compiler.is_compiling() or lengths.device.type != "cpu" or len(lengths) <= GROUP:
+            return (torch.arange(len(lengths), device=lengths.device),)
+        return lengths.argsort(descending=True).split(GROUP)
+
+    def _read(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        """One direction of the recurrent layer, (b, w, …) → (b·w, hidden)."""
+        state = x.new_zeros(1, len(x), self.hidden)
+        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, False, True)
+        return out.flatten(0, 1)

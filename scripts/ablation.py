@@ -18,14 +18,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
 import run_ner
 from modeling_unihyperlora import UniHyperLoraError, adapter, anchors, calibration, stream
 from modeling_unihyperlora.anchors import join_anchors, read_anchors
 from modeling_unihyperlora.quantization import Grid
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.token_mixer import TokenMixer
+from modeling_unihyperlora.token_mixer import TokenMixer, Words
 from trainers import sources, state_cache
 
 logger = logging.getLogger("ablation")
@@ -65,9 +64,8 @@ def words_alone() -> mock._patch:
     """The token mixer sees one word at a time."""
     forward = TokenMixer.forward
 
-    def alone(self, words: PackedSequence) -> PackedSequence:
-        each = forward(self, PackedSequence(words.data, torch.tensor([len(words.data)])))  # sentences of one word
-        return words._replace(data=each.data)
+    def alone(self, z: torch.Tensor, words: Words, *weights) -> torch.Tensor:
+        return forward(self, z, Words.in_rows(torch.ones_like(words.place), 1), *weights)  # sentences of one word
 
     return mock.patch.object(TokenMixer, "forward", alone)
 
@@ -76,14 +74,22 @@ def no_variance_matching() -> mock._patch:
     """What the regression shrinks stays small, on every host."""
     fit_knot = calibration._fit_knot
 
-    def shrunk(features: torch.Tensor, target: torch.Tensor):
-        matrix, offset, r2 = fit_knot(features, target)
-        z = features @ matrix.T + offset
+    def shrunk(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor):
+        fit = fit_knot(states, by_nearness, target)
+        z = states @ fit.matrix.T + by_nearness @ fit.weights + fit.offset
         centred = z - z.mean(dim=0)
         slope = (centred * (target - target.mean(dim=0))).sum(dim=0) / centred.square().sum(dim=0)
-        return matrix * slope[:, None], target.mean(dim=0) + (offset - z.mean(dim=0)) * slope, r2
+        offset = target.mean(dim=0) + (fit.offset - z.mean(dim=0)) * slope
+        return fit._replace(matrix=fit.matrix * slope[:, None], weights=fit.weights * slope, offset=offset)
 
     return mock.patch.object(calibration, "_fit_knot", shrunk)
+
+
+def no_landmarks() -> mock._patch:
+    """A linear map from the host's states alone."""
+    return mock.patch.object(
+        calibration, "nearness", lambda query, landmarks: query.new_zeros(len(query), len(landmarks))
+    )
 
 
 def four_bits() -> mock._patch:
@@ -97,16 +103,20 @@ def no_copies() -> mock._patch:
 
 def only_knots(*kept: int) -> Change:
     """The other knots are always zero."""
-    apply_fit = calibration.apply_fit
+    apply_fit, canonical_states = calibration.apply_fit, stream.Stream.canonical_states
     mask = torch.tensor([float(knot in kept) for knot in range(len(adapter.KNOTS))])[:, None]
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
-        def masked(*args) -> torch.Tensor:
+        def cached(*args) -> torch.Tensor:
             return apply_fit(*args) * mask
 
-        with mock.patch.object(stream, "apply_fit", masked), mock.patch.object(state_cache, "apply_fit", masked):
-            yield
+        def read(*args) -> torch.Tensor:
+            return canonical_states(*args) * mask
+
+        with mock.patch.object(stream.Stream, "canonical_states", read):
+            with mock.patch.object(state_cache, "apply_fit", cached):
+                yield
 
     return change
 
@@ -128,6 +138,7 @@ def rows(folder: Path) -> list[Row]:
         Row("without copies of the source", change=no_copies),
         Row("without learned coordinates: principal components", ("--coordinate_epochs", "0")),
         Row("without variance matching", change=no_variance_matching),
+        Row("without landmarks: a linear map", change=no_landmarks),
         Row("coordinates of 4 bits", ("--max_adapter_bytes", "2000000"), four_bits),
         Row("half of the anchors", ("--anchor_file", str(half))),
         Row("a quarter of the anchors", ("--anchor_file", str(quarter))),

@@ -5,15 +5,18 @@
     python scripts/benchmark.py paper hub_configs/runs/sat_lora-*.yaml --seeds 0 1 2 --output_dir runs/paper
     python scripts/benchmark.py tasks --model_name_or_path HOST --output results/mixed-tasks.json
     python scripts/benchmark.py scaling --model_name_or_path HOST --hosts HOST SMALLER --output results/scaling.json
+    python scripts/benchmark.py latency --model_name_or_path H --output results/speed-latency-h.json
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
 costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
 its picture, of one of ablation.py the table, of one of --do_search the trials.
 ``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each.
-``tasks`` measures a batch of many tasks (see mixed_tasks.py), ``scaling`` how costs grow (see scaling.py).
-``render`` writes results/README.md, the short table in README.md and the tables of docs/HOSTS.md and
-docs/SCALING.md from those files alone.
+``tasks`` measures a batch of many tasks (see mixed_tasks.py), ``scaling`` how costs grow (see scaling.py),
+``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` what an adapter costs on a host (see
+speed.py).
+``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and docs/SCALING.md, and
+results/speed.md with its picture from those files alone.
 """
 
 import argparse
@@ -29,13 +32,15 @@ from pathlib import Path
 from host_tables import host_tables
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.storage import replacing, write_json
+from paper_picture import draw
+from paper_tables import PICTURE, paper_page, rows_of
 from scaling_tables import scaling_page, search_tables
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
     "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
     "per_device_train_batch_size learning_rate num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps "
-    "weight_decay lambda_f lambda_q seed bf16 max_seq_length"
+    "delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
@@ -46,15 +51,17 @@ COLUMNS = (
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
+PAPER = "paper"  # folder under results/ of the runs of the paper's comparison
 ABLATION = "ablation.json"  # what ablation.py calls its own
 SEARCH = "search.json"  # and what --do_search does
 
 
 def main(command_line: list[str] | None = None) -> None:
-    import paper  # here, because the runs of a matrix are recorded with this module
-
     import mixed_tasks
+    import paper  # here, because the runs of a matrix are recorded with this module
     import scaling
+    import speed
+    import speed_report
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -66,13 +73,18 @@ def main(command_line: list[str] | None = None) -> None:
     mixed_tasks.add_arguments(commands.add_parser("tasks", help="measure a batch of many tasks"))
     what = "measure how costs grow with tokens, sentences, batch and hosts"
     scaling.add_arguments(commands.add_parser("scaling", help=what))
+    for command in speed.COMMANDS:
+        speed.add_arguments(command, commands.add_parser(command, help="see speed.py"))
     commands.add_parser("render", help="write results/README.md")
     args, passed = parser.parse_known_args(command_line)
     if passed and args.command != "paper":
         parser.error(f"unrecognized arguments: {' '.join(passed)}")
     if args.command == "paper":
+        kind = "paper_rate" if args.learning_rates else "paper"
         for folder in paper.run_all(args, passed):
-            write_json(RESULTS / f"{folder.name}.json", record_of(folder))
+            write_json(RESULTS / PAPER / f"{folder.name}.json", record_of(folder) | {"kind": kind})
+    elif args.command in speed.COMMANDS:
+        speed.run(args.command, args)
     elif args.command == "tasks":
         mixed_tasks.measure(args)
     elif args.command == "scaling":
@@ -89,6 +101,8 @@ def main(command_line: list[str] | None = None) -> None:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
         records = read_records(RESULTS)
+        if compared := [record for record in records.values() if record.get("kind") == "paper"]:
+            draw(rows_of(compared), RESULTS / PICTURE)
         readme, hosts = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "HOSTS.md"
         scaling = RESULTS.parent / "docs" / "SCALING.md"
         for path, text in {
@@ -99,6 +113,8 @@ def main(command_line: list[str] | None = None) -> None:
         }.items():
             with replacing(path) as temporary:
                 Path(temporary).write_text(text, encoding="utf-8")
+        if of_speed := _of_kind(records, "speed"):
+            speed_report.write(of_speed, RESULTS)
 
 
 def record_of(folder: Path) -> dict[str, object]:
@@ -116,7 +132,8 @@ def record_of(folder: Path) -> dict[str, object]:
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
     return {
-        "settings": {name: run.get(name) for name in SETTINGS},
+        "run_config": run.get("run_config") and Path(run["run_config"]).stem,
+        "settings": {name: None if run.get(name) == "None" else run.get(name) for name in SETTINGS},
         "pathway": adapter.get("pathway"),
         "projector": adapter.get("projector"),
         "host": Path(run.get("model_name_or_path") or "").name,
@@ -181,13 +198,15 @@ def search_of(folder: Path) -> dict[str, object]:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    paths = [*sorted(folder.glob("*.json")), *sorted((folder / PAPER).glob("*.json"))]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def rendered(records: dict[str, dict]) -> str:
     """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
-    kinds = ("transfer", "ablation", "search", None)
-    matrices, ablations, searches, records = (_of_kind(records, kind) for kind in kinds)
+    matrices, ablations, searches, compared, trials, records = (
+        _of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)
+    )
     lines = [
         "# Results",
         "",
@@ -228,6 +247,7 @@ def rendered(records: dict[str, dict]) -> str:
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
     lines += search_tables(searches)
+    lines += paper_page([*compared.values()], [*trials.values()], matrices)
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.adapter import knot_layers
 from modeling_unihyperlora.calibration import fit_host
 from modeling_unihyperlora.hosts import linear_multiply_adds, load_host, load_host_tokenizer
 from modeling_unihyperlora.storage import write_json
@@ -151,7 +152,8 @@ def calibrate(hosts: list[str]) -> list[dict[str, object]]:
         anchors, tokenizer = model.adapter.anchors, load_host_tokenizer(name)
         start = time.perf_counter()
         read = read_anchor_states(model.host, tokenizer, anchors.sentences())
-        fit_host(read, model.stream.near, anchors.canonical().detach())
+        stream = model.stream
+        fit_host(read, stream.near, knot_layers(stream.num_layers), anchors.canonical().detach())
         seconds = time.perf_counter() - start
         rows.append(
             {

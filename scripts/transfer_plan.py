@@ -35,6 +35,7 @@ class Cell:
         source: the run whose adapter is loaded.
         control: makes (source folder, new folder) of that adapter the one that is loaded instead.
         keep_weights: whether its weights are of use once it has its scores.
+        script: name of the module whose ``main`` does it, where it is not that of the Runner.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Cell:
     source: "Cell | None" = None
     control: Callable[[Path, Path], Path] | None = None
     keep_weights: bool = True
+    script: str | None = None
+
+
+def call(script: str, flags: list[str]) -> None:
+    """A run in this process."""
+    importlib.import_module(script).main(flags)
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,13 @@ class Runner:
         folder: where each run gets a folder of its own.
         script: name of the module whose ``main`` does a run.
         digests: files and hosts as they stand on the command line → a digest of what they hold.
+        launch: does a run, of a script with a command line.
     """
 
     folder: Path
     script: str
     digests: dict[str, str]
+    launch: Callable[[str, list[str]], None] = call
 
     def run(self, cell: Cell) -> None:
         """Do a run, and before it the one that it starts from, unless they are finished.
@@ -73,7 +82,7 @@ class Runner:
         try:
             flags = [*cell.flags, "--output_dir", str(folder), *self._adapter(cell)]
             logger.info("run %s: %s", cell.name, shlex.join(flags))
-            importlib.import_module(self.script).main(flags)
+            self.launch(cell.script or self.script, flags)
         except UniHyperLoraError as error:
             raise type(error)(f"run {cell.name}: {error}") from error
         for weights in () if cell.keep_weights else folder.glob("*.safetensors"):
@@ -102,7 +111,8 @@ class Runner:
     def _mark(self, cell: Cell) -> dict[str, object]:
         source = None if cell.source is None else self._mark(cell.source)
         inputs = {given: digest for given, digest in self.digests.items() if given in cell.flags}
-        return {"script": self.script, "name": cell.name, "flags": [*cell.flags], "inputs": inputs, "source": source}
+        script = cell.script or self.script
+        return {"script": script, "name": cell.name, "flags": [*cell.flags], "inputs": inputs, "source": source}
 
 
 def _without_limits(mark: dict | None) -> dict | None:

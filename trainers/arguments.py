@@ -267,6 +267,8 @@ def parse(
         typed, _ = parser.parse_known_args(command_line)
     if typed.method in METHOD_LEARNING_RATES:
         parser.set_defaults(learning_rate=METHOD_LEARNING_RATES[typed.method])
+    if typed.method in BASELINES:
+        parser.set_defaults(max_adapter_bytes=None, max_flops_overhead_pct=None)  # the package's are for its adapter
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             command_line, return_remaining_strings=True, look_for_args_file=False

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from modeling_unihyperlora.errors import ConfigError, HostError
-from modeling_unihyperlora.hosts import HostMap, encoder_of
+from modeling_unihyperlora.errors import BudgetError, ConfigError, HostError
+from modeling_unihyperlora.hosts import HostMap, encoder_of, linear_multiply_adds, num_layers_of
 
 BASELINES = ("probe", "lora", "full")
 LORA_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's
+FULL_WEIGHTS_NAME = "model.safetensors"  # transformers'
 _AUTO_CLASSES = {
     "token_classification": AutoModelForTokenClassification,
     "sequence_classification": AutoModelForSequenceClassification,
@@ -71,7 +72,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in outside.items() if any(True for _ in module.parameters())}
 
 
-def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = None) -> dict[str, int | None]:
+def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = None) -> dict[str, int | float | None]:
     """Figures that a baseline has; what it lacks is left out.
 
     Args:
@@ -80,18 +81,47 @@ def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = 
         folder: where it was saved, if it was.
 
     Returns:
-        ``trainable_parameters``; ``head_bytes`` of the float32 head; for LoRA also ``adapter_bytes``: PEFT's weights
-        file without the tensors of the head, which are in the same file (None without ``folder``).
+        ``trainable_parameters``; ``head_bytes`` of the float32 head; ``extra_ram_mb``: what is trained, for it is held
+        beside a host that others use too (for full that is a host of its own); for LoRA also ``flops_overhead_pct`` at
+        128 tokens where it is not merged, and ``adapter_bytes``: PEFT's weights file without the tensors of the head,
+        which are in the same file (None without ``folder``); for full these are the model's file without the head.
     """
-    task_model = model.get_base_model() if method == "lora" else model
-    head = [p for module in head_modules(task_model).values() for p in module.parameters() if p.requires_grad]
-    figures: dict[str, int | None] = {
-        "head_bytes": sum(p.numel() * p.element_size() for p in head),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    head_bytes = _head_bytes(model, method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    figures: dict[str, int | float | None] = {
+        "head_bytes": head_bytes,
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "extra_ram_mb": round(sum(p.numel() * p.element_size() for p in trained) / 1e6, 3),
     }
     if method == "lora":
         figures["adapter_bytes"] = None if folder is None else _lora_bytes(Path(folder) / LORA_WEIGHTS_NAME)
+        figures["flops_overhead_pct"] = round(_lora_flops_overhead_pct(model), 4)
+    elif method == "full":
+        file = folder and Path(folder) / FULL_WEIGHTS_NAME
+        figures["adapter_bytes"] = file.stat().st_size - head_bytes if file and file.is_file() else None
     return figures
+
+
+def check_baseline_budget(
+    model: nn.Module, method: str, max_bytes: int | None, max_flops_overhead_pct: float | None
+) -> None:
+    """Raise ``BudgetError`` with the numbers if a baseline is over a budget that was asked for; None is no limit."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    size = trained - _head_bytes(model, method)
+    overhead = _lora_flops_overhead_pct(model) if method == "lora" else 0.0
+    over = {
+        "bytes": size - (size if max_bytes is None else max_bytes),
+        "flops_overhead_pct": overhead - (overhead if max_flops_overhead_pct is None else max_flops_overhead_pct),
+    }
+    if max(over.values()) > 0:
+        bytes_allowed = "any number" if max_bytes is None else f"{max_bytes:,}"
+        share_allowed = "any number" if max_flops_overhead_pct is None else f"{max_flops_overhead_pct:g} %"
+        raise BudgetError(
+            f"--method {method} is over budget: {size:,} bytes beside the head of {bytes_allowed} allowed, "
+            f"{overhead:.2f} % extra multiply-adds of {share_allowed} allowed. Use a smaller --lora_r or another "
+            "method, or raise budget_constraints (--max_adapter_bytes, --max_flops_overhead_pct).",
+            excess=over,
+        )
 
 
 def require_peft() -> None:
@@ -114,6 +144,21 @@ def _with_lora(model: nn.Module, task_type: str, rank: int) -> nn.Module:
         modules_to_save=list(head_modules(model)),
     )
     return get_peft_model(model, config)
+
+
+def _head_bytes(model: nn.Module, method: str) -> int:
+    task_model = model.get_base_model() if method == "lora" else model
+    head = [p for module in head_modules(task_model).values() for p in module.parameters() if p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in head)
+
+
+def _lora_flops_overhead_pct(model: nn.Module, sequence_length: int = 128) -> float:
+    """Multiply-adds a token of the factors over those of the host's linear layers and attention, in per cent."""
+    factors = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    host = encoder_of(model.get_base_model())
+    twice = sum(module.base_layer.weight.numel() for module in host.modules() if hasattr(module, "base_layer"))
+    attention = 2 * sequence_length * host.config.hidden_size * num_layers_of(host)
+    return 100 * factors / (linear_multiply_adds(host) - factors - twice + attention)
 
 
 def _lora_bytes(path: Path) -> int:

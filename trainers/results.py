@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,8 @@ RESULT_KEYS = (
     "active_atoms_per_token",
     "trainable_parameters",
     "train_runtime",
+    "cpu_seconds",
+    "peak_memory_mb",
     "budget_ok",
 )
 
@@ -38,6 +41,25 @@ def require_writable(folder: str | Path) -> None:
         raise ConfigError(
             f"The output folder {folder} cannot be written: no permission at {existing}. Choose another."
         )
+
+
+def process_costs() -> dict[str, float | None]:
+    """What this process has taken so far; None where the system does not say (Windows).
+
+    Returns:
+        ``peak_memory_mb``: most memory that was resident. Pages of files that are read through a memory map count as
+        long as the system keeps them. ``cpu_seconds``: of all threads, from the start of the process.
+    """
+    try:
+        import resource
+    except ImportError:
+        return {"peak_memory_mb": None, "cpu_seconds": None}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return {
+        "peak_memory_mb": round(used.ru_maxrss * unit / 1e6, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+    }
 
 
 def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str, object]:

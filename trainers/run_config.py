@@ -115,10 +115,13 @@ SECTIONS: dict[str, Any] = {
     "training": {
         "optimizer": Key(str, "optim", allowed=("adamw",), convert=lambda _: "adamw_torch"),
         "learning_rate": Key(float, "learning_rate"),
+        "delta_learning_rate": Key(float, "delta_learning_rate"),
+        "head_learning_rate": Key(float, "head_learning_rate"),
         "weight_decay": Key(float, "weight_decay"),
         "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
         "max_steps": Key(int, "max_steps"),
         "num_train_epochs": Key(float, "num_train_epochs"),
+        "coordinate_epochs": Key(float, "coordinate_epochs"),
         "lr_scheduler": Key(str, "lr_scheduler_type"),
         "warmup_steps": Key(int, "warmup_steps"),
         "seed": Key(int, "seed"),

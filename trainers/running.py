@@ -24,11 +24,11 @@ from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
-from .baselines import BASELINES, make_baseline, measure_baseline
+from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .launching import whole
 from .reading import check_label_names
-from .results import write_arguments, write_results
+from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .tokenization import load_tokenizer
@@ -108,7 +108,7 @@ def run(
 
     trainer.accelerator.wait_for_everyone()  # until what was trained is saved
     with whole(model.adapter) if isinstance(model, UniHyperLoraPreTrainedModel) else contextlib.nullcontext():
-        metrics |= costs(model, model_args, training_args)
+        metrics |= costs(model, model_args, training_args) | process_costs()
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
@@ -259,6 +259,9 @@ def make_trainer(
         logger.info(model.describe())
     else:
         host_config, trainer_class = model.config, SafeTrainer
+        if "train" in splits:
+            limits = (training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
+            check_baseline_budget(model, model_args.method, *limits)
         name, revision = model_args.model_name_or_path, model_args.model_revision
         if model_args.method == "probe":
             training_args.learning_rate = training_args.learning_rate_of("head")
@@ -411,7 +414,7 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
         folder = Path(cached_file(model_args.adapter, WEIGHTS_NAME, **hub)).parent
     figures = measure(model, folder=folder)
     if model.stream is not None:
-        fit = [knot.r2 for knot in model.stream.fit]
+        fit = model.stream.fit.r2
         figures |= {"calibration_seconds": model.stream.seconds, "calibration_r2": fit}
     parts = figures.pop("parts")
     return figures | {f"bytes_of_{part}": size for part, size in parts.items()}

@@ -182,7 +182,7 @@ def plan_of(task: Task, typed: list[str]) -> Search:
         directions=directions,
         n_trials=n_trials,
         seed=training_args.seed,
-        budget={figure: getattr(training_args, most) for figure, most in OVER},
+        budget={figure: limit for figure, most in OVER if (limit := getattr(training_args, most)) is not None},
         facts=json.loads(json.dumps(facts, default=str)),
     )
 

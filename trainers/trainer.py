@@ -128,7 +128,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self.sources:
             return super()._get_train_sampler(train_dataset)
-        return self.train_dataset.sampler(self.args.data_seed or self.args.seed)
+        return self.train_dataset.sampler(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     # ---- logging ----
 

@@ -52,13 +52,15 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
             "--num_train_epochs begin; with 0 it keeps the leading principal components."
         },
     )
-    max_adapter_bytes: int = field(
-        default=MAX_ADAPTER_BYTES, metadata={"help": "Largest weights file; over it training does not start."}
+    max_adapter_bytes: int | None = field(
+        default=MAX_ADAPTER_BYTES,
+        metadata={"help": "Largest weights file; over it training does not start. No limit by default for baselines."},
     )
-    max_flops_overhead_pct: float = field(
+    max_flops_overhead_pct: float | None = field(
         default=MAX_FLOPS_OVERHEAD_PCT,
         metadata={
-            "help": "Most extra multiply-adds a token, in per cent of the host's; over it training does not start."
+            "help": "Most extra multiply-adds a token, in per cent of the host's; over it training does not start. "
+            "No limit by default for baselines."
         },
     )
 

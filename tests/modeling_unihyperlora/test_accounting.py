@@ -36,8 +36,12 @@ class MultiplyAdds(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm"):
             self.total += out.numel() * args[0].shape[-1]
-        elif name == "addmm":
+        elif name in ("addmm", "addmm_", "baddbmm"):
             self.total += out.numel() * args[1].shape[-1]
+        elif name == "_embedding_bag_per_sample_weights_backward":
+            self.total += out.numel() * args[0].shape[-1]
+        elif name == "linalg_vector_norm":
+            self.total += args[0].numel()
         elif name == "_embedding_bag" or name == "_embedding_bag_forward_only":
             rows, indices = args[0], args[1]
             self.total += indices.numel() * rows.shape[-1]

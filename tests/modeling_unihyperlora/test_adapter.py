@@ -134,7 +134,7 @@ class TestReadAndWrite:
         read, write = draw(16, width, seed=seed + 5), draw(16, 2 * width, seed=seed + 6)
         c = draw(16, seed=seed + 7)
         dots = read_atoms(x, read, routing)
-        update = write_atoms(dots, write, routing, c)
+        update = write_atoms(dots, write, routing, routing.weights(c[None])[0])
         expected_dots, expected = np.zeros((5, top_k)), np.zeros((5, 2 * width))
         for n in range(5):
             for i, j in enumerate(routing.atoms[n].tolist()):
@@ -150,7 +150,7 @@ class TestReadAndWrite:
         x, read, write = draw(5, width, seed=1), draw(16, width, seed=2), draw(16, 2 * width, seed=3)
         gate, c = torch.rand(16, generator=torch.Generator().manual_seed(4)), draw(16, seed=5)
         routing = Routing(None, gate)
-        update = write_atoms(read_atoms(x, read, routing), write, routing, c)
+        update = write_atoms(read_atoms(x, read, routing), write, routing, routing.weights(c[None])[0])
         expected = np.zeros((5, 2 * width))
         for j in range(16):
             expected += float(gate[j]) * float(c[j]) * np.outer(array(x) @ array(read[j]), array(write[j]))
@@ -161,7 +161,7 @@ class TestReadAndWrite:
         routing = route(x, rows, bias - 100, 3)
         assert torch.equal(routing.gates, torch.zeros(5, 3))
         dots = read_atoms(x, draw(16, 64, seed=8), routing)
-        update = write_atoms(dots, draw(16, 64, seed=9), routing, draw(16, seed=10))
+        update = write_atoms(dots, draw(16, 64, seed=9), routing, routing.weights(draw(1, 16, seed=10))[0])
         assert torch.equal(update, torch.zeros(5, 64))
 
     @pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -170,8 +170,9 @@ class TestReadAndWrite:
         x, _, _, routing, _ = routed(384, 2, seed=21)
         routing = Routing(None, torch.rand(16, generator=torch.Generator().manual_seed(4))) if static else routing
         read, write, c = draw(16, 384, seed=5) / 20, draw(16, 384, seed=6) / 20, draw(16, seed=7)
-        full = write_atoms(read_atoms(x, read, routing), write, routing, c)
-        low = write_atoms(read_atoms(x.to(dtype), read, routing), write, routing, c)
+        weights = routing.weights(c[None])[0]
+        full = write_atoms(read_atoms(x, read, routing), write, routing, weights)
+        low = write_atoms(read_atoms(x.to(dtype), read, routing), write, routing, weights)
         assert low.dtype == dtype
         assert (low.float() - full).norm() < bound * full.norm()
 
@@ -186,8 +187,9 @@ class TestReadAndWrite:
         double = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
         weights = draw(5, 48, seed=seed + 8)
 
-        mask = Routing(None if static else routing.atoms, single[4])
-        (write_atoms(read_atoms(single[0], single[1], mask), single[2], mask, single[3]) * weights).sum().backward()
+        mask = Routing(None if static else routing.atoms, single[4], bags=routing.bags)
+        update = write_atoms(read_atoms(single[0], single[1], mask), single[2], mask, mask.weights(single[3][None])[0])
+        (update * weights).sum().backward()
         y, read, write, c, gate = double
         total = torch.zeros(5, 48, dtype=torch.float64)
         for n in range(5):

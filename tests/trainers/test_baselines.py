@@ -19,8 +19,8 @@ from transformers import (
     MPNetModel,
 )
 
-from modeling_unihyperlora import ConfigError, HostError
-from trainers.baselines import BASELINES, head_modules, make_baseline, measure_baseline
+from modeling_unihyperlora import BudgetError, ConfigError, HostError
+from trainers.baselines import BASELINES, check_baseline_budget, head_modules, make_baseline, measure_baseline
 
 LABELS = ["O", "B-A", "I-A"]
 TASK_TYPES = ("token_classification", "sequence_classification")
@@ -73,7 +73,8 @@ def test_the_head_is_what_the_task_model_adds(host_of, family, task_type):
     assert sum(trained(probe).values()) == sum(expected.values())
     assert all(name.startswith(tuple(expected)) for name in trained(probe))
     figures = measure_baseline(probe, "probe")
-    assert figures == {"head_bytes": 4 * sum(expected.values()), "trainable_parameters": sum(expected.values())}
+    head = sum(expected.values())
+    assert figures == {"head_bytes": 4 * head, "trainable_parameters": head, "extra_ram_mb": round(4e-6 * head, 3)}
 
 
 @pytest.mark.parametrize(("family", "task_type"), HEADS)
@@ -88,10 +89,13 @@ def test_lora_sits_on_six_layers_a_block(host_of, family, task_type, rank):
     assert sum(lora.values()) == 3 * rank * (ATTENTION + FEED_FORWARD)
     heads = HEADS[family, task_type]
     assert sum(names.values()) - sum(lora.values()) == sum(heads.values())
+    host = 3 * (4 * 16 * 16 + 2 * 16 * 32 + 2 * 128 * 16)  # linear layers, and attention over 128 tokens
     assert measure_baseline(model, "lora") == {
         "adapter_bytes": None,
         "head_bytes": 4 * sum(heads.values()),
         "trainable_parameters": sum(names.values()),
+        "extra_ram_mb": round(4e-6 * sum(names.values()), 3),
+        "flops_overhead_pct": round(100 * sum(lora.values()) / host, 4),
     }
 
 
@@ -102,6 +106,32 @@ def test_full_trains_everything(host_of, task_type):
     figures = measure_baseline(model, "full")
     assert figures["trainable_parameters"] == sum(trained(model).values()) == every
     assert figures["head_bytes"] == 4 * sum(HEADS["bert", task_type].values())
+
+
+def test_a_budget_that_was_asked_for(host_of):
+    lora, full, probe = (
+        make_baseline(method, "token_classification", host_of("bert"), LABELS) for method in ("lora", "full", "probe")
+    )
+    size = 4 * 3 * 8 * (ATTENTION + FEED_FORWARD)
+    check_baseline_budget(lora, "lora", size, None)
+    check_baseline_budget(probe, "probe", 0, 0.0)
+    check_baseline_budget(full, "full", None, 0.0)
+    with pytest.raises(BudgetError, match=f"lora is over budget: {size:,} bytes beside the head of {size - 1:,}") as e:
+        check_baseline_budget(lora, "lora", size - 1, None)
+    assert e.value.excess == {"bytes": 1, "flops_overhead_pct": 0.0}
+    with pytest.raises(BudgetError, match=r"extra multiply-adds of 1 % allowed"):
+        check_baseline_budget(lora, "lora", None, 1.0)
+    with pytest.raises(BudgetError, match="full is over budget"):
+        check_baseline_budget(full, "full", 1_000, None)
+
+
+def test_the_file_of_full_is_counted_without_its_head(host_of, tmp_path):
+    model = make_baseline("full", "token_classification", host_of("bert"), LABELS)
+    assert measure_baseline(model, "full", tmp_path)["adapter_bytes"] is None
+    model.save_pretrained(tmp_path)
+    figures = measure_baseline(model, "full", tmp_path)
+    assert figures["adapter_bytes"] == (tmp_path / "model.safetensors").stat().st_size - figures["head_bytes"]
+    assert figures["adapter_bytes"] > 4 * (figures["trainable_parameters"] - CLASSIFIER)
 
 
 @pytest.mark.parametrize("task_type", TASK_TYPES)
