@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
 
 A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's states of a word, those of
-neighbouring layers side by side, become z = P_in h, by the host's calibration. δθ, which is tuned on one host, amends
+neighbouring layers side by side, become z = P_in(h), by the host's calibration. δθ, which is tuned on one host, amends
 that map in the directions of all atoms. Then z is routed as a token is in the injected update, and its own atoms act:
 
     z ← z + Σ_{all j} δθ(τ)_j · u_j (v_jᵀ z)
