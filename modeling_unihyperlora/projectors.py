@@ -7,6 +7,8 @@ One interface for every kind (``DimensionProjector`` here; a calibrated kind sha
   are computed once; ``site_keys(module_type, widths, depth)`` names those for reading and writing at a linear
   layer;
 - ``inward(key)`` is P_in, shape (D, width); ``outward(key)`` is P_out, shape (width, D).
+
+A ``CosineProjector`` is a ``DimensionProjector`` as it begins, with nothing to train or to store.
 """
 
 import math
@@ -36,11 +38,8 @@ class DimensionProjector(nn.Module):
     def __init__(self, canonical_dim: int):
         super().__init__()
         self.canonical_dim = canonical_dim
-        initial = torch.zeros(4, canonical_dim)  # amplitude a, frequency offset f, phase p, width slope s
-        initial[0] = 1.0
-        initial[2] = math.pi / 2
-        self.inward_waves = StoredTensor(initial.clone(), Half())
-        self.outward_waves = StoredTensor(initial.clone(), Half())
+        self.inward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
+        self.outward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
 
     def sides(self, module_type: str) -> tuple[Side, Side]:
         """Read at the layer's input, write at its output, as ΔW x does."""
@@ -54,15 +53,38 @@ class DimensionProjector(nn.Module):
         return self.key(widths[read], depth), self.key(widths[write], depth)
 
     def inward(self, key: Hashable) -> torch.Tensor:
-        return self._waves(self.inward_waves(), key).T
+        return columns(self.inward_waves(), key).T
 
     def outward(self, key: Hashable) -> torch.Tensor:
-        return self._waves(self.outward_waves(), key)
+        return columns(self.outward_waves(), key)
 
-    def _waves(self, waves: torch.Tensor, width: int) -> torch.Tensor:
-        """(width, D) float32 from the four rows of wave parameters."""
-        amplitude, frequency, phase, slope = waves
-        position = (torch.arange(width, device=waves.device, dtype=torch.float32) + 0.5) / width
-        harmonic = torch.arange(self.canonical_dim, device=waves.device, dtype=torch.float32) + frequency
-        angle = math.pi * position[:, None] * harmonic + phase + slope * math.log10(width)
-        return amplitude * math.sqrt(2 / width) * torch.sin(angle)
+
+class CosineProjector(DimensionProjector):
+    """The orthogonal DCT-II basis for any width; no part of the file."""
+
+    def __init__(self, canonical_dim: int):
+        nn.Module.__init__(self)
+        self.canonical_dim = canonical_dim
+
+    def inward(self, key: Hashable) -> torch.Tensor:
+        return columns(cosine_waves(self.canonical_dim), key).T
+
+    def outward(self, key: Hashable) -> torch.Tensor:
+        return columns(cosine_waves(self.canonical_dim), key)
+
+
+def cosine_waves(canonical_dim: int) -> torch.Tensor:
+    """Amplitude a, frequency offset f, phase p and width slope s with which waves are cosines: (4, D)."""
+    waves = torch.zeros(4, canonical_dim)
+    waves[0] = 1.0
+    waves[2] = math.pi / 2
+    return waves
+
+
+def columns(waves: torch.Tensor, width: int) -> torch.Tensor:
+    """P(width), (width, D) float32, from the four rows of wave parameters (4, D)."""
+    amplitude, frequency, phase, slope = waves
+    position = (torch.arange(width, device=waves.device, dtype=torch.float32) + 0.5) / width
+    harmonic = torch.arange(waves.shape[1], device=waves.device, dtype=torch.float32) + frequency
+    angle = math.pi * position[:, None] * harmonic + phase + slope * math.log10(width)
+    return amplitude * math.sqrt(2 / width) * torch.sin(angle)
