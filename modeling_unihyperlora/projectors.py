@@ -8,7 +8,7 @@ One interface for every kind (``DimensionProjector`` here; a calibrated kind sha
   layer;
 - ``inward(key)`` is P_in, shape (D, width); ``outward(key)`` is P_out, shape (width, D).
 
-A ``CosineProjector`` is a ``DimensionProjector`` as it begins, with nothing to train or to store.
+A ``DimensionProjector`` is trained and begins as a ``CosineProjector``, which has nothing to train.
 """
 
 import math
@@ -23,23 +23,12 @@ from .quantization import Half, StoredTensor
 Side = Literal["input", "output"]
 
 
-class DimensionProjector(nn.Module):
-    """h_ψ: a map for any width w from a wave network of (log10 w, i/w), 4·D half-precision numbers a direction.
-
-    Row i of P(w) is the paper's factored form, a sine network of the width and the relative position times a shared
-    factor, with as many sine features as canonical coordinates and a diagonal factor a:
-
-        P(w)[i, m] = a_m · sqrt(2/w) · sin(π (m + f_m)(i + ½)/w + p_m + s_m log10 w)
-
-    With f = s = 0 and p = π/2 the columns are the orthogonal DCT-II basis, which is where training starts: a narrow
-    shared factor would limit every update on every host to a subspace of its rank.
-    """
+class CosineProjector(nn.Module):
+    """The orthogonal DCT-II basis for any width: nothing to train, and nothing to store."""
 
     def __init__(self, canonical_dim: int):
         super().__init__()
         self.canonical_dim = canonical_dim
-        self.inward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
-        self.outward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
 
     def sides(self, module_type: str) -> tuple[Side, Side]:
         """Read at the layer's input, write at its output, as ΔW x does."""
@@ -53,24 +42,34 @@ class DimensionProjector(nn.Module):
         return self.key(widths[read], depth), self.key(widths[write], depth)
 
     def inward(self, key: Hashable) -> torch.Tensor:
-        return columns(self.inward_waves(), key).T
-
-    def outward(self, key: Hashable) -> torch.Tensor:
-        return columns(self.outward_waves(), key)
-
-
-class CosineProjector(DimensionProjector):
-    """The orthogonal DCT-II basis for any width; no part of the file."""
-
-    def __init__(self, canonical_dim: int):
-        nn.Module.__init__(self)
-        self.canonical_dim = canonical_dim
-
-    def inward(self, key: Hashable) -> torch.Tensor:
         return columns(cosine_waves(self.canonical_dim), key).T
 
     def outward(self, key: Hashable) -> torch.Tensor:
         return columns(cosine_waves(self.canonical_dim), key)
+
+
+class DimensionProjector(CosineProjector):
+    """h_ψ: a map for any width w from a wave network of (log10 w, i/w), 4·D half-precision numbers a direction.
+
+    Row i of P(w) is the paper's factored form, a sine network of the width and the relative position times a shared
+    factor, with as many sine features as canonical coordinates and a diagonal factor a:
+
+        P(w)[i, m] = a_m · sqrt(2/w) · sin(π (m + f_m)(i + ½)/w + p_m + s_m log10 w)
+
+    With f = s = 0 and p = π/2 the columns are the orthogonal DCT-II basis, which is where training starts: a narrow
+    shared factor would limit every update on every host to a subspace of its rank.
+    """
+
+    def __init__(self, canonical_dim: int):
+        super().__init__(canonical_dim)
+        self.inward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
+        self.outward_waves = StoredTensor(cosine_waves(canonical_dim), Half())
+
+    def inward(self, key: Hashable) -> torch.Tensor:
+        return columns(self.inward_waves(), key).T
+
+    def outward(self, key: Hashable) -> torch.Tensor:
+        return columns(self.outward_waves(), key)
 
 
 def cosine_waves(canonical_dim: int) -> torch.Tensor:
