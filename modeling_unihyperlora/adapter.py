@@ -35,6 +35,7 @@ ROUTER_BITS = 8
 HEAD_BITS = 8
 MIXER_BITS = 4
 MEAN_GATE_MOMENTUM = 0.01
+AT_ONCE = 2**18  # numbers that are copied or made at a time where fresh memory costs more than the work
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths whose states the head reads
 
 
@@ -106,7 +107,11 @@ def route(
         bias: (M,) bias and task term.
         bags: ``make_bags`` of as many tokens, if it is there already.
     """
-    scores = F.linear(state, rows.to(state.dtype)).float() / rms(state) + bias
+    scale = rms(state)
+    if state.shape[-1] < len(rows):
+        scores = F.linear(state / scale, rows.to(state.dtype), bias)
+    else:
+        scores = torch.addcdiv(bias, F.linear(state, rows.to(state.dtype)).float(), scale)
     best, atoms = scores.topk(top_k, dim=-1)
     probability = torch.sigmoid(best)
     gates = probability - (probability * (best <= 0)).detach()
@@ -184,6 +189,24 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weight
     if routing.atoms is None:
         return F.linear(weighted, rows.T)
     return _sum_atoms(weighted, rows, routing.atoms, routing.bags[0])
+
+
+def add_atoms(
+    out: torch.Tensor, dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor
+) -> None:
+    """``out += write_atoms(dots, rows, routing, weights)``, where no gradient is needed.
+
+    It goes a few tokens at a time: a second array as large as ``out`` (N, w) costs more in fresh memory than the sum.
+    """
+    rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
+    if routing.atoms is None:
+        out += F.linear(weighted, rows.T)
+        return
+    step = max(1, AT_ONCE // out.shape[-1])
+    starts = routing.bags[0]
+    for first in range(0, len(out), step):
+        chosen = routing.atoms[first : first + step]
+        out[first : first + step] += _sum_atoms(weighted[first : first + step], rows, chosen, starts[: len(chosen)])
 
 
 class Mixer(nn.Module):

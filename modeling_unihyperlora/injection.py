@@ -19,6 +19,7 @@ from .adapter import (
     ProjectedAtoms,
     Routing,
     UniHyperLoraAdapter,
+    add_atoms,
     knot_layers,
     read_atoms,
     route,
@@ -259,13 +260,13 @@ class Injection:
                 f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
             )
         dots, rows = run.read(x, tokens, atoms.read[read_key]), atoms.write[write_key]
+        if not torch.is_grad_enabled() and len(types) == 1 and output.is_contiguous() and output.dtype == dots.dtype:
+            if not self.map.layout.channels_first:  # nobody else has seen the output yet
+                add_atoms(output.flatten(0, -2), dots, rows, run.routing, run.weights[types[0]])
+                return output
         update = site.join([write_atoms(dots, rows, run.routing, run.weights[number]) for number in types])
         own = self._tokens_last(output)
-        update = update.view(own.shape).to(own.dtype)
-        if not torch.is_grad_enabled():  # nobody else has seen the output yet
-            own += update
-            return output
-        return self._tokens_last(own + update)
+        return self._tokens_last(own + update.view(own.shape).to(own.dtype))
 
     def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
         """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""

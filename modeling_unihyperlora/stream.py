@@ -30,6 +30,7 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 
 from .adapter import (
+    AT_ONCE,
     KNOTS,
     UniHyperLoraAdapter,
     knot_features,
@@ -107,9 +108,11 @@ class HostToKnots(NamedTuple):
     def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
         z = self.offset.repeat(len(cells), 1)
-        for layer, start, end, matrix in self.layers:
-            states = hidden_states[layer].flatten(0, 1).index_select(0, cells).float()
-            z[:, start:end].addmm_(states, matrix.T)
+        flat = [(hidden_states[layer].flatten(0, 1), *rest) for layer, *rest in self.layers]
+        step = AT_ONCE // flat[0][0].shape[-1]
+        for part, chosen in zip(z.split(step), cells.split(step), strict=True):
+            for states, start, end, matrix in flat:
+                part[:, start:end].addmm_(states.index_select(0, chosen).float(), matrix.T)
         coordinates = len(self.landmarks.weights)
         return z[:, :coordinates] + self.landmarks(z[:, coordinates:])
 

@@ -220,7 +220,7 @@ def rendered(records: dict[str, dict]) -> str:
         lines += transfer_table(name, matrix)
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
-    lines += paper_page([*compared.values()], [*trials.values()])
+    lines += paper_page([*compared.values()], [*trials.values()], matrices)
     return "\n".join(lines) + "\n"
 
 

@@ -165,8 +165,10 @@ def choose_columns(
     else:
         known = [names for names in TEXT_COLUMNS if {*names} - {None} <= {*present}]
         if not known:
+            halves = [names for names in TEXT_COLUMNS if len({*names} & {*present}) == 1]
+            lone = "".join(f" ({a} without {b})" if a in present else f" ({b} without {a})" for a, b in halves[:1])
             raise DataError(
-                f"{origin} has no column that is known to hold text; it has {listed(present)}. Name it: "
+                f"{origin} has no column that is known to hold text{lone}; it has {listed(present)}. Name it: "
                 "--text_column_name, and --text_pair_column_name for pairs."
             )
         text, pair = known[0]

@@ -24,6 +24,7 @@ RESULT_KEYS = (
     "active_atoms_per_token",
     "trainable_parameters",
     "train_runtime",
+    "cpu_seconds",
     "peak_memory_mb",
     "budget_ok",
 )
@@ -42,17 +43,23 @@ def require_writable(folder: str | Path) -> None:
         )
 
 
-def peak_memory_mb() -> float | None:
-    """Most memory that this process has had resident so far, in MB; None where the system does not say (Windows).
+def process_costs() -> dict[str, float | None]:
+    """What this process has taken so far; None where the system does not say (Windows).
 
-    Pages of files that are read through a memory map count as long as the system keeps them.
+    Returns:
+        ``peak_memory_mb``: most memory that was resident. Pages of files that are read through a memory map count as
+        long as the system keeps them. ``cpu_seconds``: of all threads, from the start of the process.
     """
     try:
         import resource
     except ImportError:
-        return None
+        return {"peak_memory_mb": None, "cpu_seconds": None}
+    used = resource.getrusage(resource.RUSAGE_SELF)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    return {
+        "peak_memory_mb": round(used.ru_maxrss * unit / 1e6, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+    }
 
 
 def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str, object]:

@@ -26,7 +26,7 @@ from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .reading import check_label_names
-from .results import peak_memory_mb, write_arguments, write_results
+from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .tokenization import load_tokenizer
@@ -104,7 +104,7 @@ def run(
         trainer.add_callback(callback)
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
-    metrics |= costs(model, model_args, training_args) | {"peak_memory_mb": peak_memory_mb()}
+    metrics |= costs(model, model_args, training_args) | process_costs()
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -198,6 +201,44 @@ def test_a_run_in_a_process_of_its_own(tmp_path, monkeypatch):
         run_in_own_process("a_script_of_the_test", ["refuse"])
     with pytest.raises(RunDied, match="status -9"):
         run_in_own_process("a_script_of_the_test", ["die"])
+
+
+WAITS = """
+import pathlib, time
+
+def main(flags):
+    while True:
+        pathlib.Path(flags[0]).touch()
+        time.sleep(0.05)
+"""
+BEGIN = """
+import sys
+from own_process import run_in_own_process
+
+if __name__ == "__main__":
+    run_in_own_process("a_script_that_waits", sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_benchmark_that_was_killed(tmp_path):
+    sign = tmp_path / "sign of life"
+    (tmp_path / "a_script_that_waits.py").write_text(WAITS)
+    (tmp_path / "begin.py").write_text(BEGIN)
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, str(tmp_path / "begin.py"), str(sign)]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
+    wait_for(sign.exists)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: time.time() - sign.stat().st_mtime > 5)
+
+
+def wait_for(what, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_what_is_refused_before_the_first_run(config, done, results, tmp_path):

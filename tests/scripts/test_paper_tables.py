@@ -43,22 +43,22 @@ RECORDS = [
 
 
 def section(records: list[dict], title: str) -> str:
-    parts = "\n".join(paper_page(records, [])).split("### ")
+    parts = "\n".join(paper_page(records, [], {})).split("### ")
     return next(part for part in parts if part.startswith(title))
 
 
 def test_a_row_for_each_config_and_host_with_its_seeds():
-    lines = paper_page(RECORDS, [])
+    lines = paper_page(RECORDS, [], {})
     assert (
         "| sst2 | small | unihyperlora, δθ 500 steps | 0, 1 | 0.001 | 0.8100 ± 0.0141 | 0.8100 ± 0.0141"
         in "\n".join(lines)
     )
     assert [row.method for row in rows_of(RECORDS)][0] == "unihyperlora-source"
-    assert paper_page([], []) == []
+    assert paper_page([], [], {}) == []
 
 
 def test_tags_have_no_accuracy_beside_their_f1():
-    text = "\n".join(paper_page([record("probe", "small", 0.5, data="conll2003", eval_precision=0.5)], []))
+    text = "\n".join(paper_page([record("probe", "small", 0.5, data="conll2003", eval_precision=0.5)], [], {}))
     assert "| conll2003 | small | probe | 0 | 0.001 | 0.5000 | – | – |" in text
 
 
@@ -74,6 +74,15 @@ def test_against_sat_lora():
     text = section(RECORDS, "δθ after 500 steps")
     assert "| sst2 | small | 0, 1 | 0.8100 | 0.8050 | +0.5 points | held |" in text
     assert "| sst2 | middle | 0 | 0.7000 | 0.7500 | -5.0 points | did not hold |" in text
+
+
+def test_a_source_that_had_the_task():
+    target = {"source_hosts": ["other"], "zero_shot_f1": {"mean": 0.7}, "delta_500_f1": {"mean": 0.9}}
+    targets = {"small": target, "middle": target | {"delta_500_f1": None}, "elsewhere": target}
+    matrix = {"data": {"name": "sst2"}, "targets": targets}
+    text = "\n".join(paper_page(RECORDS, [], {"sst2-transfer": matrix}))
+    assert "| sst2-transfer | small | other | 0.7000 | 0.9000 | 0.8050 | +9.5 points | held |" in text
+    assert text.count("sst2-transfer") == 1
 
 
 def test_memory_is_counted_in_three_ways():
@@ -98,7 +107,7 @@ def test_lora_of_no_larger_a_file_on_the_smallest_host():
 
 def test_rates_beside_the_one_of_the_config():
     trials = [record("lora", "small", score, rate=rate) for rate, score in ((1e-2, 0.7), (1e-4, 0.6))]
-    text = "\n".join(paper_page(RECORDS, trials))
+    text = "\n".join(paper_page(RECORDS, trials, {}))
     assert "| LoRA r=8 | sst2 | small | 0.0001: 0.6000, **0.001: 0.8050**, 0.01: 0.7000 |" in text
 
 

@@ -81,6 +81,8 @@ def test_named_columns_that_are_not_there(flags, expected):
 def test_columns_that_nobody_knows():
     with pytest.raises(DataError, match="known to hold text; it has body, label. Name it: --text_column_name"):
         choose_columns("here", ["body", "label"])
+    with pytest.raises(DataError, match=r"hold text \(premise without hypothesis\); it has premise, label"):
+        choose_columns("here", ["premise", "label"])
     with pytest.raises(DataError, match="known to hold labels; it has text, stars. Name it: --label_column_name"):
         choose_columns("here", ["text", "stars"])
 
