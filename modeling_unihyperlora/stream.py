@@ -110,9 +110,11 @@ class HostToKnots(NamedTuple):
         z = self.offset.repeat(len(cells), 1)
         flat = [(hidden_states[layer].flatten(0, 1), *rest) for layer, *rest in self.layers]
         step = AT_ONCE // flat[0][0].shape[-1]
-        for part, chosen in zip(z.split(step), cells.split(step), strict=True):
+        for first in range(0, len(cells), step):  # slices, since autograd lets nothing write into what split() gives
+            chosen = cells[first : first + step]
             for states, start, end, matrix in flat:
-                part[:, start:end].addmm_(states.index_select(0, chosen).float(), matrix.T)
+                part = z[first : first + step, start:end]
+                part.addmm_(states.index_select(0, chosen).float(), matrix.T)
         coordinates = len(self.landmarks.weights)
         return z[:, :coordinates] + self.landmarks(z[:, coordinates:])
 
