@@ -114,7 +114,7 @@ class TestMultiplyAdds:
         d, used = 384, 2
         host = 6 * (4 * d * d + 2 * d * 4 * d + 2 * TOKENS * d)
         reads, writes = d + d + d + 4 * d, 4 * d + 4 * d + d  # q, k and v share their reading
-        added = 6 * (128 * d + d + used * (reads + writes)) + (9 + 2) * 5 * d
+        added = 6 * (128 * d + d + used * (reads + writes)) + 5 * ((9 + 1) * d + 9)
         assert host_multiply_adds(model.injection, TOKENS) == host
         assert added_multiply_adds(model.injection, 9) == added
         assert flops_overhead_pct(model.injection, 9) == pytest.approx(100 * added / host)

@@ -247,6 +247,10 @@ class TestRefused:
         with pytest.raises(ConfigError, match="Give input_ids"):
             both(canonical_states=torch.zeros(1, 2, 5, D), attention_mask=torch.ones(1, 2))
 
+    def test_tasks_mixed_in_a_batch(self, both, batch):
+        with pytest.raises(ConfigError, match="one task at a time"):
+            both(**batch, task_ids=["people"] * 2)
+
     def test_a_fresh_one(self, both):
         with pytest.raises(ConfigError, match="not trained from nothing"):
             UniHyperLoraConfig(pathway="both")

@@ -6,7 +6,7 @@ from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.adapter import Routing, make_bags, read_atoms, write_atoms
-from modeling_unihyperlora.calibration import KnotFit, apply_fit
+from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, apply_fit
 from modeling_unihyperlora.quantization import StoredTensor
 from modeling_unihyperlora.stream import HostToKnots
 from modeling_unihyperlora.token_mixer import GROUP, TokenMixer, Words
@@ -126,17 +126,23 @@ class TestStream:
     def test_a_hosts_map_by_layer_is_that_by_knot(self, dtype, bound):
         torch.manual_seed(0)
         near = [[0, 1], [0, 1, 2], [2], [1, 3], [3, 4]]  # one knot reads layers that are no neighbours
-        fit = [KnotFit(layers, torch.randn(3, 8 * len(layers)), torch.randn(3), 1.0) for layers in near]
+        knots = [KnotFit(layers, torch.randn(3, 8 * len(layers)), torch.randn(3), 1.0) for layers in near]
+        values = (torch.randn(2, 24) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
+        fit = HostFit(knots, Landmarks([0, 2, 4], *values))
         hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
         cells = torch.tensor([0, 3, 7, 11, 2])
         found = HostToKnots.of(fit, torch.device("cpu"))(tuple(hidden), cells)
-        exact = [k._replace(matrix=k.matrix.double(), offset=k.offset.double()) for k in fit]
-        states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1)
-        expected = torch.stack(
-            [nn.functional.linear(states[:, k.layers].flatten(1).double(), k.matrix, k.offset) for k in exact], dim=1
-        )
+        states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1).double()
+
+        def beside(part: KnotFit | Landmarks) -> torch.Tensor:
+            return states[:, part.layers].flatten(1) @ part.matrix.double().T + part.offset.double()
+
+        query, at, weights = beside(fit.landmarks), fit.landmarks.at.double(), fit.landmarks.weights.double()
+        near_by = torch.exp(-(query[:, None] - at).square().sum(dim=-1)) @ weights.T
+        expected = torch.stack([beside(knot) for knot in knots], dim=1) + near_by.view(5, 5, 3)
+        assert near_by.norm() > 0.1 * expected.norm()
         assert relative(found.view(5, 5, 3), expected) < bound
-        assert relative(apply_fit(fit, states, list(range(5))), expected) < bound
+        assert relative(apply_fit(fit, states.float(), list(range(5))), expected) < bound
 
     def test_many_sentences_score_as_each_on_its_own(self, stream):
         tokenizer, text = tiny_tokenizer(), sentences(GROUP + 4)
@@ -167,7 +173,8 @@ class TestStream:
         batch = tiny_tokenizer()(sentences(3), padding=True, return_tensors="pt")
         with torch.no_grad():
             before = stream(**batch).logits
-            stream.stream.fit = [knot._replace(matrix=-knot.matrix) for knot in stream.stream.fit]
+            fit = stream.stream.fit
+            stream.stream.fit = fit._replace(knots=[knot._replace(matrix=-knot.matrix) for knot in fit.knots])
             assert (stream(**batch).logits - before).abs().max() > 1e-2
 
 
