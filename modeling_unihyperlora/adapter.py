@@ -13,7 +13,7 @@ one product with M rows a block and 2k short vectors a layer.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ ROUTER_BITS = 8
 HEAD_BITS = 8
 MIXER_BITS = 4
 MEAN_GATE_MOMENTUM = 0.01
+AT_ONCE = 2**18  # numbers that are copied or made at a time where fresh memory costs more than the work
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths whose states the head reads
 
 
@@ -49,12 +50,14 @@ class Routing(NamedTuple):
     """The atoms that each token uses in one block.
 
     ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
-    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token.
+    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token. ``bags`` is for torch's
+    ``embedding_bag``: where each token's atoms begin (N,), and whose an atom is (N·k,).
     """
 
     atoms: torch.Tensor | None
     gates: torch.Tensor
     probabilities: torch.Tensor | None = None
+    bags: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
         """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static."""
@@ -75,7 +78,19 @@ class ProjectedAtoms(NamedTuple):
     coefficients: torch.Tensor  # (L, S, M): (g_θ + δθ)(ℓ/L, type)
 
 
-def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: int) -> Routing:
+def make_bags(tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Routing.bags`` for so many tokens."""
+    each = torch.arange(tokens * top_k, device=device)
+    return each[::top_k].contiguous(), each // top_k
+
+
+def route(
+    state: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    bags: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Routing:
     """Choose at most ``top_k`` atoms a token.
 
     Score s_j of an atom is r_jᵀ P_in x / rms(x) + bias_j; that of the null choice is 0. Under logistic noise on their
@@ -87,11 +102,17 @@ def route(state: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, top_k: in
         state: (N, w) states at the input of a block.
         rows: (M, w) router rows in host coordinates.
         bias: (M,) bias and task term.
+        bags: ``make_bags`` of as many tokens, if it is there already.
     """
-    scores = F.linear(state, rows.to(state.dtype)).float() / rms(state) + bias
+    scale = rms(state)
+    if state.shape[-1] < len(rows):
+        scores = F.linear(state / scale, rows.to(state.dtype), bias)
+    else:
+        scores = torch.addcdiv(bias, F.linear(state, rows.to(state.dtype)).float(), scale)
     best, atoms = scores.topk(top_k, dim=-1)
     probability = torch.sigmoid(best)
-    return Routing(atoms, probability - (probability * (best <= 0)).detach(), probability)
+    gates = probability - (probability * (best <= 0)).detach()
+    return Routing(atoms, gates, probability, bags or make_bags(len(state), top_k, state.device))
 
 
 def rms(state: torch.Tensor) -> torch.Tensor:
@@ -108,39 +129,46 @@ def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.T
     if x.device.type != "cpu":
         return (F.embedding(routing.atoms, rows) * x.unsqueeze(1)).sum(dim=-1)
     if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
-        return _RoutedDots.apply(x, rows, routing.atoms)
-    return _routed_dots(x, rows, routing.atoms)
+        return _RoutedDots.apply(x, rows, routing.atoms, *routing.bags)
+    return _routed_dots(x, rows, routing.atoms, *routing.bags)
 
 
-def _routed_dots(x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+def _routed_dots(
+    x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor, bags: torch.Tensor
+) -> torch.Tensor:
     """(N, w), (M, w), (N, k) → (N, k): the product of each token with its k rows, of which no copy is made.
 
     It is what torch computes as the gradient of the weights in ``embedding_bag``, whose bags are the tokens.
     """
-    bags = torch.arange(atoms.numel(), device=x.device) // atoms.shape[1]
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.contiguous(), rows, atoms.reshape(-1), bags, bags, 0
+        x.contiguous(), rows, atoms.reshape(-1), starts, bags, 0
     )
     return dots.view(atoms.shape)
+
+
+def _sum_atoms(weights: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """(N, k), (M, w), (N, k) → (N, w): the sum of each token's rows by their weights."""
+    flat = weights.reshape(-1)
+    return torch.embedding_bag(rows, atoms.reshape(-1), starts, False, 0, False, flat, False)[0]
 
 
 class _RoutedDots(torch.autograd.Function):
     """``_routed_dots`` with its gradients."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, rows, atoms)
-        return _routed_dots(x, rows, atoms)
+    def forward(ctx, x, rows, atoms, starts, bags) -> torch.Tensor:
+        ctx.save_for_backward(x, rows, atoms, starts)
+        return _routed_dots(x, rows, atoms, starts, bags)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, rows, atoms = ctx.saved_tensors
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, rows, atoms, starts = ctx.saved_tensors
         of_x = of_rows = None
         if ctx.needs_input_grad[0]:
-            of_x = F.embedding_bag(atoms, rows, per_sample_weights=gradient, mode="sum")
+            of_x = _sum_atoms(gradient, rows, atoms, starts)
         if ctx.needs_input_grad[1]:
             of_rows = gradient.new_zeros(len(x), len(rows)).scatter_add_(1, atoms, gradient).T @ x
-        return of_x, of_rows, None
+        return of_x, of_rows, None, None, None
 
 
 def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor) -> torch.Tensor:
@@ -157,7 +185,25 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weight
     rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
     if routing.atoms is None:
         return F.linear(weighted, rows.T)
-    return F.embedding_bag(routing.atoms, rows, per_sample_weights=weighted, mode="sum")
+    return _sum_atoms(weighted, rows, routing.atoms, routing.bags[0])
+
+
+def add_atoms(
+    out: torch.Tensor, dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor
+) -> None:
+    """``out += write_atoms(dots, rows, routing, weights)``, where no gradient is needed.
+
+    It goes a few tokens at a time: a second array as large as ``out`` (N, w) costs more in fresh memory than the sum.
+    """
+    rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
+    if routing.atoms is None:
+        out += F.linear(weighted, rows.T)
+        return
+    step = max(1, AT_ONCE // out.shape[-1])
+    starts = routing.bags[0]
+    for first in range(0, len(out), step):
+        chosen = routing.atoms[first : first + step]
+        out[first : first + step] += _sum_atoms(weighted[first : first + step], rows, chosen, starts[: len(chosen)])
 
 
 class Mixer(nn.Module):
@@ -255,23 +301,27 @@ class UniHyperLoraAdapter(nn.Module):
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
 
     def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, kept under a name between forward passes that need no gradient.
+        """What ``make`` returns without autocast, kept under a name between forward passes that need no gradient.
 
         It is made anew after any tensor of the adapter changed, and whenever a gradient may be needed.
         """
         if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
-            return make()
-        tensors = (*self.parameters(), *self.buffers())
+            return self._make(make)
+        tensors = list(_tensors_of(self))
         if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
             self._kept = (None, {})
-            return make()
+            return self._make(make)
         state = [(t._version, t.device, id(t)) for t in tensors]
         if self._kept[0] != state:
             self._kept = (state, {})
         kept = self._kept[1]
         if name not in kept:
-            kept[name] = make()
+            kept[name] = self._make(make)
         return kept[name]
+
+    def _make(self, make: Callable[[], Any]) -> Any:
+        with torch.autocast(self.router_bias.latent.device.type, enabled=False):
+            return make()
 
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
@@ -335,6 +385,15 @@ class UniHyperLoraAdapter(nn.Module):
         for name, module in stored.items():
             parts[part_of(name)].append(module)
         return parts
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, as a module's own iterators but several times as fast: it is asked in every pass."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
+    for child in module._modules.values():
+        yield from _tensors_of(child)
 
 
 PARTS = ("dictionary", "projector", "mixer", "router", "anchors", "stream", "delta", "head")

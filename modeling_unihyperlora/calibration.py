@@ -1,10 +1,16 @@
 """Lining a host up with the canonical space: closed form, from its states on the anchors, without a label.
 
-Letters: K knots, N anchors, d host width, D canonical width, F features of an anchor. The adapter keeps coordinates C
-of its anchors at every knot. On any host a ridge regression maps what the host has near the knot's relative depth (the
-states of up to three neighbouring layers side by side, standardised) to C. Its λ is the one that predicts held-out
-anchors best, and each coordinate is scaled so that its predictions on held-out anchors have unit variance, since the
-regression shrinks what it cannot predict.
+Letters: K knots, N anchors, d host width, D canonical width, R landmarks, Q their width. The adapter keeps coordinates
+C of its anchors at every knot. On any host a ridge regression maps to C what the host has there:
+
+- the states of up to three layers near the knot's relative depth, side by side and standardised;
+- how near the word is to each of R landmarks, which are anchors: exp(-|q - q_r|²), where q are the leading principal
+  components of the states at all knots. What one host's states say of another's is not linear, the less the smaller
+  the host is. This is kernel ridge regression by the Nyström method (Williams and Seeger, 2000), and the kernel is
+  the sum of a linear and a Gaussian one.
+
+The ridge is the one that predicts held-out anchors best, and each coordinate is scaled so that its predictions on
+held-out anchors have unit variance, since the regression shrinks what it cannot predict.
 """
 
 import hashlib
@@ -22,38 +28,75 @@ from .storage import read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # λ as a share of the number of anchors
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # variance of noise, where that of a word's features is about 1
+LANDMARKS, QUERY_WIDTH = 1024, 128
+LINEAR = 0.25  # weight of the linear kernel; that of the Gaussian one is 1
+LEAST_EIGENVALUE = 1e-4  # of the landmarks' kernel, as a share of the largest
 HELD_OUT, RUN = 5, 50  # of five runs of fifty neighbouring anchors one is held out
 LOW_FIT = 0.1  # mean R² under which a host is reported as a bad fit
 MIN_SCALE = 1e-6
 
 
 class KnotFit(NamedTuple):
-    """Affine map from the states of some layers, side by side, to the coordinates of one knot."""
+    """What is linear of the map from the states of some layers, side by side, to the coordinates of one knot."""
 
     layers: list[int]
     matrix: torch.Tensor  # (D, len(layers)·d) float32
     offset: torch.Tensor  # (D,) float32
-    r2: float  # share of the coordinates' variance explained on held-out anchors
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """(…, len(layers)·d) → (…, D)."""
-        return torch.nn.functional.linear(states.float(), self.matrix, self.offset)
+    r2: float  # share of the coordinates' variance explained on held-out anchors, by all of the map
 
 
-HostFit = list[KnotFit]  # one a knot
+class Landmarks(NamedTuple):
+    """What nearness to landmarks adds to the coordinates of all knots."""
+
+    layers: list[int]
+    matrix: torch.Tensor  # (Q, len(layers)·d) float32: the states of these layers, side by side → q
+    offset: torch.Tensor  # (Q,) float32
+    at: torch.Tensor  # (R, Q) float32
+    weights: torch.Tensor  # (K·D, R) float32
+
+    def __call__(self, query: torch.Tensor) -> torch.Tensor:
+        """(N, Q) → (N, K·D)."""
+        return torch.nn.functional.linear(nearness(query, self.at), self.weights)
+
+
+class HostFit(NamedTuple):
+    """A host's map into the canonical space."""
+
+    knots: list[KnotFit]
+    landmarks: Landmarks
+
+    @property
+    def r2(self) -> list[float]:
+        """Share of the coordinates' variance explained on held-out anchors, for each knot."""
+        return [knot.r2 for knot in self.knots]
+
+
+def nearness(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
+    """exp(-|q - q_r|²): (N, Q), (R, Q) → (N, R)."""
+    squares = query.square().sum(dim=-1, keepdim=True) + landmarks.square().sum(dim=-1)
+    return torch.exp(2 * query @ landmarks.T - squares)
 
 
 def apply_fit(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Canonical coordinates of words: (…, layers, d) states of the named layers → (…, K, D) float32."""
-    return torch.stack(
-        [knot(states[..., [layers.index(i) for i in knot.layers], :].flatten(-2)) for knot in fit], dim=-2
-    )
+    """Canonical coordinates of words: (N, layers, d) states of the named layers → (N, K, D) float32."""
+
+    def beside(of: KnotFit | Landmarks) -> torch.Tensor:
+        features = states[:, [layers.index(layer) for layer in of.layers]].flatten(1).float()
+        return torch.nn.functional.linear(features, of.matrix, of.offset)
+
+    linear = torch.stack([beside(knot) for knot in fit.knots], dim=1)
+    return linear + fit.landmarks(beside(fit.landmarks)).view_as(linear)
 
 
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
-    """The same maps with their tensors on a device."""
-    return [knot._replace(matrix=knot.matrix.to(device), offset=knot.offset.to(device)) for knot in fit]
+    """The same map with its tensors on a device."""
+    moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in (*fit.knots, fit.landmarks)]
+    return HostFit(moved[:-1], moved[-1])
+
+
+def _tensors_of(part: KnotFit | Landmarks, change: Callable = lambda x: x) -> dict[str, torch.Tensor]:
+    return {name: change(value) for name, value in part._asdict().items() if isinstance(value, torch.Tensor)}
 
 
 def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
@@ -78,13 +121,18 @@ def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def fit_host(
-    states: torch.Tensor, near: list[list[int]], coordinates: torch.Tensor, stored: list[int] | None = None
+    states: torch.Tensor,
+    near: list[list[int]],
+    knot_layers: list[int],
+    coordinates: torch.Tensor,
+    stored: list[int] | None = None,
 ) -> HostFit:
-    """Ridge regression of the coordinates on a host's states, one knot at a time.
+    """Kernel ridge regression of the coordinates on a host's states.
 
     Args:
         states: (layers, N, d), in the order of the layers; anchors with NaN are left out.
         near: for each knot the layers whose states are used.
+        knot_layers: for each knot the layer that the landmarks are told by.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
         stored: the layers that ``states`` are of; all that ``near`` names by default.
 
@@ -98,11 +146,22 @@ def fit_host(
             f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host."
         )
     stored = stored or layers_of(near)
-    fits = []
+
+    def beside(layers: list[int]) -> torch.Tensor:
+        return torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)
+
+    own = sorted({*knot_layers})
+    matrix, offset, query = _query(beside(own))
+    chosen = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))[:LANDMARKS]
+    landmarks = query[chosen]
+    by_nearness = nearness(query, landmarks)
+    features_of = _nystroem(by_nearness[chosen])
+    knots, weights = [], []
     for layers, target in zip(near, coordinates, strict=True):
-        features = torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)
-        fits.append(KnotFit(layers, *_fit_knot(features, target[usable].to(features.device))))
-    return fits
+        knot = _fit_knot(beside(layers), by_nearness @ features_of, target[usable].to(query.device))
+        knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
+        weights.append((features_of @ knot.weights).T)
+    return HostFit(knots, Landmarks(own, matrix, offset, landmarks, torch.cat(weights).contiguous()))
 
 
 def layers_of(near: list[list[int]]) -> list[int]:
@@ -110,11 +169,44 @@ def layers_of(near: list[list[int]]) -> list[int]:
     return sorted({layer for layers in near for layer in layers})
 
 
-def _fit_knot(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(N, F), (N, D) → matrix (D, F) and offset (D,) in raw host units, R² on held-out anchors."""
-    x, mean, scale = standardise(features)
-    centre = target.mean(dim=0)
-    y = target - centre
+def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Principal components of standardised states, scaled so that the mean of |q - q'|² over two words is 1.
+
+    (N, F) → matrix (Q, F) and offset (Q,) in raw host units, and q (N, Q).
+    """
+    x, mean, scale = standardise(states)
+    width = min(QUERY_WIDTH, *x.shape)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)  # of the sketch that the decomposition starts from
+        _, _, axes = torch.svd_lowrank(x, q=min(width + 16, *x.shape))
+    axes = axes[:, :width] / (2 * (x @ axes[:, :width]).square().sum(dim=1).mean()).clamp_min(MIN_SCALE).sqrt()
+    matrix = (axes / scale[:, None]).T.contiguous()
+    return matrix, -matrix @ mean, x @ axes
+
+
+def _nystroem(kernel: torch.Tensor) -> torch.Tensor:
+    """Kernel of the landmarks with each other (R, R) → the map (R, R') from nearness to features.
+
+    The features' inner products are the kernel, as far as it is spanned by the landmarks.
+    """
+    values, vectors = torch.linalg.eigh(kernel.double())
+    kept = values > LEAST_EIGENVALUE * values[-1]
+    return (vectors[:, kept] / values[kept].sqrt()).to(kernel.dtype)
+
+
+class _Regression(NamedTuple):
+    matrix: torch.Tensor  # (D, F) of the raw states
+    weights: torch.Tensor  # (R', D) of the features by nearness
+    offset: torch.Tensor  # (D,)
+    r2: float
+
+
+def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor) -> _Regression:
+    """Ridge regression of (N, D) on states (N, F) and features (N, R'), see the module's docstring."""
+    x, mean, scale = standardise(states)
+    shrink = (LINEAR / x.shape[1]) ** 0.5
+    middle, centre = by_nearness.mean(dim=0), target.mean(dim=0)
+    x, y = torch.cat([x * shrink, by_nearness - middle], dim=1), target - centre
     held_out = torch.arange(len(x), device=x.device) // RUN % HELD_OUT == HELD_OUT - 1
     if not held_out.any():
         held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
@@ -123,14 +215,16 @@ def _fit_knot(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tenso
     spread = (y[held_out] - y[held_out].mean(dim=0)).square().sum().clamp_min(MIN_SCALE)
     best = (-torch.inf, 0.0, y[held_out])
     for ridge in RIDGES:
-        predicted = x[held_out] @ _solve(gram_left, cross_left, ridge * int((~held_out).sum()))
+        predicted = x[held_out] @ _solve(gram_left, cross_left, ridge)
         r2 = float(1 - (predicted - y[held_out]).square().sum() / spread)
-        if r2 > best[0]:
-            best = (r2, ridge, predicted)
+        if r2 < best[0]:
+            break  # the fit falls on both sides of the best ridge
+        best = (r2, ridge, predicted)
     r2, ridge, predicted = best
-    weight = _solve(gram, cross, ridge * len(x)) / predicted.std(dim=0).clamp_min(MIN_SCALE)
-    matrix = weight.T / scale
-    return matrix.contiguous(), centre - matrix @ mean, r2
+    weight = _solve(gram, cross, ridge) / predicted.std(dim=0).clamp_min(MIN_SCALE)
+    matrix = (weight[: len(scale)] * shrink / scale[:, None]).T.contiguous()
+    weights = weight[len(scale) :]
+    return _Regression(matrix, weights, centre - matrix @ mean - middle @ weights, r2)
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -157,7 +251,9 @@ def cached_fit(
 
     A cache that is damaged, of another version or not writable is as good as none.
     """
-    digest = hashlib.sha256(f"2 {RIDGES} {HELD_OUT} {RUN} {host_fingerprint}".encode())
+    digest = hashlib.sha256(
+        f"3 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {LINEAR} {host_fingerprint}".encode()
+    )
     digest.update("\n".join(map(str, vocabulary)).encode())
     for part in (anchors.text, *anchors.coordinates.encode().values()):
         digest.update(part.cpu().numpy().tobytes())
@@ -174,14 +270,17 @@ def cached_fit(
 
 
 def _to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
-    tensors = {"r2": torch.tensor([knot.r2 for knot in fit], dtype=torch.float64)}
-    for k, knot in enumerate(fit):
-        tensors |= {f"{k}.layers": torch.tensor(knot.layers), f"{k}.matrix": knot.matrix, f"{k}.offset": knot.offset}
+    tensors = {"r2": torch.tensor(fit.r2, dtype=torch.float64)}
+    for name, part in (*((str(k), knot) for k, knot in enumerate(fit.knots)), ("landmarks", fit.landmarks)):
+        tensors |= {f"{name}.{field}": value for field, value in _tensors_of(part).items()}
+        tensors[f"{name}.layers"] = torch.tensor(part.layers)
     return tensors
 
 
 def _from_tensors(kept: dict[str, torch.Tensor]) -> HostFit:
-    return [
-        KnotFit(kept[f"{k}.layers"].tolist(), kept[f"{k}.matrix"], kept[f"{k}.offset"], r2)
-        for k, r2 in enumerate(kept["r2"].tolist())
-    ]
+    def part(kind: type, name: str, **more):
+        fields = {field: kept[f"{name}.{field}"] for field in kind._fields if field not in more}
+        return kind(**fields | {"layers": fields["layers"].tolist()} | more)
+
+    knots = [part(KnotFit, str(k), r2=r2) for k, r2 in enumerate(kept["r2"].tolist())]
+    return HostFit(knots, part(Landmarks, "landmarks"))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapter import KNOTS, Routing, UniHyperLoraAdapter, knot_features, route
+from .calibration import nearness
 from .errors import ExportError, first_line
 from .storage import replacing
 from .stream import begins_of
@@ -124,12 +125,17 @@ class _StreamGraph(_Graph):
         stream = model.bound_stream
         adapter: UniHyperLoraAdapter = model.adapter
         own, config = adapter.tasks[task], model.config
-        self.near = [list(knot.layers) for knot in stream.fit]
+        landmarks = stream.fit.landmarks
+        self.near = [list(knot.layers) for knot in stream.fit.knots]
+        self.asked = list(landmarks.layers)
         self.top_k = config.router_top_k
         places = knot_features(torch.tensor(KNOTS))
         router = adapter.router_weight()
         values = {
             "begins_word": stream.begins_word.cpu(),
+            "query": landmarks.matrix.cpu(),
+            "query_offset": landmarks.offset.cpu(),
+            "landmarks": landmarks.at.cpu(),
             "rows_in": adapter.atoms_in(),
             "rows_out": adapter.atoms_out(),
             "router": router,
@@ -137,9 +143,12 @@ class _StreamGraph(_Graph):
             "coefficients": adapter.mixer(places),
             "head_weight": own.head_weight(),
         }
-        for k, (knot, amendment) in enumerate(zip(stream.fit, places @ own.delta(), strict=True)):
+        by_knot = landmarks.weights.cpu().unflatten(0, (len(KNOTS), -1))
+        parts = zip(stream.fit.knots, by_knot, places @ own.delta(), strict=True)
+        for k, (knot, weights, amendment) in enumerate(parts):
             amended = torch.eye(config.stream_dim) + (values["rows_in"].T * amendment) @ values["rows_out"]
             values[f"matrix_{k}"], values[f"offset_{k}"] = amended.T @ knot.matrix.cpu(), knot.offset.cpu() @ amended
+            values[f"weights_{k}"] = amended.T @ weights
         for name, value in values.items():
             self.register_buffer(name, value.detach().clone())
         self.mixer = _MixerGraph(adapter.token_mixer)
@@ -153,7 +162,9 @@ class _StreamGraph(_Graph):
         tokens = input_ids.shape[1]
         order = torch.where(begins, number, number + tokens).sort(dim=1).values
         positions = torch.where(order < tokens, order, order - tokens)  # (B, W): where words begin, then the rest
-        moved = [self.move(k, states, positions) for k in range(len(KNOTS))]
+        query = F.linear(self.of_words(self.asked, states, positions), self.query, self.query_offset)
+        near = nearness(query.flatten(0, 1), self.landmarks).view(*positions.shape, -1)  # (B, W, R)
+        moved = [self.move(k, states, positions, near) for k in range(len(KNOTS))]
         features = self.mixer(torch.cat(moved, dim=-1), lengths)  # (B, W, F)
         inside = (number < lengths[:, None])[:, :, None]
         features = torch.where(inside, features, torch.zeros_like(features))
@@ -162,11 +173,17 @@ class _StreamGraph(_Graph):
         logits = F.linear(features, self.head_weight, self.head_bias)
         return logits.gather(1, word_of[:, :, None].expand(-1, -1, logits.shape[2]))
 
-    def move(self, k: int, states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
-        """Coordinates of knot k with its atoms' update: (B, W, D)."""
+    def of_words(self, layers: list[int], states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
+        """States of some layers side by side, where words begin: (B, W, len(layers)·d)."""
         index = positions[:, :, None]
-        near = [states[layer].gather(1, index.expand(-1, -1, states[layer].shape[2])) for layer in self.near[k]]
-        z = F.linear(torch.cat(near, dim=-1), getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
+        beside = [states[layer].gather(1, index.expand(-1, -1, states[layer].shape[2])) for layer in layers]
+        return torch.cat(beside, dim=-1)
+
+    def move(self, k: int, states: tuple[torch.Tensor, ...], positions: torch.Tensor, near: torch.Tensor):
+        """Coordinates of knot k with its atoms' update: (B, W, D)."""
+        beside = self.of_words(self.near[k], states, positions)
+        z = F.linear(beside, getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
+        z = z + F.linear(near, getattr(self, f"weights_{k}"))
         routing: Routing = route(z.flatten(0, 1), self.router, self.router_bias, self.top_k)
         flat, weight = z.flatten(0, 1), self.coefficients[k][routing.atoms] * routing.gates
         dots = (F.embedding(routing.atoms, self.rows_in) * flat[:, None, :]).sum(dim=-1)

@@ -1,5 +1,6 @@
 """The host: its blocks and the sites of the update in them, loading it, and leaving it as it was."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -259,9 +260,15 @@ def load_host_tokenizer(name_or_path: str | None, **kwargs):
         ) from error
 
 
+@functools.cache  # a signature takes as long as a small layer
+def _takes_mask(host: type[nn.Module]) -> bool:
+    return "attention_mask" in inspect.signature(host.forward).parameters
+
+
 def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
     """The host's forward; the mask is left out where there is none, or where the host takes none (FNet)."""
-    if attention_mask is not None and "attention_mask" in inspect.signature(host.forward).parameters:
+    takes_mask = _takes_mask.__wrapped__ if torch.compiler.is_compiling() else _takes_mask
+    if attention_mask is not None and takes_mask(type(host)):
         inputs["attention_mask"] = attention_mask
     return host(return_dict=True, **inputs)
 

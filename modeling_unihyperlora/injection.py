@@ -5,7 +5,7 @@ computes what it always did.
 """
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from .adapter import (
     ProjectedAtoms,
     Routing,
     UniHyperLoraAdapter,
+    add_atoms,
     knot_layers,
     read_atoms,
     route,
@@ -26,6 +27,11 @@ from .adapter import (
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
+
+
+def _thread() -> int:
+    """Which thread this is; a compiled program has but one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Pass:
@@ -41,7 +47,7 @@ class Pass:
         self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
         self.block: int | None = None
         self.routing: Routing | None = None
-        self.weights: torch.Tensor | None = None  # of the current block, see ``Routing.weights``
+        self.weights: Sequence[torch.Tensor] = ()  # of the current block's module types, see ``Routing.weights``
         self.routed: list[tuple[torch.Size, Routing]] = []
         self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
         self._calls: dict[nn.Module, int] = {}
@@ -70,7 +76,7 @@ class Pass:
 
     def counts(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """E[k] and the atoms in use, (B, T) means over the blocks for the states' ``shape`` without padding."""
-        if self.routed[0][1].atoms is None:  # the static router
+        if not self.routed:  # the static router
             every = torch.full(shape, float(len(self.atoms.mean_gate)), device=self.atoms.mean_gate.device)
             return every, every
         padded, _ = self.routed[0]
@@ -122,8 +128,11 @@ class Injection:
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         targets = {*(adapter.config.target_modules or MODULE_TYPES)}
         updated = [site for site in self.map.sites if targets.intersection(site.module_types)]
-        self.sites = {(site.block, site.linear): site for site in updated}
         self.plans = {site: self._plan(site) for site in updated}
+        self._by_call = {
+            (site.block, site.linear): (site, *plan, [MODULE_TYPES.index(role) for role in site.module_types])
+            for site, plan in self.plans.items()
+        }
         self.route_keys = [adapter.projector.key(self.map.hidden_size, depth) for depth in self.depths]
         self.knot_layers = knot_layers(self.map.num_layers)
         self.knot_keys = [adapter.projector.key(self.map.hidden_size, knot) for knot in KNOTS]
@@ -135,7 +144,7 @@ class Injection:
     @property
     def current(self) -> Pass | None:
         """The forward pass that this thread is in."""
-        return self._passes.get(threading.get_ident())
+        return self._passes.get(_thread())
 
     def _plan(self, site: Site) -> tuple[str, object, str, object]:
         """Side and projector key for reading, then for writing."""
@@ -163,7 +172,7 @@ class Injection:
     @contextmanager
     def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
-        thread = threading.get_ident()
+        thread = _thread()
         self._passes[thread] = Pass(self.project(task), task, attention_mask)
         try:
             yield self._passes[thread]
@@ -195,13 +204,10 @@ class Injection:
             attention_mask,
         )
 
-    @torch.compiler.disable  # once a pass at most; its values are those of the file, see StoredTensor
     def project(self, task: str) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
-        device = self.adapter.router_bias.latent.device.type
-        with torch.autocast(device, enabled=False):  # what is kept serves passes with and without autocast
-            return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
+        return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
     def _route(self, blocks: tuple[int, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
         run, config = self.current, self.adapter.config
@@ -216,15 +222,18 @@ class Injection:
             )
         if block in self.knot_layers:
             run.knot_states[block] = state
+        if self.merged:
+            return
         if config.router == "static":
             run.routing = Routing(None, run.atoms.mean_gate)
-        else:
-            rows, bias = (x[self.route_keys[block]] for x in (run.atoms.router_rows, run.atoms.router_bias))
-            run.routing = route(state.flatten(0, -2), rows, bias, config.router_top_k)
-        run.weights = run.routing.weights(run.atoms.coefficients[block])
-        run.routed.append((state.shape[:-1], run.routing))
-        if config.router == "static":
+            run.weights = run.routing.weights(run.atoms.coefficients[block])
             return
+        key, tokens = self.route_keys[block], state.flatten(0, -2)
+        before = run.routing.bags if run.routing is not None and len(run.routing.atoms) == len(tokens) else None
+        rows, bias = run.atoms.router_rows[key], run.atoms.router_bias[key]
+        run.routing = route(tokens, rows, bias, config.router_top_k, before)
+        run.weights = run.routing.weights(run.atoms.coefficients[block]).unbind()
+        run.routed.append((state.shape[:-1], run.routing))
         own = self.adapter.tasks[run.task]
         if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
             mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])
@@ -232,12 +241,12 @@ class Injection:
             own.track_mean_gate(run.routing, real.flatten())
 
     def _update(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        run = self.current
-        if run is None or self.merged or (site := self.sites.get((run.block, module))) is None:
+        run = self._passes.get(_thread())
+        if run is None or self._originals or (call := self._by_call.get((run.block, module))) is None:
             return None
         if not run.first_use(module):
             return None
-        read_side, read_key, _, write_key = self.plans[site]
+        site, read_side, read_key, _, write_key, types = call
         x = args[0] if read_side == "input" else output
         tokens, atoms = self._tokens_last(x), run.atoms
         if run.routing.atoms is not None and tokens.shape[:-1].numel() != len(run.routing.atoms):
@@ -245,15 +254,14 @@ class Injection:
                 f"In block {site.block} the {site.module_types[0]} layer reads {tokens.shape[:-1].numel()} vectors "
                 f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
             )
-        dots = run.read(x, tokens, atoms.read[read_key])
-        weights = [run.weights[MODULE_TYPES.index(role)] for role in site.module_types]
-        update = site.join([write_atoms(dots, atoms.write[write_key], run.routing, weight) for weight in weights])
+        dots, rows = run.read(x, tokens, atoms.read[read_key]), atoms.write[write_key]
+        if not torch.is_grad_enabled() and len(types) == 1 and output.is_contiguous() and output.dtype == dots.dtype:
+            if not self.map.layout.channels_first:  # nobody else has seen the output yet
+                add_atoms(output.flatten(0, -2), dots, rows, run.routing, run.weights[types[0]])
+                return output
+        update = site.join([write_atoms(dots, rows, run.routing, run.weights[number]) for number in types])
         own = self._tokens_last(output)
-        update = update.view_as(own).to(own.dtype)
-        if not torch.is_grad_enabled():  # nobody else has seen the output yet
-            own += update
-            return output
-        return self._tokens_last(own + update)
+        return self._tokens_last(own + update.view(own.shape).to(own.dtype))
 
     def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
         """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""
@@ -277,7 +285,7 @@ class Injection:
         query, key and value share the reading. The squares of the norms and the division by them count as well.
         """
         config = self.adapter.config
-        total = (labels + 2) * len(KNOTS) * self.map.hidden_size
+        total = len(KNOTS) * ((labels + 1) * self.map.hidden_size + labels)
         if self.merged:
             return total
         used = config.atoms if config.router == "static" else config.router_top_k

@@ -91,9 +91,9 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
     else:
         report["knots"] = [
             {"depth": depth, "layers": knot.layers, "r2": knot.r2}
-            for depth, knot in zip(KNOTS, model.stream.fit, strict=True)
+            for depth, knot in zip(KNOTS, model.stream.fit.knots, strict=True)
         ]
-        fit = sum(knot.r2 for knot in model.stream.fit) / len(KNOTS)
+        fit = sum(model.stream.fit.r2) / len(KNOTS)
         if fit < LOW_FIT:
             report["warnings"].append(
                 f"Mean R² {fit:.2f}: the host hardly fits the canonical space, expect low scores. Is it of another "

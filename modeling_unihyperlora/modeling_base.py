@@ -364,7 +364,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
     def describe(self) -> str:
         """Host, sites found or fit of the calibration, and pathway, in one line."""
         if self.injection is None:
-            fit = "not calibrated" if self.stream is None else " ".join(f"{k.r2:.2f}" for k in self.stream.fit)
+            fit = "not calibrated" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
             return (
                 f"UniHyperLoRA on {self.host.config.name_or_path or type(self.host).__name__} "
                 f"({self.host.config.model_type}, {num_layers_of(self.host)} blocks x "
@@ -421,7 +421,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         if tokenizer is None:
             tokenizer = load_host_tokenizer(self.host.config.name_or_path)
         self.stream = Stream(self.adapter, self.host, tokenizer, anchor_states)
-        fit = [knot.r2 for knot in self.stream.fit]
+        fit = self.stream.fit.r2
         if sum(fit) / len(fit) < LOW_FIT:
             logger.warning(
                 "This host fits the adapter's canonical space badly (R² a knot: %s): expect low scores. Is it of "

@@ -5,6 +5,8 @@ gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.34
 what the trained one scored. Every codec is idempotent: encoding a decoded tensor gives the same codes, bit for bit.
 """
 
+import re
+
 import torch
 from torch import nn
 
@@ -18,8 +20,12 @@ class RowInteger:
     """
 
     def __init__(self, bits: int):
-        self.bits = bits
-        self.largest = 2 ** (bits - 1) - 1
+        self.bits = int(bits)
+        self.largest = 2 ** (self.bits - 1) - 1
+
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [float(self.bits)]
 
     def codes(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(rows, columns)`` float32 → float codes of the same shape and scales ``(rows, 1)``."""
@@ -50,6 +56,10 @@ class Grid:
     def __init__(self, step: float):
         self.step = step
 
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [self.step]
+
     def codes(self, value: torch.Tensor) -> torch.Tensor:
         return (value / self.step).round().clamp(-8, 7)
 
@@ -71,6 +81,10 @@ class TwoBit:
     def __init__(self, step: float):
         self.step = step
 
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [self.step]
+
     def codes(self, value: torch.Tensor) -> torch.Tensor:
         return (value / self.step).floor().clamp(-2, 1)
 
@@ -89,6 +103,10 @@ class Half:
 
     bits = 16
 
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return []
+
     def round(self, value: torch.Tensor) -> torch.Tensor:
         return value.half().float()
 
@@ -100,6 +118,19 @@ class Half:
 
 
 Codec = RowInteger | Grid | TwoBit | Half
+CODECS = {codec.__name__: codec for codec in (RowInteger, Grid, TwoBit, Half)}
+
+
+# The name is that of the module, since a copy of it may be loaded from a Hub beside the package.
+@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::rounded", mutates_args=())
+def _rounded(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
+    """``round`` of a codec as one operation, into which no compiler looks."""
+    return CODECS[codec](*settings).round(value)
+
+
+@_rounded.register_fake
+def _(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
+    return torch.empty_like(value)
 
 
 class StoredTensor(nn.Module):
@@ -113,9 +144,13 @@ class StoredTensor(nn.Module):
         self.codec = codec
         self.latent = nn.Parameter(initial.float())
 
-    @torch.compiler.disable  # a compiler that fuses casts keeps the very digits that rounding is there to drop
     def forward(self) -> torch.Tensor:
-        return _StraightThrough.apply(self.latent, self.codec.round(self.latent.detach().float()))
+        latent = self.latent.detach().float()
+        if torch.compiler.is_compiling():  # one that fuses casts would keep the very digits that rounding drops
+            rounded = _rounded(latent, type(self.codec).__name__, self.codec.settings())
+        else:
+            rounded = self.codec.round(latent)
+        return _StraightThrough.apply(self.latent, rounded)
 
     def encode(self) -> dict[str, torch.Tensor]:
         """File tensors by suffix ("" for the codes, ".scale" for the row scales), on the CPU, contiguous."""

@@ -14,6 +14,7 @@ words of the sentence, whose outputs the head reads. Nothing of this depends on 
 and the host is never modified.
 """
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 
 from .adapter import (
+    AT_ONCE,
     KNOTS,
     UniHyperLoraAdapter,
     knot_features,
@@ -35,7 +37,7 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, cached_fit, fit_host, layers_of
+from .calibration import HostFit, Landmarks, cached_fit, fit_host, fit_on, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .token_mixer import Words
@@ -70,35 +72,46 @@ class StreamRun:
 
 
 class HostToKnots(NamedTuple):
-    """A host's fit, layer by layer: what each layer's states give to the coordinates of the knots that read it.
+    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
 
-    ``layers`` has a layer's number, the first and the last + 1 of the coordinates (of K·D in all), and a matrix
-    (coordinates, d).
+    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
+    and a matrix (that many, d).
     """
 
     fit: HostFit  # of which it was made
     layers: list[tuple[int, int, int, torch.Tensor]]
-    offset: torch.Tensor  # (K·D,)
+    offset: torch.Tensor  # (K·D + Q,)
+    landmarks: Landmarks
 
     @classmethod
     def of(cls, fit: HostFit, device: torch.device) -> "HostToKnots":
-        dim, parts = len(fit[0].offset), []
-        for layer in layers_of([knot.layers for knot in fit]):
-            readers = [k for k, knot in enumerate(fit) if layer in knot.layers]
-            columns = [knot.matrix.unflatten(1, (len(knot.layers), -1)) for knot in fit]
-            zero = torch.zeros_like(columns[readers[0]][:, 0])
-            span = range(readers[0], readers[-1] + 1)
-            rows = [columns[k][:, fit[k].layers.index(layer)] if k in readers else zero for k in span]
-            parts.append((layer, span.start * dim, span.stop * dim, torch.cat(rows).to(device)))
-        return cls(fit, parts, torch.cat([knot.offset for knot in fit]).to(device))
+        readers, parts = (*fit.knots, fit.landmarks), []
+        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
+        for layer in layers_of([reader.layers for reader in readers]):
+            runs: list[list[int]] = []  # of readers that follow one another, for one product each
+            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
+                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
+            for run in runs:
+                rows = [
+                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
+                    for k in run
+                ]
+                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
+        offset = torch.cat([reader.offset for reader in readers]).to(device)
+        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
 
     def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
         z = self.offset.repeat(len(cells), 1)
-        for layer, start, end, matrix in self.layers:
-            states = hidden_states[layer].flatten(0, 1).index_select(0, cells).float()
-            z[:, start:end].addmm_(states, matrix.T)
-        return z
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in self.layers}
+        coordinates, landmarks = self.landmarks.weights.shape
+        step = max(1, AT_ONCE // landmarks)
+        for part, chosen in zip(z.split(step), cells.split(step), strict=True):
+            states = {layer: every.index_select(0, chosen).float() for layer, every in flat.items()}
+            for layer, start, end, matrix in self.layers:
+                part[:, start:end].addmm_(states[layer], matrix.T)
+            part[:, :coordinates] += self.landmarks(part[:, coordinates:])
+        return z[:, :coordinates]
 
 
 class Tables(NamedTuple):
@@ -149,7 +162,8 @@ class Stream:
             states = anchor_states
             if states is None:
                 states = read_anchor_states(host, tokenizer, adapter.anchors.sentences())
-            return fit_host(states, self.near, adapter.anchors.canonical().detach().cpu())
+            coordinates = adapter.anchors.canonical().detach().cpu()
+            return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
         self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
@@ -158,7 +172,7 @@ class Stream:
     def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
         cells = positions + torch.arange(len(positions), device=positions.device)[:, None] * hidden_states[0].shape[1]
-        return self._at_knots(hidden_states, cells.flatten()).view(*positions.shape, len(KNOTS), -1)
+        return self._at_knots(hidden_states, cells.flatten()).reshape(*positions.shape, len(KNOTS), -1)
 
     def _at_knots(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """The same for tokens by their number in the batch: (N,) of B·T → (N, K·D)."""
@@ -251,17 +265,20 @@ class Stream:
         """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
         config, knots = self.adapter.config, len(KNOTS)
         project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
+        landmarks = len(self.fit.landmarks.at) * (self.fit.landmarks.at.shape[1] + knots * config.stream_dim)
+        landmarks += len(self.fit.landmarks.offset) * self.hidden_size * len(self.fit.landmarks.layers)
         atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k + config.stream_dim)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
-        return project + atoms + inward + recurrent + labels * 2 * config.stream_hidden
+        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host, by knot and by layer, its table of word beginnings, and the values of the file."""
         made = HostToKnots.of(self.fit, self.begins_word.device)
         by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
         *tables, mixer, head_weight, head_bias = self._tables(task)
-        by_knot = [tensor for knot in self.fit for tensor in (knot.matrix, knot.offset)]
+        parts = (*self.fit.knots, self.fit.landmarks)
+        by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
         return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias]
 
 

@@ -74,14 +74,22 @@ def no_variance_matching() -> mock._patch:
     """What the regression shrinks stays small, on every host."""
     fit_knot = calibration._fit_knot
 
-    def shrunk(features: torch.Tensor, target: torch.Tensor):
-        matrix, offset, r2 = fit_knot(features, target)
-        z = features @ matrix.T + offset
+    def shrunk(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor):
+        fit = fit_knot(states, by_nearness, target)
+        z = states @ fit.matrix.T + by_nearness @ fit.weights + fit.offset
         centred = z - z.mean(dim=0)
         slope = (centred * (target - target.mean(dim=0))).sum(dim=0) / centred.square().sum(dim=0)
-        return matrix * slope[:, None], target.mean(dim=0) + (offset - z.mean(dim=0)) * slope, r2
+        offset = target.mean(dim=0) + (fit.offset - z.mean(dim=0)) * slope
+        return fit._replace(matrix=fit.matrix * slope[:, None], weights=fit.weights * slope, offset=offset)
 
     return mock.patch.object(calibration, "_fit_knot", shrunk)
+
+
+def no_landmarks() -> mock._patch:
+    """A linear map from the host's states alone."""
+    return mock.patch.object(
+        calibration, "nearness", lambda query, landmarks: query.new_zeros(len(query), len(landmarks))
+    )
 
 
 def four_bits() -> mock._patch:
@@ -130,6 +138,7 @@ def rows(folder: Path) -> list[Row]:
         Row("without copies of the source", change=no_copies),
         Row("without learned coordinates: principal components", ("--coordinate_epochs", "0")),
         Row("without variance matching", change=no_variance_matching),
+        Row("without landmarks: a linear map", change=no_landmarks),
         Row("coordinates of 4 bits", ("--max_adapter_bytes", "2000000"), four_bits),
         Row("half of the anchors", ("--anchor_file", str(half))),
         Row("a quarter of the anchors", ("--anchor_file", str(quarter))),

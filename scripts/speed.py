@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,25 +35,23 @@ from transformers import BertConfig, BertModel
 from modeling_unihyperlora import UniHyperLoraForTokenClassification
 from modeling_unihyperlora.accounting import flops_overhead_pct, measure
 from modeling_unihyperlora.anchors import read_anchors
-from modeling_unihyperlora.calibration import layers_of
-from modeling_unihyperlora.hosts import load_host
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.stream import read_anchor_states
 from speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, texts
 
 COMMANDS = ("latency", "slopes", "train", "memory", "calibrate", "size")
-CELLS = [(batch, tokens) for tokens in (16, 64, 128, 512) for batch in (1, 8, 32)]
-FIRST_CELLS = [(8, 128), (1, 16)]  # those of the goals
 SLOPES = {  # what varies → (blocks, width, tokens)
-    "blocks": [(blocks, 256, 128) for blocks in (2, 4, 8, 16)],
-    "width": [(4, width, 128) for width in (128, 256, 512, 1024)],
-    "tokens": [(4, 256, tokens) for tokens in (32, 64, 128, 256, 512)],
+    "blocks": [(blocks, 256, 128) for blocks in (2, 4, 8)],
+    "width": [(4, width, 128) for width in (128, 256, 512)],
+    "tokens": [(4, 256, tokens) for tokens in (32, 128, 512)],
 }
 SLOPE_BATCH = 8
 SLOPE_ANCHOR_SENTENCES = 40
 SHORTEST = 0.02  # seconds of one measurement; a faster contender runs several times
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
-MEMORY_ROUNDS, MEMORY_STEPS = 3, 3
+MEMORY_ROUNDS, MEMORY_STEPS = 2, 3
+WITH_MEMORY = ("lora", "stream", "stream_delta", "inject_delta")
+CALIBRATE_ROUNDS = 3
 VERSIONS = ("torch", "transformers", "peft")
 
 
@@ -64,6 +63,8 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
     if command == "latency":
         parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+        parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 512], help="Tokens of a sentence.")
+        parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="Sentences of a batch.")
     if command in ("latency", "slopes", "train"):
         parser.add_argument("--seconds", type=float, default=20.0, help="At most, for one batch size and length.")
 
@@ -167,7 +168,7 @@ def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     names = ["host", *PATHWAYS, *(name for name in args.peers if name != "host")]
     models = {name: ground.forward(name) for name in names}
     cells = []
-    for sentences, tokens in FIRST_CELLS + [cell for cell in CELLS if cell not in FIRST_CELLS]:
+    for tokens, sentences in itertools.product(args.lengths, args.batches):
         batch = ground.batch(sentences, tokens)
         contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
         with torch.inference_mode():
@@ -252,7 +253,7 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
     A first round is not counted: in it the stream lines its host up and computes its states, which it then keeps.
     """
-    marks: dict[str, list[dict]] = {name: [] for name in ("lora", *(n for n in TRAINED if n != "lora"))}
+    marks: dict[str, list[dict]] = {name: [] for name in WITH_MEMORY}
     roots = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
     with _cache_of_its_own() as cache:
         stream = ground.stream_folder(cache / "adapter")
@@ -316,27 +317,20 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         spent[name].append(time.perf_counter() - start)
         return result
 
-    for _ in range(1 + LEAST_ROUNDS):
-        with _cache_of_its_own() as cache:
-            host = timed("load_host", lambda: load_host(ground.host)).eval().to(args.device)
-            folder = ground.stream_folder(cache / "adapter")
+    sentences = read_anchors()
+    with _cache_of_its_own() as cache:
+        folder = ground.stream_folder(cache / "adapter")
+        here = ground.new_host()
+        model = UniHyperLoraForTokenClassification.from_pretrained(folder, host=here, tokenizer=ground.tokenizer)
+        for _ in range(1 + CALIBRATE_ROUNDS):
             for path in cache.glob("calibration-*"):
                 path.unlink()
-            sentences = read_anchors()
-            timed(
-                "host_on_anchors", lambda host=host, text=sentences: read_anchor_states(host, ground.tokenizer, text)
-            )
+            host = timed("load_host", ground.new_host)
+            timed("host_on_anchors", lambda: read_anchor_states(here, ground.tokenizer, sentences))
+            timed("calibrate", lambda: model.calibrate(ground.tokenizer))
             own = {"host": host, "tokenizer": ground.tokenizer}
-            model = UniHyperLoraForTokenClassification.from_pretrained(folder, **own)
-            model.detach()
-            for path in cache.glob("calibration-*"):
-                path.unlink()
-            timed("calibrate", lambda model=model: model.calibrate(ground.tokenizer))
-            loaded = timed(
-                "load_adapter",
-                lambda own=own, folder=folder: UniHyperLoraForTokenClassification.from_pretrained(folder, **own),
-            )
-            loaded.detach()
+            load = partial(UniHyperLoraForTokenClassification.from_pretrained, folder, **own)
+            timed("load_adapter", load).detach()
     warm = {name: values[1:] for name, values in spent.items()}
     figures: dict[str, object] = {
         name: {"seconds": _r(statistics.median(values)), "quartiles": _quartiles(values)}
@@ -345,7 +339,7 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     for name, base in (("calibrate", "host_on_anchors"), ("load_adapter", "load_host")):
         ratios = [own / other for own, other in zip(warm[name], warm[base], strict=True)]
         figures[name] |= {f"ratio_to_{base}": _r(statistics.median(ratios)), "ratio_quartiles": _quartiles(ratios)}
-    return {"rounds": LEAST_ROUNDS, "layers_read": len(layers_of(loaded.bound_stream.near))} | figures
+    return {"rounds": CALIBRATE_ROUNDS, "layers_read": len(model.bound_stream.layers)} | figures
 
 
 def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:

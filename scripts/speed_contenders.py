@@ -73,8 +73,10 @@ class Ground:
         model = UniHyperLoraForTokenClassification.from_host(
             labels=LABELS, config=config, anchor_file=self.anchor_file, **own
         )
-        with torch.no_grad():  # a fresh update is zero
-            model.adapter.atoms_out.latent.normal_(0, 0.05, generator=_generator(self.device))
+        own, generator = model.adapter.tasks["default"], torch.Generator(device=self.device).manual_seed(0)
+        with torch.no_grad():  # a fresh update and a fresh head are zero
+            for latent in (model.adapter.atoms_out.latent, own.head_weight.latent):
+                latent.normal_(0, 0.05, generator=generator)
         return model.eval()
 
     def stream_folder(self, folder: Path) -> str:
@@ -184,7 +186,3 @@ def texts(count: int, words: int | None) -> list[list[str]]:
         return [text[index % len(text)] for index in range(count)]
     flat = [word for sentence in text for word in sentence]
     return [(flat[start:] + flat[:start])[:words] for start in range(0, 61 * count, 61)]
-
-
-def _generator(device: str) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(0)

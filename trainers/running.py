@@ -410,7 +410,7 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
         folder = Path(cached_file(model_args.adapter, WEIGHTS_NAME, **hub)).parent
     figures = measure(model, folder=folder)
     if model.stream is not None:
-        fit = [knot.r2 for knot in model.stream.fit]
+        fit = model.stream.fit.r2
         figures |= {"calibration_seconds": model.stream.seconds, "calibration_r2": fit}
     parts = figures.pop("parts")
     return figures | {f"bytes_of_{part}": size for part, size in parts.items()}

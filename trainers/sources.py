@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora import ConfigError
-from modeling_unihyperlora.adapter import KNOTS, near_layers
-from modeling_unihyperlora.calibration import HostFit, canonical_coordinates, fit_host
+from modeling_unihyperlora.adapter import KNOTS, knot_layers, near_layers
+from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, canonical_coordinates, fit_host
 from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
 from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
 
@@ -77,7 +77,8 @@ class Source:
     def calibrate(self, coordinates: torch.Tensor, copies: int = len(COPIES)) -> None:
         """Line the source and as many copies of it up with (K, N, D) coordinates of the anchors."""
         coordinates = coordinates.detach().cpu()
-        fits = [fit_host(self.anchor_states, near_layers(self.num_layers), coordinates)]
+        at, near = knot_layers(self.num_layers), near_layers(self.num_layers)
+        fits = [fit_host(self.anchor_states, near, at, coordinates)]
         for number, (blocks, width) in enumerate(COPIES[:copies]):
             fits.append(self._fit_copy(round(blocks * self.num_layers), width, number, coordinates))
         self.fits = fits
@@ -91,13 +92,15 @@ class Source:
             [layer for layer in layers if layer in stored] or [min(stored, key=lambda layer: abs(layer - layers[0]))]
             for layers in near_layers(max(blocks, 1))
         ]
-        narrow = fit_host(self.anchor_states[..., kept], near, coordinates, stored)
-        fit = []
-        for knot in narrow:
-            matrix = knot.matrix.new_zeros(len(knot.matrix), len(knot.layers), dim)
-            matrix[..., kept] = knot.matrix.unflatten(1, (len(knot.layers), -1))
-            fit.append(knot._replace(matrix=matrix.flatten(1)))
-        return fit
+        at = [min(stored, key=lambda layer, at=at: abs(layer - at)) for at in knot_layers(max(blocks, 1))]
+        narrow = fit_host(self.anchor_states[..., kept], near, at, coordinates, stored)
+
+        def widened(part: KnotFit | Landmarks) -> KnotFit | Landmarks:
+            matrix = part.matrix.new_zeros(len(part.matrix), len(part.layers), dim)
+            matrix[..., kept] = part.matrix.unflatten(1, (len(part.layers), -1))
+            return part._replace(matrix=matrix.flatten(1))
+
+        return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))
 
 
 class SourceStates(Dataset):

@@ -33,6 +33,7 @@ from .decoding import IGNORED
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 20  # batches
+AT_ONCE = 128  # windows whose canonical states are made together
 KEPT_BYTES = 2e9  # of canonical states in memory, a data set
 
 
@@ -148,15 +149,22 @@ class CanonicalStates(Dataset):
         if [*map(id, fits)] != [*map(id, self._fits)]:
             self._fits, self._here = fits, [fit_on("cpu", fit) for fit in fits]
             self._made, self._room = {}, KEPT_BYTES
-        views = self._made.get(index)
-        if views is None:
-            start, end = self.words.offsets[index : index + 2]
-            states = torch.from_numpy(np.array(self.words.states[start:end], np.float32))
-            views = torch.stack([apply_fit(fit, states, self.words.layers).half() for fit in self._here])
-            self._room -= views.nbytes
-            if self._room >= 0:
-                self._made[index] = views
-        return {"canonical_states": views[view].float(), "labels": torch.from_numpy(self.words.labels[index])}
+        made = self._made
+        if index not in made:
+            first = index // AT_ONCE * AT_ONCE
+            several = range(first, min(first + AT_ONCE, len(self)))
+            made = self._make(several if self._room > 0 else range(index, index + 1))
+            self._room -= sum(views.nbytes for views in made.values())
+            if self._room > 0:
+                self._made |= made
+        return {"canonical_states": made[index][view].float(), "labels": torch.from_numpy(self.words.labels[index])}
+
+    def _make(self, windows: range) -> dict[int, torch.Tensor]:
+        """The views of some windows, (V, W, K, D) float16 each."""
+        offsets = self.words.offsets[windows.start : windows.stop + 1]
+        states = torch.from_numpy(np.array(self.words.states[offsets[0] : offsets[-1]], np.float32))
+        views = torch.stack([apply_fit(fit, states, self.words.layers).half() for fit in self._here])
+        return dict(zip(windows, views.split(np.diff(offsets).tolist(), dim=1), strict=True))
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:

@@ -187,7 +187,7 @@ class TestReadAndWrite:
         double = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
         weights = draw(5, 48, seed=seed + 8)
 
-        mask = Routing(None if static else routing.atoms, single[4])
+        mask = Routing(None if static else routing.atoms, single[4], bags=routing.bags)
         update = write_atoms(read_atoms(single[0], single[1], mask), single[2], mask, mask.weights(single[3][None])[0])
         (update * weights).sum().backward()
         y, read, write, c, gate = double

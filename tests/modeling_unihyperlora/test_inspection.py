@@ -59,7 +59,7 @@ def test_the_streams_fit_and_what_to_expect_of_it(tiny_host, tmp_path, monkeypat
     )
     model.save_pretrained(tmp_path / "adapter")
     report = inspect_on_host(tmp_path / "adapter", str(tiny_host))
-    fit = [knot.r2 for knot in model.stream.fit]
+    fit = model.stream.fit.r2
     assert [knot["r2"] for knot in report["knots"]] == fit and [k["depth"] for k in report["knots"]][::4] == [0, 1]
     assert sum(fit) / 5 > 0.3 and not any("R²" in warning for warning in report["warnings"])
     shuffled = model.adapter.anchors.coordinates.latent

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig, anchors, calibration, stream
-from modeling_unihyperlora.adapter import Mixer, Routing
+from modeling_unihyperlora.adapter import Mixer, Routing, make_bags
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
 from trainers import state_cache
 
@@ -21,8 +21,8 @@ def test_rows_have_names_of_their_own(tmp_path):
 
 
 def test_without_atoms_nothing_is_written():
-    routing = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
-    arguments = (torch.ones(1, 2), torch.ones(3, 4), routing, torch.ones(3))
+    routing = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2), bags=make_bags(1, 2, torch.device("cpu")))
+    arguments = (torch.ones(1, 2), torch.ones(3, 4), routing, torch.ones(1, 2))
     assert stream.write_atoms(*arguments).abs().sum() > 0
     with ablation.no_atoms():
         assert torch.equal(stream.write_atoms(*arguments), torch.zeros(1, 4))
@@ -62,11 +62,23 @@ def test_without_variance_matching_predictions_are_least_squares():
     x, y = (torch.tensor(generator.normal(size=(600, n)), dtype=torch.float32) for n in (20, 3))
     y = x[:, :3] * 0.4 + y
     with ablation.no_variance_matching():
-        matrix, offset, _ = calibration._fit_knot(x, y)
-    z = x @ matrix.T + offset
+        fit = calibration._fit_knot(x[:, :10], x[:, 10:], y)
+    z = x[:, :10] @ fit.matrix.T + x[:, 10:] @ fit.weights + fit.offset
     assert (z.std(dim=0) < 0.6 * y.std(dim=0)).all()
     error, slope = y - z, ((z - z.mean(0)) * (y - z)).mean(dim=0)
     assert error.mean(dim=0).abs().max() < 1e-4 and slope.abs().max() < 1e-4
+
+
+def test_without_landmarks_the_map_is_linear():
+    states = torch.randn(1, 300, 6)
+    target = states[:, :, :1] * states[:, :, 1:2]
+    with ablation.no_landmarks():
+        fit = calibration.fit_host(states, [[0]], [0], target)
+        z = calibration.apply_fit(fit, states.transpose(0, 1), [0])
+        far = calibration.apply_fit(fit, 2 * states.transpose(0, 1), [0])
+        origin = calibration.apply_fit(fit, torch.zeros(1, 1, 6), [0])
+    torch.testing.assert_close(far - z, z - origin)
+    assert fit.r2[0] < 0.1
 
 
 def test_four_bits_are_sixteen_values():
@@ -82,7 +94,9 @@ def test_four_bits_are_sixteen_values():
 
 
 def test_knots_that_are_left_out_are_zero():
-    fit = [calibration.KnotFit([0], torch.eye(2), torch.ones(2), 1.0)] * 5
+    knot = calibration.KnotFit([0], torch.eye(2), torch.ones(2), 1.0)
+    landmarks = calibration.Landmarks([0], torch.eye(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(10, 1))
+    fit = calibration.HostFit([knot] * 5, landmarks)
     with ablation.only_knots(0, 2, 4)():
         cached = state_cache.apply_fit(fit, torch.ones(3, 1, 2), [0])
         bound = object.__new__(stream.Stream)

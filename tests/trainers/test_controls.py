@@ -55,7 +55,7 @@ def changed(one, two) -> set[str]:
 
 def fits(model) -> list[float]:
     """R² a knot, but for the first: a random host's embeddings say nothing of a word's neighbours."""
-    return [knot.r2 for knot in model.stream.fit][1:]
+    return model.stream.fit.r2[1:]
 
 
 def test_shuffled_anchors_are_the_same_coordinates_at_other_words(adapter, other_host, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
 
 from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.adapter import near_layers
+from modeling_unihyperlora.adapter import knot_layers, near_layers
 from modeling_unihyperlora.anchors import read_anchors
 from modeling_unihyperlora.calibration import apply_fit, fit_host
 from tests.conftest import WORDS
@@ -181,11 +181,13 @@ class TestCopies:
         source.calibrate(torch.randn(5, source.anchor_states.shape[1], 3))
         own, *copies = source.fits
         assert len(copies) == len(COPIES)
-        used = [(max(i for knot in fit for i in knot.layers), fit[0].matrix.unflatten(1, (-1, 64))) for fit in copies]
-        assert [deepest for deepest, _ in used] == [round(blocks * 5) for blocks, _ in COPIES]
-        read = [int((matrix != 0).any(dim=0).any(dim=0).sum()) for _, matrix in used]
-        assert read == [round(width * 64) for _, width in COPIES]
-        assert all(len(knot.matrix[0]) == 64 * len(knot.layers) for fit in source.fits for knot in fit)
+        for fit, (blocks, width) in zip(copies, COPIES, strict=True):
+            parts = (*fit.knots, fit.landmarks)
+            assert max(layer for part in parts for layer in part.layers) == round(blocks * 5)
+            for part in parts:
+                read = (part.matrix.unflatten(1, (len(part.layers), 64)) != 0).any(dim=0).any(dim=0)
+                assert int(read.sum()) == round(width * 64)
+        assert all(len(part.matrix[0]) == 64 * len(part.layers) for part in (*own.knots, own.landmarks))
 
     def test_are_lined_up_by_their_own_states(self, tokenizer, windows):
         """The same as fitting a host that has nothing but those states."""
@@ -194,7 +196,8 @@ class TestCopies:
         source.calibrate(coordinates)
         blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
         kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:width]
-        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near_layers(blocks), coordinates)
+        near, at = near_layers(blocks), knot_layers(blocks)
+        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near, at, coordinates)
         states = torch.randn(7, 5, 64)
         mine = apply_fit(source.fits[2], states, [0, 1, 2, 3, 4])
         torch.testing.assert_close(mine, apply_fit(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))
