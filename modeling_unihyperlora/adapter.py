@@ -23,6 +23,7 @@ from torch import nn
 from .anchors import Anchors
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .hosts import MODULE_TYPES
+from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import DimensionProjector
 from .quantization import Grid, Half, RowInteger, StoredTensor
 from .token_mixer import TokenMixer
@@ -51,31 +52,38 @@ class Routing(NamedTuple):
 
     ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
     beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token. ``bags`` is for torch's
-    ``embedding_bag``: where each token's atoms begin (N,), and whose an atom is (N·k,).
+    ``embedding_bag``: where each token's atoms begin (N,), and whose an atom is (N·k,). With Q tasks,
+    ``rows`` (N,) says which one a token is of, and static gates are (Q, M).
     """
 
     atoms: torch.Tensor | None
     gates: torch.Tensor
     probabilities: torch.Tensor | None = None
     bags: tuple[torch.Tensor, torch.Tensor] | None = None
+    rows: torch.Tensor | None = None
 
     def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static."""
+        """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static.
+
+        Of several tasks: (S, Q, M) → (S, N, k), or (S, N, M) if static.
+        """
         if self.atoms is None:
-            return self.gates * coefficients
+            return self.gates * coefficients if self.rows is None else (self.gates * coefficients)[:, self.rows]
+        if self.rows is not None:
+            return self.gates * coefficients[:, self.rows[:, None], self.atoms]
         chosen = coefficients.gather(1, self.atoms.reshape(1, -1).expand(len(coefficients), -1))
         return self.gates * chosen.view(-1, *self.atoms.shape)
 
 
 class ProjectedAtoms(NamedTuple):
-    """The adapter in the coordinates of one host, for one task."""
+    """The adapter in the coordinates of one host, for one task, or for Q of them in Q rows."""
 
     read: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows v_jᵀ P_in
     write: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows P_out u_j
     router_rows: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M, w)
-    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,)
-    mean_gate: torch.Tensor  # (M,)
-    coefficients: torch.Tensor  # (L, S, M): (g_θ + δθ)(ℓ/L, type)
+    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,) or (Q, M)
+    mean_gate: torch.Tensor  # (M,) or (Q, M)
+    coefficients: torch.Tensor  # (L, S, M) or (L, S, Q, M): (g_θ + δθ)(ℓ/L, type)
 
 
 def make_bags(tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,11 +109,11 @@ def route(
     Args:
         state: (N, w) states at the input of a block.
         rows: (M, w) router rows in host coordinates.
-        bias: (M,) bias and task term.
+        bias: (M,) bias and task term, or (N, M) where tokens are of different tasks.
         bags: ``make_bags`` of as many tokens, if it is there already.
     """
     scale = rms(state)
-    if state.shape[-1] < len(rows):
+    if state.shape[-1] < len(rows) and bias.dim() == 1:
         scores = F.linear(state / scale, rows.to(state.dtype), bias)
     else:
         scores = torch.addcdiv(bias, F.linear(state, rows.to(state.dtype)).float(), scale)
@@ -177,7 +185,7 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weight
     Args:
         dots: (N, k) from ``read_atoms``; (N, M) with the static router.
         rows: (M, w) written atoms in host coordinates.
-        weights: (N, k) of one place from ``Routing.weights``; (M,) with the static router.
+        weights: (N, k) of one place from ``Routing.weights``; (M,) or (N, M) with the static router.
 
     Returns:
         (N, w) in the dtype of ``dots``.
@@ -354,7 +362,32 @@ class UniHyperLoraAdapter(nn.Module):
             coefficients=self.mixer(places) + places @ own.delta(),
         )
 
-    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str) -> torch.Tensor:
+    def project_mixed(
+        self,
+        reads: Iterable[Hashable],
+        writes: Iterable[Hashable],
+        routes: Iterable[Hashable],
+        depths,
+        own: StackedTasks,
+    ) -> ProjectedAtoms:
+        """``project`` for several tasks; the atoms are those of any task, and kept likewise."""
+        shared = self.project(reads, writes, routes, depths, next(iter(self.tasks)))
+        places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
+
+        def make() -> ProjectedAtoms:
+            return shared._replace(
+                router_bias=dict.fromkeys(routes, self.router_bias() + own.embedding() @ self.router_weight().T),
+                mean_gate=own.mean_gate.half().float(),
+                coefficients=self.mixer(places).unsqueeze(2) + torch.einsum("lsf,qfm->lsqm", places, own.delta()),
+            )
+
+        return self._make(make)
+
+    def own(self, task: str | MixedTasks) -> TaskParameters | StackedTasks:
+        """The parameters of a task, or of several side by side."""
+        return task.of(self.tasks) if isinstance(task, MixedTasks) else self.tasks[task]
+
+    def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str | MixedTasks) -> torch.Tensor:
         """A linear head on the canonical states P_in h / rms(h) of the knots.
 
         Args:
@@ -364,6 +397,12 @@ class UniHyperLoraAdapter(nn.Module):
         Returns:
             (…, C) float32.
         """
+        if isinstance(task, MixedTasks):
+            own = self.own(task)
+            logits = own.of_sentences(own.head_bias(), states[0])
+            for state, weight in zip(states, self.head_weights(keys, task), strict=True):
+                logits = logits + own.linear(state.float(), weight) / rms(state.float())
+            return logits
         weights, logits = self.keep(
             ("head", task, *keys), lambda: (self.head_weights(keys, task), self.tasks[task].head_bias())
         )
@@ -372,9 +411,9 @@ class UniHyperLoraAdapter(nn.Module):
             logits = logits + F.linear(state, weight) / rms(state)
         return logits
 
-    def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
+    def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
         """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
-        blocks = self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1)
+        blocks = self.own(task).head_weight().chunk(len(KNOTS), dim=-1)
         inward = {key: self.projector.inward(key) for key in set(keys)}
         return [block @ inward[key] for block, key in zip(blocks, keys, strict=True)]
 

@@ -13,14 +13,16 @@ The ridge is the one that predicts held-out anchors best, and each coordinate is
 held-out anchors have unit variance, since the regression shrinks what it cannot predict.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from filelock import FileLock
 
 from .anchors import Anchors
 from .errors import AdapterFileError, HostError
@@ -35,6 +37,8 @@ LEAST_EIGENVALUE = 1e-4  # of the landmarks' kernel, as a share of the largest
 HELD_OUT, RUN = 5, 50  # of five runs of fifty neighbouring anchors one is held out
 LOW_FIT = 0.1  # mean R² under which a host is reported as a bad fit
 MIN_SCALE = 1e-6
+
+T = TypeVar("T")
 
 
 class KnotFit(NamedTuple):
@@ -249,7 +253,7 @@ def cached_fit(
 ) -> HostFit:
     """The fit of a host, from an earlier calibration of the very same weights, vocabulary and anchors if there is one.
 
-    A cache that is damaged, of another version or not writable is as good as none.
+    See ``kept``.
     """
     digest = hashlib.sha256(
         f"3 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {LINEAR} {host_fingerprint}".encode()
@@ -258,15 +262,30 @@ def cached_fit(
     for part in (anchors.text, *anchors.coordinates.encode().values()):
         digest.update(part.cpu().numpy().tobytes())
     path = cache_folder() / f"calibration-{digest.hexdigest()[:24]}.safetensors"
-    try:
-        return _from_tensors(read_checked(path))
-    except (AdapterFileError, KeyError):
-        fit = compute()
-    try:
-        write_checked(path, _to_tensors(fit))
-    except AdapterFileError as error:
-        logger.warning("The calibration could not be kept for next time: %s", error)
-    return fit
+    return kept(path, lambda: _to_tensors(compute()), _from_tensors)
+
+
+def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable[[dict[str, torch.Tensor]], T]) -> T:
+    """What ``read`` says of the tensors in a file of the cache, or else of those that are made, and kept, now.
+
+    Of several processes one makes them and the others wait. A cache that is damaged, of another version or not
+    writable is as good as none.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            (path.parent / "locks").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.parent / "locks" / path.name))
+        except OSError:
+            pass  # as good as none
+        try:
+            return read(read_checked(path))
+        except (AdapterFileError, KeyError):
+            tensors = make()
+        try:
+            write_checked(path, tensors)
+        except AdapterFileError as error:
+            logger.warning("What was computed could not be kept for next time: %s", error)
+    return read(tensors)
 
 
 def _to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from .adapter import (
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import ConfigError, HostError
 from .hosts import MODULE_TYPES, HostMap, describe_host, dtype_of
+from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import Side
 from .quantization import Half, RowInteger, StoredTensor
 
@@ -128,6 +129,16 @@ class HostBoundAdapter(UniHyperLoraAdapter):
             coefficients=self.mixer(places) * scale[:, None],
         )
 
-    def head_weights(self, keys: list[Hashable], task: str) -> list[torch.Tensor]:
+    def project_mixed(self, reads, writes, routes, depths, own: StackedTasks) -> ProjectedAtoms:
+        """As it is there; SAT-LoRA's atoms and their weights are the same for all tasks."""
+        shared = self.project(reads, writes, routes, depths, next(iter(self.tasks)))
+        bias = self.router_bias() + torch.einsum("smd,qd->qsm", self.router_weight(), own.embedding())
+        return shared._replace(
+            router_bias={number: bias[:, number] for number in routes},
+            mean_gate=own.mean_gate,
+            coefficients=shared.coefficients.unsqueeze(2).expand(-1, -1, len(bias), -1),
+        )
+
+    def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
         """The head is in the host's coordinates already: (C, w) for the state of each knot."""
-        return list(self.tasks[task].head_weight().chunk(len(KNOTS), dim=-1))
+        return list(self.own(task).head_weight().chunk(len(KNOTS), dim=-1))

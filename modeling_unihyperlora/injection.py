@@ -27,6 +27,7 @@ from .adapter import (
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
+from .mixed_tasks import MixedTasks
 
 
 def _thread() -> int:
@@ -41,7 +42,7 @@ class Pass:
     where the host pads them further.
     """
 
-    def __init__(self, atoms: ProjectedAtoms, task: str, mask: torch.Tensor | None):
+    def __init__(self, atoms: ProjectedAtoms, task: str | MixedTasks, mask: torch.Tensor | None):
         self.atoms = atoms
         self.task = task
         self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
@@ -62,6 +63,10 @@ class Pass:
         self.block = blocks[number % len(blocks)]
         return self.block
 
+    def rows(self, state: torch.Tensor) -> torch.Tensor | None:
+        """Which of several tasks each token (N,) of a state (B, T, w) is of; None where there is one."""
+        return self.task.rows.repeat_interleave(state.shape[1]) if isinstance(self.task, MixedTasks) else None
+
     def first_use(self, linear: nn.Module) -> bool:
         """Whether a layer is used for the first time in its block, on the tokens; then come relative positions."""
         again = linear in self._used
@@ -77,7 +82,7 @@ class Pass:
     def counts(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """E[k] and the atoms in use, (B, T) means over the blocks for the states' ``shape`` without padding."""
         if not self.routed:  # the static router
-            every = torch.full(shape, float(len(self.atoms.mean_gate)), device=self.atoms.mean_gate.device)
+            every = torch.full(shape, float(self.atoms.mean_gate.shape[-1]), device=self.atoms.mean_gate.device)
             return every, every
         padded, _ = self.routed[0]
         probabilities = torch.stack([routing.probabilities for _, routing in self.routed])
@@ -92,7 +97,7 @@ class InjectedRun:
     """One forward pass of a host with the update in it, and what the heads read of it."""
 
     adapter: UniHyperLoraAdapter
-    task: str
+    task: str | MixedTasks
     last_hidden_state: torch.Tensor  # (B, T, d)
     hidden_states: tuple[torch.Tensor, ...] | None
     knot_states: list[torch.Tensor]  # (B, T, d) for each knot
@@ -170,7 +175,7 @@ class Injection:
         self._handles.clear()
 
     @contextmanager
-    def running(self, task: str, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
+    def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
         thread = _thread()
         self._passes[thread] = Pass(self.project(task), task, attention_mask)
@@ -180,7 +185,7 @@ class Injection:
             del self._passes[thread]
 
     def run(
-        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+        self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
     ) -> InjectedRun:
         """The host's own forward with the update of ``task`` in it."""
         if output_hidden_states is not None:
@@ -204,9 +209,12 @@ class Injection:
             attention_mask,
         )
 
-    def project(self, task: str) -> ProjectedAtoms:
+    def project(self, task: str | MixedTasks) -> ProjectedAtoms:
         reads = {plan[1] for plan in self.plans.values()}
         writes = {plan[3] for plan in self.plans.values()}
+        if isinstance(task, MixedTasks):
+            own = self.adapter.own(task)
+            return self.adapter.project_mixed(reads, writes, set(self.route_keys), self.depths, own)
         return self.adapter.project(reads, writes, set(self.route_keys), self.depths, task)
 
     def _route(self, blocks: tuple[int, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -225,15 +233,18 @@ class Injection:
         if self.merged:
             return
         if config.router == "static":
-            run.routing = Routing(None, run.atoms.mean_gate)
+            run.routing = Routing(None, run.atoms.mean_gate, rows=run.rows(state))
             run.weights = run.routing.weights(run.atoms.coefficients[block])
             return
-        key, tokens = self.route_keys[block], state.flatten(0, -2)
+        key, tokens, which = self.route_keys[block], state.flatten(0, -2), run.rows(state)
         before = run.routing.bags if run.routing is not None and len(run.routing.atoms) == len(tokens) else None
         rows, bias = run.atoms.router_rows[key], run.atoms.router_bias[key]
-        run.routing = route(tokens, rows, bias, config.router_top_k, before)
+        bias = bias if which is None else bias[which]
+        run.routing = route(tokens, rows, bias, config.router_top_k, before)._replace(rows=which)
         run.weights = run.routing.weights(run.atoms.coefficients[block]).unbind()
         run.routed.append((state.shape[:-1], run.routing))
+        if which is not None:
+            return
         own = self.adapter.tasks[run.task]
         if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
             mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])

@@ -6,6 +6,7 @@
 import dataclasses
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from .host_bound import bind, check_bound, make_adapter
 from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
+from .mixed_tasks import MixedTasks
 from .publishing import Publishing
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
-from .stream import Stream, StreamRun, at_knots, read_anchor_states
+from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         model = cls(config, host=host)
         config.source_hosts = [describe_host(model.host, name or None)]
         if config.pathway == "stream":
-            states = read_anchor_states(model.host, tokenizer, sentences)
+            states = kept_anchor_states(model.host, tokenizer, sentences)
             model.adapter.anchors.set(
                 sentences,
                 canonical_coordinates(at_knots(states, num_layers_of(model.host)), config.stream_dim),
@@ -381,11 +383,18 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
     # ---- forward ----
 
     def run(
-        self, task: str | None, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, **inputs
+        self,
+        task: str | None,
+        attention_mask: torch.Tensor | None,
+        output_hidden_states: bool | None,
+        task_ids: torch.Tensor | Sequence[str] | None = None,
+        **inputs,
     ) -> InjectedRun | StreamRun:
         """The host's forward pass with what the adapter does in it or beside it.
 
-        Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
+        Sentences may be of different tasks: ``task_ids`` then has a name for each, or its number in
+        ``list(config.tasks)``. Inputs that the host does not know are left out (a tokenizer may give token types to a
+        host without them).
         """
         known = self._host_arguments | {"canonical_states"}
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -395,6 +404,14 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
                 f"This host reads {self.host.main_input_name}; the call gave {sorted(inputs) or 'nothing'}."
             )
         inputs = {name: value for name, value in inputs.items() if name in known}
+        if task_ids is not None:
+            if task is not None:
+                raise ConfigError("Give task, for all sentences, or task_ids, one for each; not both.")
+            first = next(inputs[name] for name in reads if name in inputs)
+            mixed = MixedTasks.of_sentences(task_ids, list(self.config.tasks), len(first), first.device)
+            for name in mixed.names:
+                self._task(name)
+            return self.path.run(mixed, attention_mask, output_hidden_states, inputs)
         return self.path.run(self._task(task), attention_mask, output_hidden_states, inputs)
 
     @property

@@ -1,5 +1,6 @@
 """UniHyperLoRA models: a frozen host, the adapter on it, and a head on what the adapter computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,14 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
+        task_ids: torch.Tensor | Sequence[str] | None = None,
     ) -> UniHyperLoraOutput:
         """(B, T) ids, or images for a ViT → states (B, T, d); the stream leaves those of its host as they are."""
         run = self.run(
             task,
             attention_mask,
             output_hidden_states,
+            task_ids,
             input_ids=input_ids,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -80,17 +83,22 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
+        task_ids: torch.Tensor | Sequence[str] | None = None,
     ) -> UniHyperLoraTokenClassifierOutput:
         """(B, T) ids, labels (B, T) with -100 where none → logits (B, T, C), mean cross-entropy.
 
         With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. The stream
         may be given cached ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are
         then those of words, (B, W) and (B, W, C).
+
+        ``task_ids``, B names of tasks or (B,) numbers of them in ``list(config.tasks)``, makes every sentence one of
+        its own task. C is then the most labels that one of them has; other tasks have -inf for labels beyond theirs.
         """
         run = self.run(
             task,
             attention_mask,
             output_hidden_states,
+            task_ids,
             input_ids=input_ids,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -120,12 +128,17 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
+        task_ids: torch.Tensor | Sequence[str] | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy (as for tokens)."""
+        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy.
+
+        The loss, and the logits with ``task_ids``, are as for tokens.
+        """
         run = self.run(
             task,
             attention_mask,
             output_hidden_states,
+            task_ids,
             input_ids=input_ids,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

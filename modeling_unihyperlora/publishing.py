@@ -28,6 +28,7 @@ CODE_FILES = (
     "layouts.py",
     "hold.py",
     "adapter.py",
+    "mixed_tasks.py",
     "quantization.py",
     "projectors.py",
     "host_bound.py",

@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
 
 A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's states of a word, those of
-neighbouring layers side by side, become z = P_in h, by the host's calibration. δθ, which is tuned on one host, amends
+neighbouring layers side by side, become z = P_in(h), by the host's calibration. δθ, which is tuned on one host, amends
 that map in the directions of all atoms. Then z is routed as a token is in the injected update, and its own atoms act:
 
     z ← z + Σ_{all j} δθ(τ)_j · u_j (v_jᵀ z)
@@ -14,6 +14,7 @@ words of the sentence, whose outputs the head reads. Nothing of this depends on 
 and the host is never modified.
 """
 
+import hashlib
 import itertools
 import json
 import time
@@ -37,9 +38,10 @@ from .adapter import (
     write_atoms,
 )
 from .anchors import word_states
-from .calibration import HostFit, Landmarks, cached_fit, fit_host, fit_on, layers_of
+from .calibration import HostFit, Landmarks, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
 from .errors import HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
+from .mixed_tasks import MixedTasks, StackedTasks
 from .token_mixer import Words
 
 
@@ -58,6 +60,7 @@ class StreamRun:
     word_of: torch.Tensor | None = None  # (B, T) the word that each token belongs to
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    mixed: StackedTasks | None = None  # whose heads these are, where sentences are of several tasks
 
     def token_logits(self) -> torch.Tensor:
         """(B, T, C): a token has the scores of its word."""
@@ -68,6 +71,9 @@ class StreamRun:
         return self._logits(self.features.sum(dim=1) / self.lengths.unsqueeze(-1))
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        if self.mixed is not None:
+            own = self.mixed
+            return own.linear(features, own.head_weight()) + own.of_sentences(own.head_bias(), features)
         return F.linear(features, self.tables.head_weight, self.tables.head_bias)
 
 
@@ -182,7 +188,7 @@ class Stream:
         return kept(hidden_states, cells)
 
     def run(
-        self, task: str, attention_mask: torch.Tensor | None, output_hidden_states: bool | None, inputs: dict
+        self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
     ) -> StreamRun:
         """The stream of ``task`` on the host's states of token ids, or on cached states of words.
 
@@ -207,10 +213,12 @@ class Stream:
         positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
         return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
 
-    def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str) -> StreamRun:
+    def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str | MixedTasks) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
         adapter, config, (batch, width, knots, dim) = self.adapter, self.adapter.config, z.shape
-        tables: Tables = adapter.keep(("stream", task), lambda: self._tables(task))
+        mixed = adapter.own(task) if isinstance(task, MixedTasks) else None
+        name = task if mixed is None else next(iter(adapter.tasks))  # all but what is of a task serves any
+        tables: Tables = adapter.keep(("stream", name), lambda: self._tables(name))
         if adapter.training and self.disturbs:
             z = disturb(z, config.stream_fidelity)
         inside = torch.arange(width, device=z.device) < lengths[:, None]  # (B, W)
@@ -221,8 +229,11 @@ class Stream:
             cells = inside.flatten().nonzero().squeeze(1)
             words, flat = Words.one_after_the_other(lengths, len(cells)), flat.index_select(0, cells)
         at_knots = flat.transpose(0, 1)  # (K, N, D)
-        at_knots = torch.baddbmm(at_knots, at_knots, tables.amended).flatten(0, 1)
-        routing = route(at_knots, tables.router, tables.bias, config.router_top_k)
+        if mixed is None:
+            at_knots, bias = torch.baddbmm(at_knots, at_knots, tables.amended).flatten(0, 1), tables.bias
+        else:
+            at_knots, bias = self._amend_each(at_knots, mixed, tables, cells, width)
+        routing = route(at_knots, tables.router, bias, config.router_top_k)
         own = routing.atoms.view(knots, -1)
         weights = routing.gates * tables.coefficients.gather(1, own).view_as(routing.gates)
         dots = read_atoms(at_knots, tables.rows_in, routing)
@@ -237,7 +248,18 @@ class Stream:
         else:
             values = (_unpack(x, cells, (batch, width)) for x in values)
         features, expected, active = values
-        return StreamRun(tables, features, lengths, expected, active)
+        return StreamRun(tables, features, lengths, expected, active, mixed=mixed)
+
+    def _amend_each(
+        self, at_knots: torch.Tensor, own: StackedTasks, tables: Tables, cells: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Words (K, N, D) amended by the δθ of their own tasks → (K·N, D), and the router's bias (K·N, M) of each."""
+        row = own.rows.repeat_interleave(width) if cells is None else own.rows[cells // width]  # (N,)
+        places = knot_features(torch.tensor(KNOTS, device=at_knots.device))
+        amendments = (places @ own.delta()).transpose(0, 1)[:, row]  # (K, N, M)
+        amended = at_knots + (at_knots @ tables.rows_in.T * amendments) @ tables.rows_out
+        bias = self.adapter.router_bias() + own.embedding() @ tables.router.T
+        return amended.flatten(0, 1), bias[row].repeat(len(at_knots), 1)
 
     def _tables(self, task: str) -> Tables:
         adapter = self.adapter
@@ -315,6 +337,20 @@ def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -
     layers = layers_of(near_layers(num_layers_of(host)))
     with hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False) as bar:
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
+
+
+def kept_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
+    """``read_anchor_states``, read once and kept in the cache, 4·layers·N·d bytes; training asks for it often."""
+    layers, backend = layers_of(near_layers(num_layers_of(host))), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return read_anchor_states(host, tokenizer, sentences)  # which says what is wrong with it
+    said = json.dumps([fingerprint(host), backend.to_str(), tokenizer.model_max_length, sentences])
+    path = cache_folder() / f"anchors-{hashlib.sha256(f'{layers} {said}'.encode()).hexdigest()[:24]}.safetensors"
+    return kept(
+        path,
+        lambda: {"states": read_anchor_states(host, tokenizer, sentences)},
+        lambda tensors: tensors["states"],
+    )
 
 
 def at_knots(anchor_states: torch.Tensor, num_layers: int) -> torch.Tensor:

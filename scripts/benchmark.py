@@ -3,17 +3,20 @@
     python scripts/benchmark.py record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
     python scripts/benchmark.py record runs/matrix --name conll2003-transfer
     python scripts/benchmark.py paper hub_configs/runs/sat_lora-*.yaml --seeds 0 1 2 --output_dir runs/paper
+    python scripts/benchmark.py tasks --model_name_or_path HOST --output results/mixed-tasks.json
+    python scripts/benchmark.py scaling --model_name_or_path HOST --hosts HOST SMALLER --output results/scaling.json
     python scripts/benchmark.py latency --model_name_or_path H --output results/speed-latency-h.json
     python scripts/benchmark.py render
 
 ``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
 costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
-its picture, of one of ablation.py the table.
+its picture, of one of ablation.py the table, of one of --do_search the trials.
 ``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each.
-``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure what an adapter costs on a host
-(see speed.py).
-``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and results/speed.md
-with its picture from those files alone.
+``tasks`` measures a batch of many tasks (see mixed_tasks.py), ``scaling`` how costs grow (see scaling.py),
+``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` what an adapter costs on a host (see
+speed.py).
+``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and docs/SCALING.md, and
+results/speed.md with its picture from those files alone.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.storage import replacing, write_json
 from paper_picture import draw
 from paper_tables import PICTURE, paper_page, rows_of
+from scaling_tables import scaling_page, search_tables
 
 RESULTS = Path(__file__).parent.parent / "results"
 SETTINGS = (
@@ -49,10 +53,13 @@ VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
 PAPER = "paper"  # folder under results/ of the runs of the paper's comparison
 ABLATION = "ablation.json"  # what ablation.py calls its own
+SEARCH = "search.json"  # and what --do_search does
 
 
 def main(command_line: list[str] | None = None) -> None:
+    import mixed_tasks
     import paper  # here, because the runs of a matrix are recorded with this module
+    import scaling
     import speed
     import speed_report
 
@@ -63,6 +70,9 @@ def main(command_line: list[str] | None = None) -> None:
     record.add_argument("--name", required=True)
     what = "do and keep the runs of a set of run configs"
     paper.add_arguments(commands.add_parser("paper", help=what, allow_abbrev=False))  # --seed is no --seeds
+    mixed_tasks.add_arguments(commands.add_parser("tasks", help="measure a batch of many tasks"))
+    what = "measure how costs grow with tokens, sentences, batch and hosts"
+    scaling.add_arguments(commands.add_parser("scaling", help=what))
     for command in speed.COMMANDS:
         speed.add_arguments(command, commands.add_parser(command, help="see speed.py"))
     commands.add_parser("render", help="write results/README.md")
@@ -74,12 +84,18 @@ def main(command_line: list[str] | None = None) -> None:
             write_json(RESULTS / PAPER / f"{folder.name}.json", record_of(folder) | {"kind": kind})
     elif args.command in speed.COMMANDS:
         speed.run(args.command, args)
+    elif args.command == "tasks":
+        mixed_tasks.measure(args)
+    elif args.command == "scaling":
+        scaling.measure(args)
     elif args.command == "record":
         drawn = [stem for stem in WITH_PICTURE if (args.folder / f"{stem}.json").is_file()]
         if drawn:
             keep_with_picture(args.folder / drawn[0], args.name)
         elif (args.folder / ABLATION).is_file():
             write_json(RESULTS / f"{args.name}.json", ablation_of(args.folder))
+        elif (args.folder / SEARCH).is_file():
+            write_json(RESULTS / f"{args.name}.json", search_of(args.folder))
         else:
             write_json(RESULTS / f"{args.name}.json", record_of(args.folder))
     else:
@@ -87,10 +103,12 @@ def main(command_line: list[str] | None = None) -> None:
         if compared := [record for record in records.values() if record.get("kind") == "paper"]:
             draw(rows_of(compared), RESULTS / PICTURE)
         readme, hosts = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "HOSTS.md"
+        scaling = RESULTS.parent / "docs" / "SCALING.md"
         for path, text in {
             RESULTS / "README.md": rendered(records),
             readme: between(readme.read_text(encoding="utf-8"), *MARKS, summary(records)),
             hosts: between(hosts.read_text(encoding="utf-8"), *HOST_MARKS, host_tables(records)),
+            scaling: scaling_page(scaling.read_text(encoding="utf-8"), records),
         }.items():
             with replacing(path) as temporary:
                 Path(temporary).write_text(text, encoding="utf-8")
@@ -170,6 +188,14 @@ def ablation_of(folder: Path) -> dict[str, object]:
     return kept | {"kind": "ablation", "rows": table["rows"]}
 
 
+def search_of(folder: Path) -> dict[str, object]:
+    """What --do_search found, beside the run of its best trial."""
+    best = record_of(folder)
+    found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
+    kept = {name: best[name] for name in ("settings", "pathway", "host", "data", "results", "versions", "hardware")}
+    return {"kind": "search"} | kept | {"search": found}
+
+
 def read_records(folder: Path) -> dict[str, dict]:
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / PAPER).glob("*.json"))]
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
@@ -177,8 +203,8 @@ def read_records(folder: Path) -> dict[str, dict]:
 
 def rendered(records: dict[str, dict]) -> str:
     """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
-    matrices, ablations, compared, trials, records = (
-        _of_kind(records, kind) for kind in ("transfer", "ablation", "paper", "paper_rate", None)
+    matrices, ablations, searches, compared, trials, records = (
+        _of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)
     )
     lines = [
         "# Results",
@@ -219,6 +245,7 @@ def rendered(records: dict[str, dict]) -> str:
         lines += transfer_table(name, matrix)
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
+    lines += search_tables(searches)
     lines += paper_page([*compared.values()], [*trials.values()], matrices)
     return "\n".join(lines) + "\n"
 

@@ -1,15 +1,17 @@
 """Kill a tiny run at random moments, resume it until it is done, and compare its weights with an uninterrupted run's.
 
-    python scripts/kill_and_resume.py --kills 20 --output results/kill-and-resume.json
+    python scripts/kill_and_resume.py --kills 5 --output results/kill-and-resume.json
 
-It needs no data and no network: a random encoder of two blocks, and sentences of random words. For each pathway, a
-process that runs scripts/run_ner.py's work is killed (SIGKILL and SIGTERM in turn) after a random time, and the same
-command with --resume_from_checkpoint true is started, and killed, again, until the kills are used up; the next one
-may end. What it then has written has to be the same, bit for bit, as what a run that nothing stopped has written.
+It needs no data and no network: a random encoder of two blocks, and sentences of random words. For each pathway and
+scope, a process that runs scripts/run_ner.py's work is killed (SIGKILL and SIGTERM in turn) after a random time, and
+the same command with --resume_from_checkpoint true is started, and killed, again, until the kills are used up; the
+next one may end. What it then has written has to be the same, bit for bit, as what a run that nothing stopped has
+written.
 Exits with 1 where it is not.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -59,20 +61,20 @@ def make_data(path: Path, sentences: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in tagged), encoding="utf-8")
 
 
-def work(command_line: list[str], cache: Path) -> None:
+def work(command_line: list[str], cache: Path, log: Path) -> None:
     """What a process does: the script's main."""
     os.environ["UNIHYPERLORA_CACHE"] = str(cache)
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    with open(log, "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run_ner.main(command_line)
 
 
-def start(command_line: list[str], cache: Path) -> multiprocessing.Process:
+def start(command_line: list[str], cache: Path, log: Path) -> multiprocessing.Process:
     """A process of its own that does the work; forked, since the imports take longer than the training."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=(command_line, cache))
+    process = multiprocessing.get_context("fork").Process(target=work, args=(command_line, cache, log))
     process.start()
     return process
 
@@ -84,27 +86,42 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: content_digest(load_file(path), {}) for path in files}  # the order in a file is left open
 
 
-def torment(pathway: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
-    """Run once in peace, then under ``kills`` kills; see the module."""
+def stage(said: str) -> str:
+    """How far a process had come, by what it said."""
+    if "'loss'" in said:
+        return "training"
+    if "Learning" in said and "Coordinates learned" not in said:
+        return "coordinates"
+    return "before the first step"
+
+
+def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
+    """Run once in peace, then under ``kills`` kills; see the module.
+
+    Scope delta tunes the adapter that scope source has left.
+    """
+    name, log = f"{pathway}-{scope}", folder / "log"
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--pathway", pathway]
+    flags += ["--train_scope", scope, "--logging_steps", 1]
+    flags += [] if scope == "source" else ["--adapter", folder / f"{pathway}-source-whole"]
     flags += ["--do_train", "--max_steps", 30, "--save_steps", 4, "--save_total_limit", 3, "--learning_rate", 0.01]
-    flags += ["--per_device_train_batch_size", 8, "--use_cpu", "--disable_tqdm", "true", "--coordinate_epochs", 1]
+    flags += ["--per_device_train_batch_size", 8, "--use_cpu", "--disable_tqdm", "true", "--coordinate_epochs", 8]
     flags += ["--max_flops_overhead_pct", 1e9, "--stream_dim", 8, "--stream_width", 16, "--stream_hidden", 8]
     flags = [str(flag) for flag in flags]
     began = time.perf_counter()
-    peaceful = start([*flags, "--output_dir", str(folder / f"{pathway}-whole")], folder / f"{pathway}-cache-whole")
+    peaceful = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
     peaceful.join()
     seconds = time.perf_counter() - began
     if peaceful.exitcode != 0:
-        raise SystemExit(f"The run that nothing stops ended with {peaceful.exitcode}.")
-    whole = digest(folder / f"{pathway}-whole")
+        raise SystemExit(f"The run that nothing stops ended with {peaceful.exitcode}:\n{log.read_text()[-2000:]}")
+    whole = digest(folder / f"{name}-whole")
 
-    draw, output = random.Random(seed), folder / f"{pathway}-killed"
+    draw, output = random.Random(f"{seed} {name}"), folder / f"{name}-killed"
     line = [*flags, "--output_dir", str(output), "--resume_from_checkpoint", "true"]
     deaths: list[dict[str, object]] = []
-    rounds = 0
+    rounds, cache = 0, folder / f"{name}-cache-killed"
     while len(deaths) < kills:
-        process = start(line, folder / f"{pathway}-cache-killed")
+        process = start(line, cache, log)
         process.join(draw.uniform(0, 1) * seconds)
         if process.exitcode is None:
             how = (signal.SIGKILL, signal.SIGTERM)[len(deaths) % 2]
@@ -113,16 +130,19 @@ def torment(pathway: str, kills: int, folder: Path, seed: int) -> dict[str, obje
         if process.exitcode == 0:  # it was done before it could be killed: compare, and begin a new round
             rounds += 1
             if digest(output) != whole:
-                return {"pathway": pathway, "kills": deaths, "rounds": rounds, "identical": False}
+                return {"pathway": pathway, "scope": scope, "kills": deaths, "rounds": rounds, "identical": False}
             shutil.rmtree(output)
+            shutil.rmtree(cache, ignore_errors=True)
             continue
         steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")]
-        deaths.append({"signal": how.name, "status": process.exitcode, "last_checkpoint": max(steps, default=None)})
-    process = start(line, folder / f"{pathway}-cache-killed")
+        at = {"stage": stage(log.read_text()), "last_checkpoint": max(steps, default=None)}
+        deaths.append({"signal": how.name, "status": process.exitcode, **at})
+    process = start(line, cache, log)
     process.join()
     identical = process.exitcode == 0 and digest(output) == whole
     return {
         "pathway": pathway,
+        "scope": scope,
         "kills": deaths,
         "rounds": rounds + 1,
         "identical": identical,
@@ -132,7 +152,7 @@ def torment(pathway: str, kills: int, folder: Path, seed: int) -> dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each pathway")
+    parser.add_argument("--kills", type=int, default=5, help="of each pathway and scope")
     parser.add_argument("--pathways", nargs="+", default=["inject", "stream"], choices=["inject", "stream"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
@@ -142,14 +162,15 @@ def main() -> None:
         make_host(folder / "host")
         make_data(folder / "train.jsonl", 60)
         runs = []
-        for pathway in args.pathways:
-            runs.append(torment(pathway, args.kills, folder, args.seed))
+        for pathway, scope in itertools.product(args.pathways, ("source", "delta")):
+            runs.append(torment(pathway, scope, args.kills, folder, args.seed))
             identical = "identical" if runs[-1]["identical"] else "DIFFERENT"
-            sys.stdout.write(f"{pathway}: {len(runs[-1]['kills'])} kills, weights {identical}\n")
+            sys.stdout.write(f"{pathway}, {scope}: {len(runs[-1]['kills'])} kills, weights {identical}\n")
             sys.stdout.flush()
     write_json(
         args.output,
         {
+            "kind": "kills",
             "command": " ".join(["python", *sys.argv]),
             "runs": runs,
         },

@@ -80,6 +80,13 @@ class SafeTrainer(Trainer):
         finally:
             self._on_sigterm.restore()
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """None more where the last step was taken before the run was interrupted; the Trainer would take another."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:  # what an earlier run left there must not make a half-written one look whole

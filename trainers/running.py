@@ -4,6 +4,7 @@ A script describes its kind of task in a ``Task`` and calls ``run``. In this ord
 Trainer, work (train, evaluate, predict), costs, results.
 """
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -25,6 +26,7 @@ from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
+from .launching import whole
 from .reading import check_label_names
 from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
@@ -104,7 +106,9 @@ def run(
         trainer.add_callback(callback)
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
-    metrics |= costs(model, model_args, training_args) | process_costs()
+    trainer.accelerator.wait_for_everyone()  # until what was trained is saved
+    with whole(model.adapter) if isinstance(model, UniHyperLoraPreTrainedModel) else contextlib.nullcontext():
+        metrics |= costs(model, model_args, training_args) | process_costs()
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)

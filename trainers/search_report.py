@@ -26,7 +26,9 @@ def write_report(folder: Path, study: optuna.Study, best: FrozenTrial, metric: s
         "metric": metric,
         "directions": [direction.name.lower() for direction in study.directions],
         "best": best.number,
+        "best_params": best.params,
         "front": [trial.number for trial in study.best_trials],
+        "importances": _importances(study),
         "trials": [
             {
                 "number": trial.number,
@@ -48,6 +50,16 @@ def write_report(folder: Path, study: optuna.Study, best: FrozenTrial, metric: s
     page = f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1><table>{rows}</table>"
     with replacing(folder / "search.html") as temporary:
         Path(temporary).write_text(page + "".join(parts), encoding="utf-8")
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    """Share of the score's variance that each knob explains (fANOVA); empty where too few trials have a score."""
+    several = len(study.directions) > 1
+    try:
+        return optuna.importance.get_param_importances(study, target=(lambda t: t.values[0]) if several else None)
+    except (ValueError, RuntimeError) as error:
+        logger.info("No importances: %s", error)
+        return {}
 
 
 def _figures(study: optuna.Study, metric: str) -> list:

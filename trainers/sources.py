@@ -29,7 +29,7 @@ from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.adapter import KNOTS, knot_layers, near_layers
 from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, canonical_coordinates, fit_host
 from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
-from modeling_unihyperlora.stream import at_knots, disturb, read_anchor_states
+from modeling_unihyperlora.stream import at_knots, disturb, kept_anchor_states
 
 from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
@@ -70,9 +70,9 @@ class Source:
 
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:
-        """(layers, N, d), see ``read_anchor_states``."""
+        """(layers, N, d), see ``kept_anchor_states``."""
         to_read, self._to_read = self._to_read, None
-        return read_anchor_states(*to_read)
+        return kept_anchor_states(*to_read)
 
     def calibrate(self, coordinates: torch.Tensor, copies: int = len(COPIES)) -> None:
         """Line the source and as many copies of it up with (K, N, D) coordinates of the anchors."""
@@ -168,6 +168,8 @@ def calibrate_all(model, sources: list[Source]) -> None:
 def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     """Choose the adapter's canonical coordinates by training; see the module's docstring.
 
+    Every process of a launch takes whole batches and does the same, so that it does not matter how many there are.
+
     Args:
         trainer: a ``UniHyperLoraTrainer`` whose training data are the ``SourceStates`` of the sources.
         sources: the model's own host first.
@@ -188,7 +190,8 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
 
     data = trainer.train_dataset
     sampler = data.sampler(args.seed)
-    loader = DataLoader(data, batch_size=args.train_batch_size, sampler=sampler, collate_fn=trainer.data_collator)
+    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    loader = DataLoader(data, batch_size=size, sampler=sampler, collate_fn=trainer.data_collator)
     steps = math.ceil(epochs * len(loader) / len(sources))
     logger.info("Learning %d coordinates a knot, %d steps", config.stream_dim, steps)
     optimizer = trainer.create_optimizer()
@@ -216,7 +219,9 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
         anchors.coordinates.latent.copy_(kept.flatten(0, 1))
         for parameter in model.adapter.parameters():
             parameter.copy_(broadcast(parameter.data))
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    logger.info("Coordinates learned in %.0f s", seconds)
+    return seconds
 
 
 def _unit(axes: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.accounting import check_budget
@@ -17,6 +19,7 @@ from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_laten
 
 from .first_candidate import StartIsACandidate
 from .interruption import resumable
+from .launching import fill_in_frozen, whole
 from .searchable import SearchableTrainer
 from .sources import Source, calibrate_all, learn_coordinates
 from .training_args import UniHyperLoraTrainingArguments
@@ -191,6 +194,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
             config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
         if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
             seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
+        if self.is_deepspeed_enabled:
+            self.unwrapped.register_load_state_dict_pre_hook(fill_in_frozen)
+        if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_from_checkpoint(resume_from_checkpoint)  # before they share the weights out
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if seconds:
@@ -201,15 +208,33 @@ class UniHyperLoraTrainer(SearchableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter's folder; a checkpoint has two files of it, and the latents for resuming."""
         folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
-        if folder.name.startswith("checkpoint-"):
-            self.unwrapped.save_files(folder)
-            save_latents(self.unwrapped.adapter, folder / LATENTS_NAME)
+        with whole(self.unwrapped.adapter):
+            if not self.args.should_save:
+                return
+            if folder.name.startswith("checkpoint-"):
+                self.unwrapped.save_files(folder)
+                save_latents(self.unwrapped.adapter, folder / LATENTS_NAME)
+            else:
+                self.unwrapped.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Without the host, which DeepSpeed and FSDP would write beside the state of the optimiser."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            save_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+            )
         else:
-            self.unwrapped.save_pretrained(folder)
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Into the adapter; a ``model`` that is given is wrapped by FSDP, and has what ``train`` loaded before."""
+        if model is not None:
+            return
         path = Path(resume_from_checkpoint) / LATENTS_NAME
         if not path.is_file():
             raise AdapterFileError(
@@ -219,7 +244,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
         load_latents(self.unwrapped.adapter, path)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        with whole(self.unwrapped.adapter):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- the Hub ----
 

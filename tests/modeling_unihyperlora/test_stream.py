@@ -85,7 +85,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def same_fit(one, other) -> bool:
     def close(a, b):
-        return torch.allclose(a, b, rtol=1e-2, atol=1e-2)
+        return torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
     one, other = (fit_tensors(fit) for fit in (one, other))
     return all(close(a, b) for a, b in zip(one, other, strict=True))
@@ -201,10 +201,12 @@ class TestCalibration:
         monkeypatch.setattr("modeling_unihyperlora.stream.read_anchor_states", None)  # it would have to run the host
         again = UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
         assert same_fit(again.stream.fit, first)
-        host.encoder.layer[0].output.dense.weight.data.mul_(1.01)  # same name, other weights
+        weight = host.encoder.layer[0].output.dense.weight.data
+        before = weight.clone()
+        weight.mul_(1.01)  # same name, other weights
         with pytest.raises(TypeError):
             UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=tokenizer)
-        host.encoder.layer[0].output.dense.weight.data.div_(1.01)
+        weight.copy_(before)
         monkeypatch.undo()
         monkeypatch.setenv("UNIHYPERLORA_CACHE", str(own_cache))
         kept.write_bytes(kept.read_bytes()[:-100])

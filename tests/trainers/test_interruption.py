@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import AdapterFileError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.interruption import EXIT_STATUS, is_complete, last_complete_checkpoint
 
@@ -29,12 +30,12 @@ def make_model(seed: int = 0):
     return UniHyperLoraForTokenClassification.from_host(host, labels=["O", "B-A"], task="ner", config=config)
 
 
-def make_trainer(folder, model) -> UniHyperLoraTrainer:
+def make_trainer(folder, model, **more) -> UniHyperLoraTrainer:
     generator = torch.Generator().manual_seed(0)
     draw = lambda most: torch.randint(0, most, (6,), generator=generator)  # noqa: E731
     data = [{"input_ids": draw(40), "attention_mask": torch.ones(6).long(), "labels": draw(2)} for _ in range(24)]
     arguments = UniHyperLoraTrainingArguments(
-        **SETTINGS,
+        **SETTINGS | more,
         output_dir=str(folder),
         use_cpu=True,
         report_to="none",
@@ -71,8 +72,8 @@ def whole(tmp_path):
     return snapshot(trainer.model.adapter)
 
 
-def resumed(folder):
-    trainer = make_trainer(folder, make_model(seed=5))
+def resumed(folder, **more):
+    trainer = make_trainer(folder, make_model(seed=5), **more)
     trainer.train(resume_from_checkpoint=True)
     return trainer
 
@@ -103,6 +104,32 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
     shutil.copy(tmp_path / "whole" / "checkpoint-2" / "rng_state.pth", tmp_path / "cut" / "checkpoint-2")
     assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-2"
     assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
+
+
+@pytest.mark.parametrize("most", [1_000, 6_000, 10_000])
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, most):
+    """No file may grow beyond so many bytes from step 3 on: another file of checkpoint-4 is cut off each time."""
+    trainer = make_trainer(tmp_path / "cut", make_model())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))))
+    try:
+        with pytest.raises((OSError, RuntimeError, AdapterFileError)):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert not changed(resumed(tmp_path / "cut").model.adapter, whole)
+
+
+def test_no_step_is_taken_after_the_last_one(whole, tmp_path):
+    """Stopped when all was done but the last save; 24 sentences make 3 steps an epoch, so 5 end within one."""
+    trainer = make_trainer(tmp_path / "cut", make_model(), max_steps=5)
+    trainer.train()
+    before = snapshot(trainer.model.adapter)
+    again = resumed(tmp_path / "cut", max_steps=5)
+    assert last_complete_checkpoint(tmp_path / "cut").name == "checkpoint-5" and again.state.global_step == 5
+    assert not changed(again.model.adapter, before)
+    assert changed(again.model.adapter, whole)  # of one step more
 
 
 def test_without_a_checkpoint_it_starts_from_the_beginning(whole, tmp_path):

@@ -1,0 +1,113 @@
+"""The tables of docs/SCALING.md, and those of searches in results/README.md, from what was recorded."""
+
+from collections import Counter
+
+
+def scaling_page(text: str, records: dict[str, dict]) -> str:
+    """docs/SCALING.md with each of its tables drawn anew, as far as there is a record for it."""
+    drawn = {"launch": launch_table, "scaling": slope_table, "mixed_tasks": task_table, "kills": kill_table}
+    for name, record in records.items():
+        if record.get("kind") in drawn:
+            begin, end = f"<!-- {record['kind']} -->", f"<!-- end of {record['kind']} -->"
+            before, rest = text.split(begin)
+            table = "\n".join([f"From results/{name}.json.", "", *drawn[record["kind"]](record)])
+            text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def launch_table(record: dict) -> list[str]:
+    """A row for each launch and pathway."""
+    lines = ["| launch | trained | processes | exit status | time, s | loss off by at most | host tensors saved |"]
+    lines.append("|---" * 7 + "|")
+    for run in record["runs"]:
+        cells = [run["launch"], run["pathway"]]
+        if "not_run" in run:
+            cells += ["–", f"not run: {run['not_run']}", "–", "–", "–"]
+        else:
+            off = run.get("largest_difference")
+            cells += [str(run["processes"]), str(run["status"]), f"{run['seconds']:.0f}"]
+            cells += ["–" if off is None else f"{off:.1e}", str(run.get("host_tensors_in_checkpoint", "–"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def slope_table(record: dict) -> list[str]:
+    """A row for each quantity with its seconds and slope, then one for each host that was lined up."""
+    lines = [f"Host {record['host']}, {record['threads']} threads, median of {record['rounds']} rounds.", ""]
+    lines += ["| what | over | seconds (size) | slope |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        pairs = zip(row["seconds"], row["sizes"], strict=True)
+        told = ", ".join(f"{seconds:.3g} ({size})" for seconds, size in pairs)
+        lines.append(f"| {row['what']} | {row['size']} | {told} | {row['slope']:.2f} |")
+    lines += ["", "| host lined up | blocks × width | multiply-adds a token, millions | s |", "|---|---|---|---|"]
+    for row in record["calibrations"]:
+        shape = f"{row['blocks']} × {row['width']}"
+        work = f"{row['multiply_adds_a_token'] / 1e6:.1f}"
+        lines.append(f"| {row['host']} | {shape} | {work} | {row['seconds']:.1f} |")
+    return lines
+
+
+def task_table(record: dict) -> list[str]:
+    """A row for each number of tasks, a column for each pathway."""
+    pathways = list(dict.fromkeys(row["pathway"] for row in record["rows"]))
+    lines = [
+        f"Host {record['host']}, {record['batch_size']} sentences of {record['tokens']} words, {record['threads']} "
+        f"threads: time of a mixed batch over that of one task in the same round, median of {record['rounds']} "
+        "(least – greatest).",
+        "",
+        "| tasks | in the batch | " + " | ".join(pathways) + " |",
+        "|---" * (2 + len(pathways)) + "|",
+    ]
+    for n in dict.fromkeys(row["tasks"] for row in record["rows"]):
+        rows = {row["pathway"]: row for row in record["rows"] if row["tasks"] == n}
+        cells = [
+            f"{rows[name]['ratio']:.2f} ({rows[name]['least']:.2f} – {rows[name]['greatest']:.2f})" for name in rows
+        ]
+        lines.append(f"| {n:,} | {rows[pathways[0]]['tasks_in_the_batch']} | " + " | ".join(cells) + " |")
+    held = {row["pathway"]: row["bytes_in_memory_a_task"] for row in record["rows"]}
+    told = ", ".join(f"{size:,} B ({name})" for name, size in held.items())
+    return [*lines, "", f"A task of nine labels takes in memory, in float32: {told}."]
+
+
+def kill_table(record: dict) -> list[str]:
+    """A row for each pathway and scope."""
+    lines = ["| trained | scope | kills | where they fell | weights afterwards |", "|---|---|---|---|---|"]
+    for run in record["runs"]:
+        signals = Counter(kill["signal"] for kill in run["kills"])
+        stages = Counter(kill["stage"] for kill in run["kills"])
+        told = ", ".join(f"{number} × {name}" for name, number in sorted(signals.items()))
+        fell = ", ".join(f"{number} × {name}" for name, number in sorted(stages.items()))
+        identical = "identical" if run["identical"] else "**different**"
+        lines.append(f"| {run['pathway']} | {run['scope']} | {told} | {fell} | {identical} |")
+    return lines
+
+
+def search_tables(searches: dict[str, dict]) -> list[str]:
+    """Each search: how its trials ended, the best one, and what mattered."""
+    lines: list[str] = []
+    for name, record in searches.items():
+        found, settings = record["search"], record["settings"]
+        trials = {trial["number"]: trial for trial in found["trials"]}
+        infeasible = sum(bool(trial["over_budget"]) for trial in trials.values())
+        pruned = sum(trial["state"] == "pruned" for trial in trials.values()) - infeasible
+        again = [trial["number"] for trial in trials.values() if "again" in trial]
+        failed = sum(trial["state"] == "fail" for trial in trials.values())
+        complete = sum(trial["state"] == "complete" for trial in trials.values())
+        seconds = sum(trial["seconds"] or 0 for trial in trials.values())
+        best = trials[found["best"]]
+        lines += [
+            *("", f"## {name}", ""),
+            f"`--do_search` on {record['data']['name']}, host {record['host']}, pathway {record['pathway']}, "
+            f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}: {len(trials)} trials in "
+            f"{seconds / 60:.0f} minutes, {complete} with a score, {pruned} pruned, {infeasible} over budget and "
+            f"not trained, {failed} killed or failed, of which {len(again)} tried again when the search went on.",
+            "",
+            f"Best: trial {best['number']}, {found['metric']} {best['values'][0]:.4f}; retrained "
+            f"{record['results'][found['metric']]:.4f}.",
+            "",
+            "| knob | best | share of the score's variance |",
+            "|---|---|---|",
+        ]
+        for knob, share in sorted(found["importances"].items(), key=lambda item: -item[1]):
+            lines.append(f"| {knob} | {best['params'][knob]:.4g} | {share:.2f} |")
+    return lines

@@ -1,0 +1,107 @@
+"""Several processes: what all of them use is computed once, and no launcher puts the host into a checkpoint."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_unihyperlora.calibration import kept
+from trainers.launching import fill_in_frozen, whole
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _ask(folder: Path) -> None:
+    def make() -> dict[str, torch.Tensor]:
+        (folder / f"made-{os.getpid()}").touch()
+        time.sleep(0.5)
+        return {"x": torch.arange(3)}
+
+    values = kept(folder / "cache" / "x.safetensors", make, lambda tensors: tensors["x"].tolist())
+    (folder / f"got-{os.getpid()}").write_text(json.dumps(values))
+
+
+def test_of_several_processes_one_computes(tmp_path):
+    processes = [multiprocessing.get_context("fork").Process(target=_ask, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(list(tmp_path.glob("made-*"))) == 1
+    assert [json.loads(path.read_text()) for path in tmp_path.glob("got-*")] == [[0, 1, 2]] * 3
+
+
+def test_a_state_without_its_frozen_part_is_filled_in():
+    model = torch.nn.ModuleDict({"host": torch.nn.Linear(2, 2), "adapter": torch.nn.Linear(2, 2)})
+    model.register_load_state_dict_pre_hook(fill_in_frozen)
+    before = model["host"].weight.clone()
+    state = {f"adapter.{name}": value + 1 for name, value in model["adapter"].state_dict().items()}
+    model.load_state_dict(state, strict=True)
+    assert torch.equal(model["host"].weight, before)
+    assert torch.equal(model["adapter"].weight, state["adapter.weight"])
+    with whole(model), torch.no_grad():  # nothing is shared out
+        model["adapter"].weight.zero_()
+    assert not model["adapter"].weight.any()
+
+
+@pytest.mark.slow
+def test_every_launcher_has_the_same_losses_and_leaves_the_host_out(tmp_path):
+    chosen = ["python, accumulated", "torchrun", "ddp_cpu", "fsdp"]
+    command = [sys.executable, "scripts/launch_check.py", "--pathways", "inject", "stream", "--only", *chosen]
+    command += ["--output", str(tmp_path / "launch.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads((tmp_path / "launch.json").read_text())["runs"]
+    assert [run["launch"] for run in runs] == ["python", *chosen] * 2
+    assert all(run["largest_difference"] <= 1e-4 and run["host_tensors_in_checkpoint"] == 0 for run in runs)
+
+
+def _train(rank: int, folder: Path, host: Path, port: int) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in own.items()} | {"UNIHYPERLORA_CACHE": str(folder / "cache")}
+    from modeling_unihyperlora import anchors, stream
+    from trainers import state_cache
+
+    def counted(module, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            (folder / f"{name}-{rank}-{time.time_ns()}").touch()
+            return real(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    torch.set_num_threads(1)
+    stream.word_states = anchors.word_states
+    counted(stream, "word_states")
+    counted(stream, "fit_host")
+    counted(state_cache, "read_words")
+    import run_ner
+
+    flags = (
+        f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --do_train --max_steps 2 --pathway stream"
+    )
+    flags += f" --output_dir {folder / 'out'} --use_cpu --coordinate_epochs 1 --max_flops_overhead_pct 1e9"
+    flags += " --stream_dim 8 --per_device_train_batch_size 4 --disable_tqdm true --save_strategy no"
+    run_ner.main([*flags.split()])
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_calibrate_and_read_the_text_once(tmp_path):
+    from kill_and_resume import make_data, make_host
+
+    make_host(tmp_path / "host")
+    make_data(tmp_path / "data.jsonl", 16)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train, (tmp_path, tmp_path / "host", port), nprocs=2)
+    counts = {name: len(list(tmp_path.glob(f"{name}-*"))) for name in ("word_states", "fit_host", "read_words")}
+    assert counts == {"word_states": 1, "fit_host": 1, "read_words": 1}
