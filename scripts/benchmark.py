@@ -80,8 +80,7 @@ def main(command_line: list[str] | None = None) -> None:
     if passed and args.command != "paper":
         parser.error(f"unrecognized arguments: {' '.join(passed)}")
     if args.command == "paper":
-        kind = "paper_rate" if args.learning_rates else "paper"
-        for folder in paper.run_all(args, passed):
+        for folder, kind in paper.run_all(args, passed):
             write_json(RESULTS / PAPER / f"{folder.name}.json", record_of(folder) | {"kind": kind})
     elif args.command in speed.COMMANDS:
         speed.run(args.command, args)

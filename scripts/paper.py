@@ -69,8 +69,10 @@ class Local:
         return flags
 
 
-def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[Path]:
-    """Do the runs that are missing; gives the folder of each run, also of those that were finished, and the source's.
+def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[tuple[Path, str]]:
+    """Do the runs that are missing; gives the folder and the kind of each, also of those that were finished.
+
+    The kind is "paper_rate" for a run with one of --learning_rates, and "paper" for any other, the source's too.
 
     Raises:
         UniHyperLoraError: bad input before the first run, or a run that fails; finished runs are kept.
@@ -99,7 +101,7 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[Path]:
         for one in (cell.source, cell):
             if one is not None and one.name not in seen:
                 seen.add(one.name)
-                yield args.output_dir / one.name
+                yield args.output_dir / one.name, "paper_rate" if one is cell and args.learning_rates else "paper"
 
 
 def cell_of(

@@ -138,6 +138,9 @@ def test_rates_that_are_tried_are_runs_of_their_own(config, done, results, tmp_p
     assert done == ["lora-iter1-x-lr0.001-s0", "lora-iter1-x-lr0.01-s0"]
     assert done.lines[done[1]][done.lines[done[1]].index("--learning_rate") + 1] == "0.01"
     assert {json.loads(path.read_text())["kind"] for path in results.iterdir()} == {"paper_rate"}
+    source, tuned = config("unihyperlora", "source-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
+    benchmark.main(["paper", tuned, "--source", source, *where, "--learning_rates", "0.1"])
+    assert json.loads((results / "source-x-s0.json").read_text())["kind"] == "paper"
 
 
 def test_where_things_are_on_this_machine(config, done, results, tmp_path):
