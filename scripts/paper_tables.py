@@ -275,7 +275,7 @@ def rates(rows: list[Row], trials: list[dict]) -> list[str]:
         if own is not None:
             first = min(own.runs, key=lambda run: run["settings"]["seed"])
             chosen = _rate(first)
-            scores[chosen] = first["results"]["eval_f1"]
+            scores.setdefault(chosen, first["results"]["eval_f1"])
         cells = [f"{rate:g}: {scores[rate]:.4f}" for rate in sorted(scores)]
         cells = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(sorted(scores), cells, strict=True)]
         lines.append(f"| {METHODS[method]} | {data} | {host} | {', '.join(cells)} |")
