@@ -70,11 +70,12 @@ def show_host(console: Console, report: dict) -> None:
             table.add_row(role, f"{found}/{report['blocks']}")
         table.add_section()
         table.add_row("all", f"{sum(report['sites'].values())}/{6 * report['blocks']}")
-    else:
+        console.print(table)
+    if "knots" in report:
         table = Table("knot", "layers", "R²", title="Calibration on this host")
         for knot in report["knots"]:
             table.add_row(f"{knot['depth']:g}", " ".join(map(str, knot["layers"])), f"{knot['r2']:.3f}")
-    console.print(table)
+        console.print(table)
     console.print(f"extra multiply-adds a token: {report['flops_overhead_pct']:.2f} %", highlight=False)
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}", style="yellow", highlight=False)

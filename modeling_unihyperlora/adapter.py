@@ -10,6 +10,9 @@ beat the null choice stay. At each of the block's six linear layers ``update`` a
 
 The atoms are projected into the host's width once a forward pass (``UniHyperLoraAdapter.project``), so a token costs
 one product with M rows a block and 2k short vectors a layer.
+
+On top of a stream (pathway "both") the atoms are the stream's own, P_in and P_out are fixed cosines, every gate is 1
+and g_θ is left out: the update is δθ's alone, the same for every token, and zero until δθ is tuned on one host.
 """
 
 import math
@@ -24,7 +27,7 @@ from .anchors import Anchors
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .hosts import MODULE_TYPES
 from .mixed_tasks import MixedTasks, StackedTasks
-from .projectors import DimensionProjector
+from .projectors import CosineProjector, DimensionProjector
 from .quantization import Grid, Half, RowInteger, StoredTensor
 from .token_mixer import TokenMixer
 
@@ -258,16 +261,30 @@ def head_inputs(config: UniHyperLoraConfig) -> int:
 
 
 class TaskParameters(nn.Module):
-    """What one task adds: δθ (8, M), its embedding for the router, a head on the canonical state, its mean gate."""
+    """What one task adds: δθ (8, M), its embedding for the router, a head on the canonical state, its mean gate.
+
+    With pathway "both" there is a second δθ, ``delta_injected`` (8, M), of the update in the host's linear layers.
+    """
 
     def __init__(self, config: UniHyperLoraConfig, labels: int):
         super().__init__()
         width = atom_width(config)
-        self.delta = StoredTensor(torch.zeros(2 + len(MODULE_TYPES), config.atoms), Grid(config.delta_step))
+        self.delta = _zero_delta(config)
+        self.delta_injected: StoredTensor | None = None
+        if config.pathway == "both":
+            self.begin_injection(config)
         self.embedding = StoredTensor(torch.zeros(width), Half())
         self.head_weight = StoredTensor(torch.zeros(labels, head_inputs(config)), RowInteger(HEAD_BITS))
         self.head_bias = StoredTensor(torch.zeros(labels), Half())
         self.register_buffer("mean_gate", torch.full((config.atoms,), config.router_top_k / config.atoms))
+
+    def begin_injection(self, config: UniHyperLoraConfig) -> None:
+        """A second δθ, at zero."""
+        self.delta_injected = _zero_delta(config).to(self.delta.latent.device)
+
+    def deltas(self) -> list[StoredTensor]:
+        """All of δθ."""
+        return [self.delta] if self.delta_injected is None else [self.delta, self.delta_injected]
 
     @torch.no_grad()
     def track_mean_gate(self, routing: Routing, real: torch.Tensor) -> None:
@@ -275,6 +292,10 @@ class TaskParameters(nn.Module):
         total = torch.zeros_like(self.mean_gate, dtype=routing.gates.dtype)
         total.index_add_(0, routing.atoms.reshape(-1), (routing.gates * real.unsqueeze(-1)).reshape(-1))
         self.mean_gate.lerp_((total / real.sum().clamp_min(1)).to(self.mean_gate.dtype), MEAN_GATE_MOMENTUM)
+
+
+def _zero_delta(config: UniHyperLoraConfig) -> StoredTensor:
+    return StoredTensor(torch.zeros(2 + len(MODULE_TYPES), config.atoms), Grid(config.delta_step))
 
 
 class UniHyperLoraAdapter(nn.Module):
@@ -301,6 +322,7 @@ class UniHyperLoraAdapter(nn.Module):
         if config.pathway == "inject":
             self.projector = DimensionProjector(config.anchor_dim)
         else:
+            self.projector = CosineProjector(config.stream_dim)  # for an injected update on top
             self.anchors = Anchors(config, len(KNOTS))
             inputs = len(KNOTS) * config.stream_dim
             self.token_mixer = TokenMixer(inputs, config.stream_width, config.stream_hidden, config.stream_dropout)
@@ -350,6 +372,8 @@ class UniHyperLoraAdapter(nn.Module):
 
     def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
         """``project`` with the features (L, S, 8) of the places, and nothing kept."""
+        if self.config.pathway == "both":
+            return self._on_top_of_stream(reads, writes, places, own)
         inward = {key: self.projector.inward(key) for key in {*reads, *routes}}
         atoms_in, atoms_out, router = self.atoms_in(), self.atoms_out(), self.router_weight()
         bias = self.router_bias() + router @ own.embedding()
@@ -360,6 +384,18 @@ class UniHyperLoraAdapter(nn.Module):
             router_bias=dict.fromkeys(routes, bias),
             mean_gate=own.mean_gate.half().float(),  # as its file holds it
             coefficients=self.mixer(places) + places @ own.delta(),
+        )
+
+    def _on_top_of_stream(self, reads, writes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
+        """The same for an injected update on top of a stream: no router, no gate, and of the mixer δθ alone."""
+        atoms_in, atoms_out = self.atoms_in(), self.atoms_out()
+        return ProjectedAtoms(
+            read={key: atoms_in @ self.projector.inward(key).to(atoms_in) for key in reads},
+            write={key: atoms_out @ self.projector.outward(key).T.to(atoms_out) for key in writes},
+            router_rows={},
+            router_bias={},
+            mean_gate=torch.ones_like(own.mean_gate),
+            coefficients=places @ own.delta_injected(),
         )
 
     def project_mixed(
@@ -444,6 +480,7 @@ def part_of(name: str) -> str:
         return "dictionary"
     if name.startswith("tasks."):
         leaf = name.split(".")[2]
-        return {"delta": "delta", "head_weight": "head", "head_bias": "head"}.get(leaf, "router")
+        parts = {"delta": "delta", "delta_injected": "delta", "head_weight": "head", "head_bias": "head"}
+        return parts.get(leaf, "router")
     part = name.split(".")[0].split("_")[0]
     return "stream" if part == "token" else part

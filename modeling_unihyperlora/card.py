@@ -174,10 +174,15 @@ def _metadata(title, config, kind, dataset, hosts, results, run) -> ModelCardDat
 
 
 def _what_it_is(config: UniHyperLoraConfig, task: str | None) -> str:
-    how = {
-        "stream": "It reads the hidden states of a frozen encoder, maps them by a closed-form, label-free regression "
+    stream = (
+        "It reads the hidden states of a frozen encoder, maps them by a closed-form, label-free regression "
         "into a small space of its own, and tags there. So the same file works on encoders of other width and depth "
-        "that it has not seen in training.",
+        "that it has not seen in training."
+    )
+    how = {
+        "stream": stream,
+        "both": f"{stream} On one host, for which it was tuned, it also adds a small update to the linear layers; on "
+        "others that update is left out.",
         "inject": "It adds a small update to the linear layers of a frozen encoder. The file loads on encoders of "
         "other width and depth, but its scores do not carry over: use it on the host it was trained on.",
     }[config.pathway]
@@ -197,6 +202,8 @@ def _snippet(config: UniHyperLoraConfig, kind: str | None, repo_id: str | None) 
     note = (
         "the host that it was trained on; any other encoder works as well"
         if config.pathway == "stream"
+        else "the host that it was tuned for"
+        if config.pathway == "both"
         else "its host"
     )
     if host is None:
@@ -313,13 +320,18 @@ def _use_and_limits(config: UniHyperLoraConfig) -> str:
         "Hosts that are much smaller than the source, or of another language, fit worse.\n"
         "- A stream is no update of weights: it cannot be merged into a host.\n"
     )
+    both = (
+        "- The injected update is for one host and can be merged into it; on any other host the file is a stream "
+        "whose δθ was tuned elsewhere.\n"
+    )
     inject = "- On other hosts than its own it loads, but its scores there are near those of chance.\n"
+    limits = {"stream": stream, "both": stream + both, "inject": inject}[config.pathway]
     return f"""## Intended use and limits
 
 Labelling text of the kind that it was trained on. It has the errors and biases of its host and of its training data,
 and scores only for what the tables above were measured on; do not base decisions about people on it alone.
 
-{stream if config.pathway == "stream" else inject}"""
+{limits}"""
 
 
 def _about_the_code() -> str:

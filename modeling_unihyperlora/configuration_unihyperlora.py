@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
 
 _ALLOWED = {
-    "pathway": ("inject", "stream"),
+    "pathway": ("inject", "stream", "both"),
     "projector": ("dimension", "anchored", "host"),
     "router": ("token", "static"),
     "router_top_k": (1, 2, 3),
@@ -32,9 +32,10 @@ class UniHyperLoraConfig(PreTrainedConfig):
 
     Args:
         pathway: where the atoms act; "inject" adds the update to the host's linear layers, "stream" computes beside
-            the host on its states and works on hosts that it was not trained on.
+            the host on its states and works on hosts that it was not trained on; "both" is a stream with an update in
+            the linear layers of one host, which ``model.add_injection`` begins and δθ tunes.
         projector: "dimension": one wave network maps any width to the canonical space and back (for "inject");
-            "anchored": a closed-form map from each host's states on the anchors (for "stream"); "host": none, the
+            "anchored": a closed-form map from each host's states on the anchors (for the stream); "host": none, the
             atoms are of the host's own widths and serve that host alone (SAT-LoRA, for "inject"). None: the one that
             goes with the pathway.
         router: "token" chooses atoms for each token; "static" uses one fixed mask and can be merged.
@@ -62,6 +63,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
         base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
         base_model_revision: commit, tag or branch of that host.
         source_hosts: what is recorded of the hosts that the adapter was trained on.
+        injected_host: with pathway "both" the host that the injected update is for, see ``hosts.identify_host``.
         host_layouts: host family → the ``HostLayout`` that a user gave for it, as a dict.
         format_version: version of the file layout.
 
@@ -94,6 +96,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
     source_hosts: list[dict[str, Any]] | None = None
     host_layouts: dict[str, dict[str, Any]] | None = None
     bound_host: dict[str, Any] | None = None
+    injected_host: dict[str, Any] | None = None
     share_across_layers: bool = True
     target_modules: list[str] | None = None
     atom_scale: float = 1.0
@@ -129,7 +132,8 @@ class UniHyperLoraConfig(PreTrainedConfig):
                 "the 'dimension' or the 'host' projector, the stream the 'anchored' one."
             )
         self._check_host_bound()
-        if self.pathway == "stream" and self.router == "static":
+        self._check_injected_host()
+        if self.pathway != "inject" and self.router == "static":
             raise ConfigError(
                 "router='static' is for the injected update; the stream routes every word. Leave it out."
             )
@@ -199,6 +203,20 @@ class UniHyperLoraConfig(PreTrainedConfig):
                     f"values, {MAX_WEIGHTS_BYTES:,} is the most."
                 )
 
+    def _check_injected_host(self) -> None:
+        """What goes with pathway "both", and with no other."""
+        if self.pathway != "both":
+            if self.injected_host is not None:
+                raise ConfigError(f"injected_host goes with pathway='both' alone; pathway is {self.pathway!r}.")
+            return
+        if self.injected_host is None:
+            raise ConfigError(
+                "pathway='both' is not trained from nothing: it is a trained stream with an injected update, which δθ "
+                "tunes on one host. Load a stream adapter there and call add_injection(), or give --adapter with "
+                "--train_scope delta --pathway both."
+            )
+        check_host_record("injected_host", self.injected_host)
+
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
         """transformers lets any keyword pass into a configuration; a misspelt option must not."""
         known = {"num_labels", "name_or_path", "torch_dtype", "auto_map", "custom_pipelines", "model_type"}
@@ -230,21 +248,30 @@ AutoTokenizer.register(UniHyperLoraConfig, fast_tokenizer_class=HostTokenizer, e
 
 def check_bound_host(host: object) -> None:
     """Raise ``ConfigError`` unless it describes a host as ``host_bound.bind`` does."""
-    sizes, texts = ("hidden_size", "num_layers"), ("family", "fingerprint", "dtype")
-
-    def is_size(value: object) -> bool:
-        return type(value) is int and 1 <= value <= _LARGEST_SIZE * 4
-
-    good = isinstance(host, dict) and host.keys() == {*sizes, *texts, "shapes"}
-    good = good and all(map(is_size, (host[name] for name in sizes))) and host["num_layers"] <= _MOST_BLOCKS
-    good = good and all(isinstance(host[name], str) for name in texts)
-    shapes = host["shapes"] if good else None
-    good = good and isinstance(shapes, list) and 0 < len(shapes) <= _MOST_SHAPES
-    if not good or not all(isinstance(s, list) and len(s) == 2 and all(map(is_size, s)) for s in shapes):
+    shapes = host.get("shapes") if isinstance(host, dict) else None
+    good = isinstance(shapes, list) and 0 < len(shapes) <= _MOST_SHAPES
+    if not good or not all(isinstance(s, list) and len(s) == 2 and all(map(_is_size, s)) for s in shapes):
         raise ConfigError(
-            f"bound_host={host!r} does not describe a host: {', '.join((*sizes, *texts))} and shapes of its linear "
-            "layers. Use the config.json that was saved with the adapter."
+            f"bound_host={host!r} does not describe a host with the shapes of its linear layers. Use the config.json "
+            "that was saved with the adapter."
         )
+    check_host_record("bound_host", {name: value for name, value in host.items() if name != "shapes"})
+
+
+def check_host_record(name: str, host: object) -> None:
+    """Raise ``ConfigError`` unless it describes a host as ``hosts.identify_host`` does."""
+    sizes, texts = ("hidden_size", "num_layers"), ("family", "fingerprint", "dtype")
+    good = isinstance(host, dict) and host.keys() == {*sizes, *texts}
+    good = good and all(_is_size(host[size]) for size in sizes) and host["num_layers"] <= _MOST_BLOCKS
+    if not good or not all(isinstance(host[text], str) for text in texts):
+        raise ConfigError(
+            f"{name}={host!r} does not describe a host: {', '.join((*sizes, *texts))}. Use the config.json that was "
+            "saved with the adapter."
+        )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST_SIZE * 4
 
 
 def check_task(name: str, task_type: str | None, labels: list[str] | None) -> None:

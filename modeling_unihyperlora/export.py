@@ -143,7 +143,7 @@ def export_lora(model, folder: str | Path, rank: int) -> dict[str, float]:
 
 def require_fixed_update(model) -> None:
     """Raise ``MergeError`` unless the update is the same for every token."""
-    if model.injection is None:
+    if model.config.pathway != "inject":
         raise MergeError(
             "A stream is no update of weights: it reads the host's states and computes beside it, so it can neither "
             "be merged nor become a LoRA. export_onnx writes host and stream as one file."

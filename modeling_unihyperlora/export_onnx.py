@@ -29,7 +29,8 @@ def export_onnx(model, path: str | Path) -> None:
     Output is ``logits``: (B, T, C), or (B, C) for sentences.
 
     Args:
-        model: a stream, or an injected update with the static router, which is merged for the export.
+        model: a stream, or an injected update with the static router; an update is merged for the export, also one on
+            top of a stream.
         path: of the file; written whole or not at all.
 
     Raises:
@@ -39,7 +40,7 @@ def export_onnx(model, path: str | Path) -> None:
     """
     task = model._task(None)
     sentence = model.config.tasks[task]["type"] == "sequence_classification"
-    if model.injection is not None and model.config.router != "static":
+    if model.injection is not None and not model.injection.static:
         raise ExportError(
             "The injected update with the token router is computed in hooks that ONNX does not see. Load the adapter "
             "with router='static', and score it so before you export it."
@@ -47,7 +48,7 @@ def export_onnx(model, path: str | Path) -> None:
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise ExportError("The model is not on the CPU; export it from there: model.cpu().")
     was_training, was_merged = model.training, model.merged
-    graph = (_StreamGraph if model.injection is None else _InjectedGraph)(model, task, sentence)
+    graph = (_InjectedGraph if model.config.pathway == "inject" else _StreamGraph)(model, task, sentence)
     model.eval()
     if model.injection is not None:
         model.merge()

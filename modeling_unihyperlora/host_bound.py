@@ -24,7 +24,7 @@ from .adapter import (
 )
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import ConfigError, HostError
-from .hosts import MODULE_TYPES, HostMap, describe_host, dtype_of
+from .hosts import MODULE_TYPES, HostMap, identify_host, unlike
 from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import Side
 from .quantization import Half, RowInteger, StoredTensor
@@ -33,28 +33,22 @@ from .quantization import Half, RowInteger, StoredTensor
 def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
     """Note in ``config`` the host that its atoms are made for: family, sizes, weights, shapes of linear layers."""
     shapes = {(s.widths["input"], s.widths["output"]) for s in HostMap(host, config.host_layouts).sites}
-    described = describe_host(host, None)
-    del described["name"]
-    config.bound_host = described | {"dtype": str(dtype_of(host)), "shapes": sorted(map(list, shapes))}
+    config.bound_host = identify_host(host) | {"shapes": sorted(map(list, shapes))}
     config.check()
 
 
 def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
-    """Raise ``HostError`` where an adapter is bound to another host than this one.
-
-    Weights are compared where they have the precision that they had in training; else the sizes have to do.
-    """
+    """Raise ``HostError`` where an adapter is bound to another host than this one; see ``hosts.unlike``."""
     bound = config.bound_host
     if bound is None:
         return
     here = UniHyperLoraConfig(projector="host", host_layouts=config.host_layouts)
     bind(here, host)
-    compared = set(bound) - ({"fingerprint", "dtype"} if here.bound_host["dtype"] != bound["dtype"] else set())
-    if unlike := sorted(name for name in compared if here.bound_host[name] != bound[name]):
+    if differences := unlike(bound, here.bound_host):
         raise HostError(
             f"This adapter is SAT-LoRA, bound to the host that it was trained on ({_described(bound)}); the host "
-            f"given is another one ({_described(here.bound_host)}): other {', '.join(unlike)}. Give its own host, "
-            "train one for this host with --method sat_lora, or use a universal adapter (pathway='stream')."
+            f"given is another one ({_described(here.bound_host)}): other {', '.join(differences)}. Give its own "
+            "host, train one for this host with --method sat_lora, or use a universal adapter (pathway='stream')."
         )
 
 

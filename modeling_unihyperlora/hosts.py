@@ -322,5 +322,21 @@ def describe_host(host: nn.Module, name: str | None) -> dict[str, object]:
     }
 
 
+def identify_host(host: nn.Module) -> dict[str, object]:
+    """What tells a host from others, wherever it was loaded from: family, sizes, weights and their precision."""
+    described = describe_host(host, None) | {"dtype": str(dtype_of(host))}
+    del described["name"]
+    return described
+
+
+def unlike(one: dict[str, object], other: dict[str, object]) -> list[str]:
+    """In what two descriptions by ``identify_host`` differ; none if they are of one host.
+
+    Weights are compared where they have the same precision; else family and sizes have to do.
+    """
+    compared = set(one) - ({"fingerprint", "dtype"} if one["dtype"] != other["dtype"] else set())
+    return sorted(name for name in compared if one[name] != other[name])
+
+
 def dtype_of(host: nn.Module) -> torch.dtype:
     return next(host.parameters()).dtype

@@ -1,7 +1,8 @@
 """The injected update: hooks that add ΔW x to a host's linear layers during a forward pass of the adapter.
 
 The hooks act only inside ``Injection.running`` and only in the thread that is there; a host that is called on its own
-computes what it always did.
+computes what it always did. With pathway "inject" the heads read what comes out (``Injection.run``); with "both" a
+stream does (``Stream.read_host``).
 """
 
 import threading
@@ -129,6 +130,8 @@ class Injection:
     def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
         self.adapter = adapter
         self.host = host
+        # Whether the update is the same for every token.
+        self.static = adapter.config.router == "static" or adapter.config.pathway != "inject"
         self.map = HostMap(host, adapter.config.host_layouts)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         targets = {*(adapter.config.target_modules or MODULE_TYPES)}
@@ -232,7 +235,7 @@ class Injection:
             run.knot_states[block] = state
         if self.merged:
             return
-        if config.router == "static":
+        if self.static:
             run.routing = Routing(None, run.atoms.mean_gate, rows=run.rows(state))
             run.weights = run.routing.weights(run.atoms.coefficients[block])
             return
@@ -292,15 +295,21 @@ class Injection:
     def added_multiply_adds(self, labels: int) -> int:
         """Multiply-adds a token that the adapter and its head add; nothing but the head when merged.
 
-        A block scores M atoms once; each layer then reads and writes k atoms (all M with the static router), and
-        query, key and value share the reading. The squares of the norms and the division by them count as well.
+        The squares of the norms and the division by them count as well.
         """
-        config = self.adapter.config
-        total = len(KNOTS) * ((labels + 1) * self.map.hidden_size + labels)
+        return len(KNOTS) * ((labels + 1) * self.map.hidden_size + labels) + self.update_multiply_adds()
+
+    def update_multiply_adds(self) -> int:
+        """Those of the update alone; none when merged.
+
+        A block scores M atoms once; each layer then reads and writes k atoms (all M where the update is the same for
+        all tokens), and query, key and value share the reading.
+        """
+        config, total = self.adapter.config, 0
         if self.merged:
-            return total
-        used = config.atoms if config.router == "static" else config.router_top_k
-        if config.router == "token":
+            return 0
+        used = config.atoms if self.static else config.router_top_k
+        if not self.static:
             total += self.map.num_layers * (config.atoms + 1) * self.map.hidden_size
         for site, (read_side, _, write_side, _) in self.plans.items():
             shares_reading = read_side == "input" and site.module_types in (("key",), ("value",))
@@ -316,7 +325,7 @@ class Injection:
     # ---- merging ----
 
     def delta_weight(self, site: Site, task: str) -> torch.Tensor:
-        """ΔW (out, in) of one site in float64, with the static router's fixed mask."""
+        """ΔW (out, in) of one site in float64, where it is the same for all tokens."""
         atoms = self.project(task)
         _, read_key, _, write_key = self.plans[site]
         read, write = atoms.read[read_key].double(), atoms.write[write_key].double()

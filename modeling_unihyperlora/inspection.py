@@ -64,7 +64,8 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
 
     Returns:
         ``describe`` (one line), ``sites`` (module type → blocks that have it) and ``blocks``, or ``knots`` (rows of
-        depth, layers, R²); ``flops_overhead_pct`` at 128 tokens with the active task's head, ``warnings``.
+        depth, layers, R²), or all three; ``flops_overhead_pct`` at 128 tokens with the active task's head,
+        ``warnings``.
 
     Raises:
         AdapterFileError, ConfigError, HostError
@@ -83,12 +84,12 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
         report["sites"] = {
             role: len({site.block for site in sites if role in site.module_types}) for role in MODULE_TYPES
         }
-        if fingerprint(model.host) not in sources:
+        if model.config.pathway == "inject" and fingerprint(model.host) not in sources:
             report["warnings"].append(
                 "The adapter was not trained on this host, and the injected update does not carry over to others: "
                 "expect what an untrained adapter would score, unless it is trained here."
             )
-    else:
+    if model.stream is not None:
         report["knots"] = [
             {"depth": depth, "layers": knot.layers, "r2": knot.r2}
             for depth, knot in zip(KNOTS, model.stream.fit.knots, strict=True)

@@ -22,7 +22,15 @@ from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
-from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
+from .hosts import (
+    describe_host,
+    encoder_of,
+    identify_host,
+    load_host,
+    load_host_tokenizer,
+    num_layers_of,
+    unlike,
+)
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
@@ -73,7 +81,7 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         self.adapter = make_adapter(config).to(self.host.device)
         self.stream: Stream | None = None  # bound by ``calibrate``
         self.injection: Injection | None = None
-        if config.pathway == "inject":
+        if config.pathway == "inject" or (config.pathway == "both" and self._is_injected_host()):
             self.injection = Injection(self.adapter, self.host)  # refuses an unknown family, the host still untouched
         Hold.take(self.host, self)
         if self.injection is not None:
@@ -117,6 +125,11 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             HostError, ConfigError
         """
         config = UniHyperLoraConfig() if config is None else config
+        if config.pathway == "both":
+            raise ConfigError(
+                "pathway='both' is not made afresh: load a trained stream with from_pretrained on the host that it is "
+                "to be tuned to, and call add_injection()."
+            )
         if isinstance(host, nn.Module):
             name = encoder_of(host).config.name_or_path
         else:
@@ -213,14 +226,14 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
             name, own = config.base_model_name_or_path, {"revision": config.base_model_revision or "main"}
             own |= {key: value for key, value in hub.items() if key not in ("subfolder", "force_download")}
             host = load_host(name, **_given(dtype=dtype), **own)
-            if config.pathway == "stream" and tokenizer is None:
+            if config.pathway != "inject" and tokenizer is None:
                 tokenizer = load_host_tokenizer(name, **own)
         _keep_layout(config, layout, host)
         adapter = make_adapter(config)  # before the host is touched: a bad file leaves it as it was
         load_adapter(adapter, weights)
         model = cls(config, host=host)
         model.adapter.load_state_dict(adapter.state_dict())
-        if config.pathway == "stream":
+        if config.pathway != "inject":
             try:
                 model.calibrate(tokenizer)
             except UniHyperLoraError:
@@ -300,10 +313,11 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         """Choose what a trainer may change.
 
         "source": dictionary, projector, mixer, router, and the active task's embedding and head.
-        "delta": the active task's δθ alone; its head too as long as it is new, i.e. was never trained.
+        "delta": the active task's δθ alone, with pathway "both" that of the stream and that of the injected update;
+        its head too as long as it is new, i.e. was never trained.
 
         Raises:
-            ConfigError: another scope was given.
+            ConfigError: another scope was given, or one that this adapter is not trained in.
             MergeError: the update is merged into the host.
         """
         if scope not in ("source", "delta"):
@@ -313,32 +327,92 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
                 "train_scope='delta' tunes a universal adapter to a host. This one is bound to its host and trained "
                 "for it whole; choose train_scope='source'."
             )
+        if self.config.pathway == "both":
+            self._check_tunable(scope)
         if self.merged:
             raise MergeError("The update is merged into the host, where it cannot be trained; call unmerge() first.")
         own = self.adapter.tasks[self._task(None)]
         head_is_new = not self.config.tasks[self.config.active_task].get("trained", False)
         for parameter in self.adapter.parameters():
             parameter.requires_grad_(scope == "source")
-        if self.config.pathway == "stream":
+        if self.config.pathway != "inject":
             self.adapter.anchors.requires_grad_(False)
         for name, task in self.adapter.tasks.items():
             task.requires_grad_(scope == "source" and name == self.config.active_task)
-        own.delta.requires_grad_(scope == "delta")
+        for delta in own.deltas():
+            delta.requires_grad_(scope == "delta")
         if scope == "delta" and head_is_new:
             own.head_weight.requires_grad_(True)
             own.head_bias.requires_grad_(True)
+
+    # ---- an injected update on top of a stream ----
+
+    def add_injection(self) -> None:
+        """Put an injected update on top of a stream adapter: its pathway becomes "both".
+
+        The update is zero until δθ is tuned (``set_train_scope("delta")``), and is for this host alone. One that was
+        for another host is dropped, for all tasks.
+
+        Raises:
+            ConfigError: the adapter is no stream.
+            HostError: the host's family is unknown; host and adapter are then as they were.
+        """
+        if self.config.pathway == "inject":
+            raise ConfigError(
+                "add_injection() puts an injected update on top of a stream; this adapter has pathway 'inject', which "
+                "is such an update and nothing else. Load an adapter with pathway 'stream'."
+            )
+        if self.injection is not None:
+            return
+        injection = Injection(self.adapter, self.host)
+        self.config.pathway, self.config.injected_host = "both", identify_host(self.host)
+        for own in self.adapter.tasks.values():
+            own.begin_injection(self.config)
+        self.injection = injection
+        self.injection.attach()
+        if self.stream is not None:
+            self.stream.injection = self.injection
+
+    def _is_injected_host(self) -> bool:
+        """Whether the injected update on top of the stream is for this host; says so where it is not."""
+        if not (differences := unlike(self.config.injected_host, identify_host(self.host))):
+            return True
+        recorded = self.config.injected_host
+        logger.warning(
+            "The injected update was tuned on another host (%s, %d blocks x %d, weights %s; other: %s) and is noise "
+            "on this one, so it is left out and the stream goes on alone. add_injection() begins one for this host.",
+            *(recorded[name] for name in ("family", "num_layers", "hidden_size", "fingerprint")),
+            ", ".join(differences),
+        )
+        return False
+
+    def _check_tunable(self, scope: str) -> None:
+        """Raise ``ConfigError`` unless an adapter of pathway "both" may be trained in this scope, on this host."""
+        if scope != "delta":
+            raise ConfigError(
+                "train_scope='source' would change the stream under an injected update that is tuned to one host; "
+                "with pathway='both' choose train_scope='delta', or train the stream adapter that it came from."
+            )
+        if self.injection is None:
+            raise ConfigError(
+                "The injected update of this adapter was tuned on another host. To tune one for this host, from "
+                "zero, call add_injection() first (--pathway both), or load the stream adapter that it came from."
+            )
 
     # ---- merging and taking off ----
 
     def merge(self) -> None:
         """Fold the active task's update into the host's weights; exact, and free at inference.
 
+        On top of a stream, the stream then reads the states of the merged host.
+
         Raises:
-            MergeError: the router chooses atoms for each token, so no fixed weight computes the same.
+            MergeError: the router chooses atoms for each token, so no fixed weight computes the same; or there is no
+                injected update.
         """
         if self.injection is None:
             raise MergeError("The stream computes beside the host, so it has no update to merge.")
-        if self.config.router != "static":
+        if not self.injection.static:
             raise MergeError(
                 "The update depends on each token (router='token'), so it cannot be merged exactly. Load the adapter "
                 "with router='static', which uses one fixed mask, the mean gate."
@@ -365,12 +439,14 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
 
     def describe(self) -> str:
         """Host, sites found or fit of the calibration, and pathway, in one line."""
-        if self.injection is None:
+        if self.config.pathway != "inject":
             fit = "not calibrated" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
+            sites = "" if self.injection is None else f" and an update at {self.injection.map.coverage()} sites"
             return (
                 f"UniHyperLoRA on {self.host.config.name_or_path or type(self.host).__name__} "
                 f"({self.host.config.model_type}, {num_layers_of(self.host)} blocks x "
-                f"{self.host.config.hidden_size}): pathway stream, R² a knot {fit}, tasks {sorted(self.config.tasks)}"
+                f"{self.host.config.hidden_size}): pathway stream{sites}, R² a knot {fit}, "
+                f"tasks {sorted(self.config.tasks)}"
             )
         found = self.injection.map
         return (
@@ -416,8 +492,8 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
 
     @property
     def path(self) -> Injection | Stream:
-        """What computes the update on this host."""
-        return self.bound_stream if self.injection is None else self.injection
+        """What computes the features that the heads read."""
+        return self.injection if self.config.pathway == "inject" else self.bound_stream
 
     @property
     def bound_stream(self) -> Stream:
@@ -434,10 +510,14 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
 
         Raises:
             HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
+            MergeError: an update is merged into the host, whose states are then not its own.
         """
+        if self.merged:
+            raise MergeError("A host is lined up as it is, without an update in its weights; call unmerge() first.")
         if tokenizer is None:
             tokenizer = load_host_tokenizer(self.host.config.name_or_path)
         self.stream = Stream(self.adapter, self.host, tokenizer, anchor_states)
+        self.stream.injection = self.injection
         fit = self.stream.fit.r2
         if sum(fit) / len(fit) < LOW_FIT:
             logger.warning(

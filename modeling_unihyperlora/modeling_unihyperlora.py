@@ -51,7 +51,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         task: str | None = None,
         task_ids: torch.Tensor | Sequence[str] | None = None,
     ) -> UniHyperLoraOutput:
-        """(B, T) ids, or images for a ViT → states (B, T, d); the stream leaves those of its host as they are."""
+        """(B, T) ids, or images for a ViT → states (B, T, d); a stream alone leaves those of its host as they are."""
         run = self.run(
             task,
             attention_mask,

@@ -12,8 +12,12 @@ that map in the directions of all atoms. Then z is routed as a token is in the i
 where τ names the knot instead of a module type. The knots side by side feed a bidirectional recurrent layer over the
 words of the sentence, whose outputs the head reads. Nothing of this depends on the host's width, depth or tokenizer,
 and the host is never modified.
+
+With pathway "both" the host's pass has an injected update in it, on the one host that it was tuned on: the map of that
+host stays what it was without the update, and the states that it reads are moved.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -39,8 +43,9 @@ from .adapter import (
 )
 from .anchors import word_states
 from .calibration import HostFit, Landmarks, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
-from .errors import HostError
+from .errors import ConfigError, HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
+from .injection import Injection
 from .mixed_tasks import MixedTasks, StackedTasks
 from .token_mixer import Words
 
@@ -108,16 +113,16 @@ class HostToKnots(NamedTuple):
 
     def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
         """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
-        z = self.offset.repeat(len(cells), 1)
         flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in self.layers}
         coordinates, landmarks = self.landmarks.weights.shape
-        step = max(1, AT_ONCE // landmarks)
-        for part, chosen in zip(z.split(step), cells.split(step), strict=True):
+        made = []
+        for chosen in cells.split(max(1, AT_ONCE // landmarks)):
             states = {layer: every.index_select(0, chosen).float() for layer, every in flat.items()}
+            part = self.offset.repeat(len(chosen), 1)
             for layer, start, end, matrix in self.layers:
                 part[:, start:end].addmm_(states[layer], matrix.T)
-            part[:, :coordinates] += self.landmarks(part[:, coordinates:])
-        return z[:, :coordinates]
+            made.append(part[:, :coordinates] + self.landmarks(part[:, coordinates:]))
+        return torch.cat(made)
 
 
 class Tables(NamedTuple):
@@ -145,6 +150,7 @@ class Stream:
 
     Attributes:
         fit: the host's map into the canonical space.
+        injection: the update in the host's linear layers, if there is one on top of the stream.
         seconds: that finding it took, or reading it from the cache.
         disturbs: whether coordinates are disturbed in training.
     """
@@ -159,6 +165,7 @@ class Stream:
         self.near = near_layers(self.num_layers)
         self.layers = layers_of(self.near)
         self.disturbs = True
+        self.injection: Injection | None = None
         self._to_knots: HostToKnots | None = None
         self._host_linear = linear_multiply_adds(host)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -196,22 +203,39 @@ class Stream:
             attention_mask: (B, T) of sub-tokens, or (B, W) of words where their states are given.
             inputs: what the host reads, or ``canonical_states`` (B, W, K, D).
         """
+        if self.injection is not None and isinstance(task, MixedTasks):
+            raise ConfigError(
+                "task_ids mixes tasks in a batch, and on top of a stream the host computes with the injected update "
+                "of one task at a time. Give each task a batch of its own."
+            )
         if "canonical_states" in inputs:
+            if self.injection is not None:
+                raise ConfigError(
+                    "canonical_states are those of the host alone, and this adapter moves the host's states by an "
+                    "injected update. Give input_ids."
+                )
             return self.follow(inputs["canonical_states"], attention_mask.sum(dim=1), task)
-        z, lengths, word_of, hidden = self.read_host(attention_mask, inputs)
+        z, lengths, word_of, hidden = self.read_host(attention_mask, inputs, task)
         run = self.follow(z, lengths, task)
         run.expected_atoms, run.active_atoms = _spread(run.expected_atoms, word_of), _spread(run.active_atoms, word_of)
         run.word_of, run.last_hidden_state = word_of, hidden[-1]
         run.hidden_states = hidden if output_hidden_states else None
         return run
 
-    @torch.no_grad()
-    def read_host(self, attention_mask: torch.Tensor | None, inputs: dict) -> tuple:
-        """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states."""
-        out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
-        self.begins_word = self.begins_word.to(inputs["input_ids"].device)
-        positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
-        return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
+    def read_host(self, attention_mask: torch.Tensor | None, inputs: dict, task: str | None = None) -> tuple:
+        """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states.
+
+        With an injected update the host computes with that of ``task`` in it, and gradients go through the host.
+        """
+        updating = contextlib.nullcontext()
+        if self.injection is not None and task is not None:
+            updating = self.injection.running(task, attention_mask)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.injection is not None):
+            with updating:
+                out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
+            self.begins_word = self.begins_word.to(inputs["input_ids"].device)
+            positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
+            return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
 
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str | MixedTasks) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
@@ -284,7 +308,10 @@ class Stream:
         return self._host_linear + attention
 
     def added_multiply_adds(self, labels: int) -> int:
-        """Multiply-adds a word that the stream and its head add; a token has at most one word to itself."""
+        """Multiply-adds a word that the stream and its head add; a token has at most one word to itself.
+
+        An injected update on top counts, unless it is merged.
+        """
         config, knots = self.adapter.config, len(KNOTS)
         project = config.stream_dim * self.hidden_size * sum(map(len, self.near))
         landmarks = len(self.fit.landmarks.at) * (self.fit.landmarks.at.shape[1] + knots * config.stream_dim)
@@ -292,16 +319,19 @@ class Stream:
         atoms = knots * config.stream_dim * (config.atoms + 1 + 2 * config.router_top_k + config.stream_dim)
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
-        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden
+        update = 0 if self.injection is None else self.injection.update_multiply_adds()
+        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden + update
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
-        """The map of this host, by knot and by layer, its table of word beginnings, and the values of the file."""
+        """The map of this host, by knot and by layer, its table of word beginnings, the values of the file, and the
+        atoms of an injected update."""
         made = HostToKnots.of(self.fit, self.begins_word.device)
         by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
         *tables, mixer, head_weight, head_bias = self._tables(task)
         parts = (*self.fit.knots, self.fit.landmarks)
         by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
-        return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias]
+        update = [] if self.injection is None else self.injection.held_tensors(task)
+        return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias, *update]
 
 
 def _unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -89,6 +89,7 @@ def parse(command_line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--baseline_steps", type=int, default=500, help="Steps of the probe and of LoRA.")
     add("--baseline_seeds", type=int, nargs="+", help="Seeds of the probe and of LoRA, if not --seeds.")
     add("--baseline_args", default="", help='Further flags of the probe and of LoRA, as "--bf16 --use_cpu".')
+    add("--delta_both_hosts", nargs="+", default=[], help="Targets whose δθ is also tuned with an injected update.")
     add("--lora_hosts", nargs="+", default=[], help="Targets that get a LoRA; all by default.")
     args, passed = parser.parse_known_args(with_value_joined(command_line, "--baseline_args"))
     args.baseline_seeds = args.baseline_seeds or args.seeds
@@ -124,8 +125,9 @@ def check(args: argparse.Namespace, passed: list[str]) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"Two hosts are called {twice[0]}; the matrix needs a name for each, so rename a folder.")
     targets = args.target_hosts or args.source_hosts
-    if unknown := [host for host in args.lora_hosts if name_of(host) not in map(name_of, targets)]:
-        raise ConfigError(f"--lora_hosts {unknown[0]} is no target. Choose from: {', '.join(map(name_of, targets))}.")
+    for flag in ("lora_hosts", "delta_both_hosts"):
+        if unknown := [host for host in getattr(args, flag) if name_of(host) not in map(name_of, targets)]:
+            raise ConfigError(f"--{flag} {unknown[0]} is no target. Choose from: {', '.join(map(name_of, targets))}.")
     if not args.seeds or len({*args.seeds}) < len(args.seeds):
         raise ConfigError("--seeds needs one number or more, each once.")
     for name in ("delta_steps", "baseline_steps"):
@@ -180,7 +182,11 @@ def matrix_of(plan: Plan, runner: Runner, hosts: dict[str, dict], passed: list[s
         "baseline_flags": [without_folder(part) for part in args.baseline_args.split()],
         "delta_steps": args.delta_steps,
         "baseline_steps": args.baseline_steps,
-        "columns": [{"key": key, "label": label} for key, label in keys.values()],
+        "columns": [
+            {"key": key, "label": label}
+            for column, (key, label) in keys.items()
+            if column != "delta_both" or args.delta_both_hosts
+        ],
         "source_hosts": [hosts[host] for host in args.source_hosts],
         "source_f1": None if args.leave_one_out else first["source_f1"],
         "adapter_bytes": max((row["adapter_bytes"] for row in rows.values() if row["adapter_bytes"]), default=None),
@@ -195,6 +201,10 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         "own_stream": ("own_stream", "stream trained on this host"),
         "lora": (f"lora_r{LORA_R}", f"LoRA r={LORA_R} trained on this host"),
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),
+        "delta_both": (
+            f"delta_both_{args.delta_steps}",
+            f"… {args.delta_steps} steps on δθ in stream and injected update",
+        ),
         "probe": ("probe", "linear probe trained on this host"),
         "shuffled": ("shuffled", "control: shuffled anchors"),
         "random_map": ("random_map", "control: random map"),

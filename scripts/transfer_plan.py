@@ -16,7 +16,8 @@ from trainers.controls import random_map, shuffle_anchors
 
 logger = logging.getLogger("transfer")
 
-COLUMNS = ("zero_shot", "own_stream", "probe", "delta", "shuffled", "random_map", "lora")  # in the order of the runs
+# In the order of the runs.
+COLUMNS = ("zero_shot", "own_stream", "probe", "delta", "delta_both", "shuffled", "random_map", "lora")
 BASELINES = ("probe", "lora")
 LORA_R = 8
 FILES = ("train_file", "validation_file")
@@ -144,7 +145,8 @@ class Plan:
 
     def cells(self, column: str, target: str) -> dict[int, Cell]:
         """Seed → run of a column on a target; none where the column leaves the target out."""
-        if column == "lora" and name_of(target) not in map(name_of, self.args.lora_hosts or self.targets):
+        chosen = {"lora": self.args.lora_hosts or self.targets, "delta_both": self.args.delta_both_hosts}
+        if name_of(target) not in map(name_of, chosen.get(column, self.targets)):
             return {}
         seeds = self.args.baseline_seeds if column in BASELINES else self.args.seeds
         make = {"own_stream": self._own_stream, "probe": self._trained_baseline, "lora": self._trained_baseline}
@@ -171,14 +173,14 @@ class Plan:
 
     def _loaded(self, column: str, target: str, seed: int) -> Cell:
         flags = self._load
-        if column == "delta":
+        if column in ("delta", "delta_both"):
             every = min(CHECK_EVERY, self.args.delta_steps)
             more = (
                 f"--do_train --train_scope delta --max_steps {self.args.delta_steps} "
                 f"--eval_strategy steps --eval_steps {every} --save_strategy steps --save_steps {every} "
                 "--save_total_limit 1 --load_best_model_at_end --metric_for_best_model f1"
             )
-            flags = [*flags, *more.split()]
+            flags = [*flags, *more.split(), *(["--pathway", "both"] if column == "delta_both" else [])]
         controls = {
             "shuffled": functools.partial(shuffle_anchors, seed=seed),
             "random_map": functools.partial(random_map, host=target, seed=seed),

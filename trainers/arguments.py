@@ -52,7 +52,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Of --method sat_lora: some of q_proj k_proj v_proj o_proj ffn_up ffn_down; all if none."},
     )
-    pathway: str | None = field(default=None, metadata={"help": "Where the atoms act (UniHyperLoraConfig.pathway)."})
+    pathway: str | None = field(
+        default=None,
+        metadata={"help": "Where the atoms act: stream, inject; both, with --adapter and --train_scope delta."},
+    )
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
     router: str | None = field(default=None, metadata={"help": "token or static."})
     router_top_k: int | None = field(default=None, metadata={"help": "Atoms a token may use, 1 to 3."})
@@ -316,6 +319,16 @@ def check_arguments(
         raise ConfigError(
             "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
             "with --train_scope source."
+        )
+    if model_args.pathway == "both" and model_args.adapter is None:
+        raise ConfigError(
+            "--pathway both tunes a stream adapter that exists, with an injected update on top: give --adapter "
+            "FOLDER_OR_HUB_ID and --train_scope delta, or train a stream first with --pathway stream."
+        )
+    if model_args.pathway == "both" and training_args.do_train and training_args.train_scope != "delta":
+        raise ConfigError(
+            "--pathway both is tuned to one host by δθ alone: give --train_scope delta with it, or train the stream "
+            "itself with --pathway stream."
         )
     new_but_no_stream = model_args.adapter is None and model_args.pathway != "stream"
     if model_args.source_hosts and (new_but_no_stream or training_args.train_scope == "delta"):

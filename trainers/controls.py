@@ -81,8 +81,8 @@ def random_coordinates(states: torch.Tensor, width: int, seed: int) -> torch.Ten
 
 def _load(folder: str | Path) -> UniHyperLoraAdapter:
     config = read_config(Path(folder) / CONFIG_NAME)
-    if config.pathway != "stream":
-        raise ConfigError(f"{folder} has pathway {config.pathway!r}; only a stream adapter has anchors.")
+    if config.pathway == "inject":
+        raise ConfigError(f"{folder} has pathway 'inject'; only a stream adapter has anchors.")
     adapter = UniHyperLoraAdapter(config)
     load_adapter(adapter, Path(folder) / WEIGHTS_NAME)
     return adapter

@@ -162,6 +162,8 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
         )
+    if args.pathway == "both":
+        model.add_injection()
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
         if getattr(model.config, name) != value:
             raise ConfigError(
@@ -288,7 +290,9 @@ def make_trainer(
         pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
     )
     scores, more = validation and task.scores(validation, data_args), {}
-    if is_adapter and model.config.pathway == "stream":
+    if is_adapter and model.injection is not None and data_args.cache_eval_states:
+        logger.info("The injected update moves the host's states, so those of --cache_eval_states are not used.")
+    if is_adapter and model.injection is None:  # what its host computes never changes
         collator = StreamCollator(collator)
         if train is not None:
             sources = sources_of(

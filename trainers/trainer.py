@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
-    E[k] is the mean over the labelled tokens (sentences for sequence classification) of the batch; with gradient
-    accumulation and several processes every term is normalised over the whole batch, so that the loss does not depend
-    on how a batch is cut. ``task_loss``, ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
+    With pathway "both" δθ is that of the stream and that of the injected update. E[k] is the mean over the labelled
+    tokens (sentences for sequence classification) of the batch; with gradient accumulation and several processes every
+    term is normalised over the whole batch, so that the loss does not depend on how a batch is cut. ``task_loss``,
+    ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
 
     Args:
         model: a UniHyperLoRA model.
@@ -75,11 +76,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
         """Set the train scope of a model.
 
         Raises:
-            BudgetError
+            BudgetError, ConfigError
         """
         if self._trains:
             check_budget(model, self.args.max_adapter_bytes, self.args.max_flops_overhead_pct)
-        model.set_train_scope(self.args.train_scope)
+        if self._trains or model.config.pathway != "both":  # which is scored in any scope, and trained in one
+            model.set_train_scope(self.args.train_scope)
         if model.stream is not None:  # δθ is tuned to one host as it is
             model.stream.disturbs = self.args.train_scope == "source"
 
@@ -95,10 +97,11 @@ class UniHyperLoraTrainer(SearchableTrainer):
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items = items.to(atoms.device).clamp_min(1)
         across = self._processes_in(num_items_in_batch)
-        delta = self.unwrapped.adapter.tasks[self.unwrapped.config.active_task].delta()
+        own = self.unwrapped.adapter.tasks[self.unwrapped.config.active_task]
+        squares = sum(delta().square().sum() for delta in own.deltas())
         terms = {
             "lambda_f_loss": self.args.lambda_f * across * (atoms * labelled).sum() / items,
-            "lambda_q_loss": self.args.lambda_q * across * delta.square().sum() * labelled.sum() / items,
+            "lambda_q_loss": self.args.lambda_q * across * squares * labelled.sum() / items,
         }
         if model.training:
             self._note_losses({"task_loss": loss, **terms})

@@ -278,6 +278,8 @@ def test_a_refusal_is_one_line(tmp_path):
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
         (["--n_trials", "3"], ConfigError, "give --do_search with it"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),
+        (["--pathway", "both"], ConfigError, "--pathway both tunes a stream adapter that exists"),
+        (["--pathway", "both", "--adapter", "x"], ConfigError, "give --train_scope delta with it"),
         (["--method", "probe", "--adapter", "x"], ConfigError, "leave --adapter out"),
         (["--method", "lora", "--adapter", "x"], ConfigError, "leave --adapter out"),
         (["--method", "lora", "--lora_r", "0"], ConfigError, "--lora_r 0"),
@@ -380,6 +382,32 @@ class TestStream:
         assert there["zero_shot_f1"] == there["eval_f1"] is not None
         assert there["adapter_bytes"] == len(weights)
         assert (tmp_path / "here" / "model.safetensors").read_bytes() == weights
+
+    def test_an_injected_update_is_tuned_on_top(self, run, flags, tmp_path, tokenizer, cache):
+        stream = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="here")
+        (states,) = cache.glob("states-*")
+        states.unlink()
+        tune = ["--train_scope", "delta", "--pathway", "both", *flags[-4:], "--max_steps", 20, "--cache_eval_states"]
+        tune += ["--learning_rate", "5e-2", "--adapter", tmp_path / "here", "--do_eval"]
+        tuned = run(*tune, "--do_train", "--bf16", output="tuned")
+        assert not [*cache.glob("states-*")]  # those of the host alone are of no use
+        assert tuned["zero_shot_f1"] == pytest.approx(stream["eval_f1"], abs=0.1)  # in bfloat16
+        assert tuned["trainable_parameters"] == 2 * 8 * 128 and tuned["delta_bytes"] == 1024
+        assert tuned["flops_overhead_pct"] > tuned["merged_flops_overhead_pct"] > 0
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("here", "tuned"))
+        assert {name for name in after if name not in before or not torch.equal(before[name], after[name])} == {
+            "tasks.ner.delta",
+            "tasks.ner.delta_injected",
+        }
+        again = run("--adapter", tmp_path / "tuned", "--do_eval", "--pathway", "both", output="again")
+        assert again["eval_f1"] > 0.8
+        other = self.other_host(tmp_path, tokenizer)
+        elsewhere = run("--adapter", tmp_path / "tuned", "--do_eval", output="elsewhere", host=other)
+        assert elsewhere["eval_f1"] is not None
+        tune[tune.index("--adapter") + 1] = tmp_path / "tuned"
+        without = [part for part in tune if part not in ("--pathway", "both")]
+        with pytest.raises(ConfigError, match="--pathway both"):
+            run(*without, "--do_train", output="refused", host=other)
 
     def other_host(self, tmp_path, tokenizer) -> Path:
         folder = tmp_path / "wider"

@@ -126,7 +126,7 @@ class TestRuns:
     def test_each_column_is_called_as_it_says(self, go, runs, hosts, tmp_path):
         go("--num_train_epochs", 6, "--learning_rate", 0.004, "--coordinate_epochs", 2, "--baseline_args", "--bf16")
         found = by_name(runs)
-        targets, columns = ("two", "three"), transfer_plan.COLUMNS
+        targets, columns = ("two", "three"), {*transfer_plan.COLUMNS} - {"delta_both"}
         assert set(found) == {"source-s0", *(f"{column}-{target}-s0" for column in columns for target in targets)}
         assert all(run.flags["seed"] == "0" and "do_eval" in run.flags for run in found.values())
         assert all(run.flags["train_file"].endswith("train.jsonl") for run in found.values())
@@ -249,6 +249,18 @@ class TestRuns:
         assert set(by_name(runs)) == {"lora-three-s1", "probe-two-s1", "probe-three-s1"}
         assert matrix["targets"]["two"]["lora_r8_f1"] is None
 
+    def test_the_injected_update_is_tuned_on_targets_that_are_named(self, go, runs):
+        only = ("--only", "delta", "delta_both")
+        assert "delta_both_500" not in [column["key"] for column in go(*only)["columns"]]
+        matrix = go(*only, "--delta_both_hosts", "three")
+        found = by_name(runs)
+        assert {name for name in found if name.startswith("delta_both")} == {"delta_both-three-s0"}
+        both, plain = found["delta_both-three-s0"].flags, found["delta-three-s0"].flags
+        assert both == plain | {"pathway": "both", "output_dir": both["output_dir"]}
+        assert matrix["targets"]["two"]["delta_both_500_f1"] is None
+        assert matrix["targets"]["three"]["delta_both_500_f1"] is not None
+        assert "delta_both_500" in [column["key"] for column in matrix["columns"]]
+
     def test_weights_of_the_baselines_are_not_kept(self, go, tmp_path):
         go()
         kept = {path.parent.name for path in tmp_path.rglob("model.safetensors")}
@@ -361,6 +373,7 @@ class TestRefusals:
             (["--seeds"], {}, ConfigError, "--seeds needs one number or more"),
             (["--seeds", 1, 1], {}, ConfigError, "each once"),
             (["--lora_hosts", "four"], {}, ConfigError, "--lora_hosts four is no target. Choose from: two, three"),
+            (["--delta_both_hosts", "four"], {}, ConfigError, "--delta_both_hosts four is no target"),
             (["--delta_steps", 0], {}, ConfigError, "--delta_steps 0 trains nothing"),
             (["--seed", 1], {}, ConfigError, "--seed is chosen by this script"),
             (["--seed=5"], {}, ConfigError, "--seed=5 is chosen by this script"),
