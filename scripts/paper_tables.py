@@ -84,7 +84,7 @@ def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict
     lines = [
         *("", "## The paper's comparison", ""),
         "From the runs in `paper/`, by `python scripts/benchmark.py paper` over the configs in `hub_configs/runs`:",
-        "for every method the same steps, batch and data order, and the rate of its config. Rates that were tried",
+        "for every method the same steps, batch and data order, and the rate in its row. Rates that were tried",
         "beside it are below; where none is listed, none was.",
         "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label",
         "of the host. Head and δθ are in the file of the two adapters. Training is wall-clock, on a machine that",
