@@ -130,8 +130,6 @@ class Injection:
     def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
         self.adapter = adapter
         self.host = host
-        # Whether the update is the same for every token.
-        self.static = adapter.config.router == "static" or adapter.config.pathway != "inject"
         self.map = HostMap(host, adapter.config.host_layouts)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         targets = {*(adapter.config.target_modules or MODULE_TYPES)}
@@ -148,6 +146,11 @@ class Injection:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}
         self.merged_task: str | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether the update is the same for every token."""
+        return self.adapter.config.router == "static" or self.adapter.config.pathway != "inject"
 
     @property
     def current(self) -> Pass | None:
