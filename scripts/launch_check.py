@@ -130,12 +130,14 @@ def write_runs(path: Path, runs: dict[tuple[str, str], dict[str, object]]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=sorted(launches()), help="these launches, and the single process")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(launches()), help="and a single process, if the file has none"
+    )
     parser.add_argument("--pathways", nargs="+", default=list(RANDOM), choices=list(RANDOM))
     parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
     args = parser.parse_args()
-    chosen = {name: how for name, how in launches().items() if name == "python" or name in (args.only or launches())}
     in_part = args.only or args.pathways != list(RANDOM)
+    earlier = read_runs(args.output) if in_part else {}
     runs, fine = {}, True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -145,8 +147,10 @@ def main() -> None:
         for pathway in args.pathways:
             make_adapter(pathway, folder)
             noisy = "noise" in pathway
-            for name, how in chosen.items():
-                if noisy and name not in NOISY:
+            single = earlier.get((pathway, "python"), {}).get("losses")
+            chosen = {*(args.only or launches())} | ({"python"} if single is None else set())
+            for name, how in launches().items():
+                if name not in chosen or (noisy and name not in NOISY):
                     continue
                 result = {"launch": name, "pathway": pathway}
                 if why_not(name):
