@@ -308,7 +308,7 @@ class UniHyperLoraAdapter(nn.Module):
         self.tasks = nn.ModuleDict(
             {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
         )
-        self._kept: tuple[object, dict[Hashable, Any]] = (None, {})  # state of the tensors, and what was made of it
+        self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
 
     def _make_parts(self, config: UniHyperLoraConfig) -> None:
         """Everything but the tasks."""
@@ -330,21 +330,23 @@ class UniHyperLoraAdapter(nn.Module):
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
         self.router_bias = StoredTensor(torch.zeros(config.atoms), Half())
 
-    def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
+    def keep(self, task: str, name: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` returns without autocast, kept under a name between forward passes that need no gradient.
 
-        It is made anew after any tensor of the adapter changed, and whenever a gradient may be needed.
+        It is made of what all tasks share and of one task: anew after any tensor of these changed, and whenever a
+        gradient may be needed. The other tasks, of which there may be thousands, are not looked at.
         """
         if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
             return self._make(make)
-        tensors = list(_tensors_of(self))
+        parts = [part for part_name, part in self._modules.items() if part_name != "tasks"]
+        tensors = [tensor for part in (*parts, self.tasks[task]) for tensor in _tensors_of(part)]
         if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
-            self._kept = (None, {})
+            self._kept = {}
             return self._make(make)
         state = [(t._version, t.device, id(t)) for t in tensors]
-        if self._kept[0] != state:
-            self._kept = (state, {})
-        kept = self._kept[1]
+        if task not in self._kept or self._kept[task][0] != state:
+            self._kept[task] = (state, {})
+        kept = self._kept[task][1]
         if name not in kept:
             kept[name] = self._make(make)
         return kept[name]
@@ -368,7 +370,7 @@ class UniHyperLoraAdapter(nn.Module):
             places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
             return self._in_host_coordinates(reads, writes, routes, places, self.tasks[task])
 
-        return self.keep(("projected", task, tuple(depths)), make)
+        return self.keep(task, ("projected", *depths), make)
 
     def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
         """``project`` with the features (L, S, 8) of the places, and nothing kept."""
@@ -440,7 +442,7 @@ class UniHyperLoraAdapter(nn.Module):
                 logits = logits + own.linear(state.float(), weight) / rms(state.float())
             return logits
         weights, logits = self.keep(
-            ("head", task, *keys), lambda: (self.head_weights(keys, task), self.tasks[task].head_bias())
+            task, ("head", *keys), lambda: (self.head_weights(keys, task), self.tasks[task].head_bias())
         )
         for state, weight in zip(states, weights, strict=True):
             state = state.float()

@@ -1,5 +1,6 @@
 """The host: its blocks and the sites of the update in them, loading it, and leaving it as it was."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.integrations import deepspeed
 
 from .errors import HostError, first_line
 from .layouts import LAYOUTS, MODULE_TYPES, HostLayout, layout_from
@@ -219,15 +221,33 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             "or host=a_loaded_encoder."
         )
     try:
-        return AutoModel.from_pretrained(
-            _transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
-        )
+        with _whole():
+            return AutoModel.from_pretrained(
+                _transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HostError(
             f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass "
             "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder; a host whose repository needs "
             "its own code, or has no safetensors file, has to be loaded by you and passed as host=."
         ) from error
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Within it transformers loads a model whole also under DeepSpeed's ZeRO-3, not each process its share.
+
+    By its weights a host is told from others, and a stream reads with it before training; which shares them out then.
+    """
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    asked = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(asked)
 
 
 def _transformers_folder(name_or_path: str) -> str:

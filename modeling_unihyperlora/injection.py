@@ -130,7 +130,6 @@ class Injection:
     def __init__(self, adapter: UniHyperLoraAdapter, host: nn.Module):
         self.adapter = adapter
         self.host = host
-        # Whether the update is the same for every token.
         self.map = HostMap(host, adapter.config.host_layouts)
         self.depths = [self.map.depth(block) for block in range(self.map.num_layers)]
         targets = {*(adapter.config.target_modules or MODULE_TYPES)}

@@ -242,7 +242,7 @@ class Stream:
         adapter, config, (batch, width, knots, dim) = self.adapter, self.adapter.config, z.shape
         mixed = adapter.own(task) if isinstance(task, MixedTasks) else None
         name = task if mixed is None else next(iter(adapter.tasks))  # all but what is of a task serves any
-        tables: Tables = adapter.keep(("stream", name), lambda: self._tables(name))
+        tables: Tables = adapter.keep(name, "stream", lambda: self._tables(name))
         if adapter.training and self.disturbs:
             z = disturb(z, config.stream_fidelity)
         inside = torch.arange(width, device=z.device) < lengths[:, None]  # (B, W)

@@ -5,7 +5,8 @@
 It needs no data and no network: a random encoder of two blocks, and sentences of random words. For each pathway and
 scope, a process that runs scripts/run_ner.py's work is killed (SIGKILL and SIGTERM in turn) after a random time, and
 the same command with --resume_from_checkpoint true is started, and killed, again, until the kills are used up; the
-next one may end. What it then has written has to be the same, bit for bit, as what a run that nothing stopped has
+next one may end. Two kills in four wait until it has begun to learn something, since most of so short a run is getting
+ready. What it then has written has to be the same, bit for bit, as what a run that nothing stopped has
 written.
 Exits with 1 where it is not.
 """
@@ -68,12 +69,14 @@ def work(command_line: list[str], cache: Path, log: Path) -> None:
     with open(log, "w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run_ner.main(command_line)
 
 
 def start(command_line: list[str], cache: Path, log: Path) -> multiprocessing.Process:
     """A process of its own that does the work; forked, since the imports take longer than the training."""
+    log.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=work, args=(command_line, cache, log))
     process.start()
     return process
@@ -95,6 +98,12 @@ def stage(said: str) -> str:
     return "before the first step"
 
 
+def wait_until_it_learns(process: multiprocessing.Process, log: Path) -> None:
+    """Return when a process is past getting ready, or has ended."""
+    while process.exitcode is None and (not log.is_file() or stage(log.read_text()) == "before the first step"):
+        process.join(0.01)
+
+
 def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
     """Run once in peace, then under ``kills`` kills; see the module.
 
@@ -110,6 +119,8 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
     flags = [str(flag) for flag in flags]
     began = time.perf_counter()
     peaceful = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
+    wait_until_it_learns(peaceful, log)
+    ready = time.perf_counter() - began
     peaceful.join()
     seconds = time.perf_counter() - began
     if peaceful.exitcode != 0:
@@ -122,7 +133,11 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
     rounds, cache = 0, folder / f"{name}-cache-killed"
     while len(deaths) < kills:
         process = start(line, cache, log)
-        process.join(draw.uniform(0, 1) * seconds)
+        if len(deaths) % 4 < 2:
+            process.join(draw.uniform(0, 1) * seconds)
+        else:
+            wait_until_it_learns(process, log)
+            process.join(draw.uniform(0, 1) * (seconds - ready))
         if process.exitcode is None:
             how = (signal.SIGKILL, signal.SIGTERM)[len(deaths) % 2]
             os.kill(process.pid, how)
@@ -135,7 +150,8 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
             shutil.rmtree(cache, ignore_errors=True)
             continue
         steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")]
-        at = {"stage": stage(log.read_text()), "last_checkpoint": max(steps, default=None)}
+        said = log.read_text() if log.is_file() else ""
+        at = {"stage": stage(said), "last_checkpoint": max(steps, default=None)}
         deaths.append({"signal": how.name, "status": process.exitcode, **at})
     process = start(line, cache, log)
     process.join()

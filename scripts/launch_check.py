@@ -4,9 +4,10 @@
 
 It needs no data and no network: a random encoder of two blocks, and sentences of random words. Each run sees batches
 of 32 sentences: 32 at once, in two halves one after the other, or in two processes. Of each launch the exit status,
-the time, the greatest difference of a loss to the single process's, and what its checkpoint holds are kept. A config
-that cannot run on this machine is started all the same, with its status and the last line that it said; a config for
-GPUs is left out where there are less than two. Exits with 1 where a curve differs or a host got into a checkpoint.
+the time, the losses, their greatest difference to the single process's, and what its checkpoint holds are kept; of one
+that fails, the last error that it named. What cannot run on this machine is noted as not run, with the reason. The
+file is written after every launch; with --only or --pathways it keeps what it has of the others. Exits with 1 where a
+launch fails, a curve differs or a host got into a checkpoint.
 
 The stream is trained without its random parts (stream_fidelity 1, stream_dropout 0): those are drawn by each process
 for its own sentences, so that with them a curve is another one, as with another seed; ``stream, with noise``, in a few
@@ -88,7 +89,8 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
     )
     result = {"status": done.returncode, "seconds": round(time.perf_counter() - start, 1), "processes": processes}
     if done.returncode != 0:
-        result["said"] = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        lines = done.stderr.strip().splitlines() or [""]
+        result["said"] = next((line for line in reversed(lines) if "Error: " in line), lines[-1])[:200]
         sys.stderr.write(done.stderr[-3000:])
         return result
     checkpoint = output / f"checkpoint-{STEPS}"
@@ -112,14 +114,31 @@ def host_tensors(path: Path) -> int:
     return sum(name.startswith("host.") for name in names)
 
 
+def read_runs(path: Path) -> dict[tuple[str, str], dict[str, object]]:
+    """(pathway, launch) → what an earlier file says of it."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    return {(run["pathway"], run["launch"]): run for run in runs}
+
+
+def write_runs(path: Path, runs: dict[tuple[str, str], dict[str, object]]) -> None:
+    """In the order of the pathways and the launches."""
+    order = [(pathway, name) for pathway in RANDOM for name in launches() if (pathway, name) in runs]
+    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    kind = {"kind": "launch", "command": "python scripts/launch_check.py --output results/launch.json"}
+    write_json(path, {**kind, "hardware": hardware, "runs": [runs[key] for key in order]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=sorted(launches()), help="these launches, and the single process")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(launches()), help="and a single process, if the file has none"
+    )
     parser.add_argument("--pathways", nargs="+", default=list(RANDOM), choices=list(RANDOM))
     parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
     args = parser.parse_args()
-    chosen = {name: how for name, how in launches().items() if name == "python" or name in (args.only or launches())}
-    runs, fine = [], True
+    in_part = args.only or args.pathways != list(RANDOM)
+    earlier = read_runs(args.output) if in_part else {}
+    runs, fine = {}, True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_host(folder / "host")
@@ -128,30 +147,28 @@ def main() -> None:
         for pathway in args.pathways:
             make_adapter(pathway, folder)
             noisy = "noise" in pathway
-            for name, how in chosen.items():
-                if noisy and name not in NOISY:
+            single = earlier.get((pathway, "python"), {}).get("losses")
+            chosen = {*(args.only or launches())} | ({"python"} if single is None else set())
+            for name, how in launches().items():
+                if name not in chosen or (noisy and name not in NOISY):
                     continue
+                result = {"launch": name, "pathway": pathway}
                 if why_not(name):
-                    runs.append({"launch": name, "pathway": pathway, "not_run": why_not(name)})
-                    continue
-                result = {"launch": name, "pathway": pathway, **run(name, how, pathway, folder)}
-                losses = result.pop("losses", None)
+                    result["not_run"] = why_not(name)
+                else:
+                    result |= run(name, how, pathway, folder)
+                    fine &= result["status"] == 0
+                losses = result.get("losses")
                 if name == "python":
-                    single = losses or []
-                if losses is not None:
-                    pairs = zip(losses, single, strict=True)
-                    result["largest_difference"] = max(abs(one - other) for one, other in pairs)
+                    single = losses
+                if losses and single:
+                    result["largest_difference"] = max(abs(a - b) for a, b in zip(losses, single, strict=True))
                     fine &= result["host_tensors_in_checkpoint"] == 0 and len(set(losses)) == STEPS  # it learns
                     fine &= noisy or result["largest_difference"] <= LARGEST_DIFFERENCE
-                fine &= result["status"] == 0
-                runs.append(result)
+                runs[pathway, name] = result
+                write_runs(args.output, (read_runs(args.output) if in_part else {}) | runs)
                 sys.stdout.write(json.dumps(result) + "\n")
                 sys.stdout.flush()
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    write_json(
-        args.output,
-        {"kind": "launch", "command": "python scripts/launch_check.py", "hardware": hardware, "runs": runs},
-    )
     sys.exit(0 if fine else 1)
 
 

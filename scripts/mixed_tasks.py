@@ -2,10 +2,11 @@
 
     python scripts/benchmark.py tasks --model_name_or_path HOST --output results/mixed-tasks.json
 
-An adapter gets as many tasks as asked for, each with random δθ, router embedding and head. In every round the same
-sentences are scored once as one task (``task=``) and once for each number of tasks (``task_ids=``, drawn at random),
-one after the other, so that what else the machine does falls on all alike. Kept are the median over the rounds of the
-ratio to the one task of the same round, and the least and the greatest.
+For each number of tasks there is an adapter with as many, each with random δθ, router embedding and head, on a host of
+its own. In every round the same sentences are scored once as one task by an adapter that has no other, and once by
+each of these adapters (``task_ids=``, drawn at random), one after the other, so that what else the machine does falls
+on all alike. Kept are the median over the rounds of the ratio to the one task of the same round, the least and the
+greatest.
 """
 
 import argparse
@@ -53,17 +54,22 @@ def measure(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each number of tasks."""
+def make_model(host: str, pathway: str, tasks: int) -> UniHyperLoraForTokenClassification:
+    """The host with tasks t0, t1, …"""
     torch.manual_seed(0)
-    model = UniHyperLoraForTokenClassification.from_host(
-        args.model_name_or_path, LABELS, "t0", UniHyperLoraConfig(pathway=pathway)
-    ).eval()
-    for number in range(1, max(args.tasks)):
+    model = UniHyperLoraForTokenClassification.from_host(host, LABELS, "t0", UniHyperLoraConfig(pathway=pathway))
+    for number in range(1, tasks):
         model.add_task(f"t{number}", LABELS)
     for own in model.adapter.tasks.values():
         for stored in (own.delta, own.embedding, own.head_weight, own.head_bias):
             stored.latent.copy_(0.1 * torch.randn_like(stored.latent))
+    return model.eval()
+
+
+def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each number of tasks."""
+    one = make_model(args.model_name_or_path, pathway, 1)
+    models = {n: make_model(args.model_name_or_path, pathway, n) for n in args.tasks}
     tokenizer = load_host_tokenizer(args.model_name_or_path)
     words = [word for word, number in tokenizer.get_vocab().items() if word.isascii() and word.isalpha()]
     draw = torch.Generator().manual_seed(0)
@@ -73,19 +79,19 @@ def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, ob
     tasks = {n: [f"t{i}" for i in torch.randint(n, (args.batch_size,), generator=draw)] for n in args.tasks}
 
     @torch.inference_mode()
-    def seconds(**which) -> float:
+    def seconds(model, **which) -> float:
         start = time.perf_counter()
         model(**batch, **which)
         return time.perf_counter() - start
 
     ratios: dict[int, list[float]] = {n: [] for n in args.tasks}
     for number in range(args.rounds + 1):  # the first one warms up
-        alone = seconds(task="t0")
+        alone = seconds(one, task="t0")
         for n, task_ids in tasks.items():
-            ratio = seconds(task_ids=task_ids) / alone
+            ratio = seconds(models[n], task_ids=task_ids) / alone
             if number > 0:
                 ratios[n].append(ratio)
-    own = model.adapter.tasks["t0"]
+    own = one.adapter.tasks["t0"]
     held = sum(t.numel() * t.element_size() for t in (*own.parameters(), *own.buffers()))
     return [
         {
