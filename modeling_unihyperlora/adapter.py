@@ -117,7 +117,7 @@ def route(
     """
     scale = rms(state)
     if state.shape[-1] < len(rows) and bias.dim() == 1:
-        scores = F.linear(state / scale, rows.to(state.dtype), bias)
+        scores = F.linear(state / scale, rows.to(state.dtype), bias).float()
     else:
         scores = torch.addcdiv(bias, F.linear(state, rows.to(state.dtype)).float(), scale)
     best, atoms = scores.topk(top_k, dim=-1)

@@ -149,7 +149,7 @@ class Injection:
 
     @property
     def static(self) -> bool:
-        """Whether the update is the same for every token."""
+        """Whether all tokens get the same update: a fixed mask, or one that δθ alone has made."""
         return self.adapter.config.router == "static" or self.adapter.config.pathway != "inject"
 
     @property

@@ -36,13 +36,13 @@ def draw(rows: list[Row], path: str | Path) -> None:
     panels = figure.subplots(len(hosts), len(data), squeeze=False, sharex=True)
     for line, host in zip(panels, hosts, strict=True):
         for axes, name in zip(line, data, strict=True):
-            _panel(axes, [row for row in rows if (row.host, row.data) == (host, name)])
-            axes.set_title(f"{name}, {host}", fontsize=8.5, color=INK, loc="left")
+            here = [row for row in rows if (row.host, row.data) == (host, name)]
+            _panel(axes, here) if here else axes.set_axis_off()
+            axes.set_title(f"{name}, {host}" if here else "", fontsize=8.5, color=INK, loc="left")
     handles = {}
     for axes in panels.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.supxlabel("bytes stored for this host and task", fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     figure.supylabel("F1 of entities, or macro F1", fontsize=9)
     figure.suptitle("Score against stored bytes; grey: nothing scores more with fewer", x=0.01, ha="left", fontsize=11)
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
@@ -59,6 +59,8 @@ def _panel(axes, rows: list[Row]) -> None:
         face = "white" if count == WHOLE else colour
         axes.plot(size, score, mark, color=colour, markerfacecolor=face, markersize=6, label=label, zorder=3)
     axes.set_xscale("log")
+    axes.set_xlabel("bytes stored", fontsize=7.5)
+    axes.margins(x=0.12, y=0.15)
     axes.tick_params(labelsize=7.5)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -84,7 +84,8 @@ def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict
     lines = [
         *("", "## The paper's comparison", ""),
         "From the runs in `paper/`, by `python scripts/benchmark.py paper` over the configs in `hub_configs/runs`:",
-        "for every method the same steps, batch and data order, and the rate that was best of those tried (below).",
+        "for every method the same steps, batch and data order, and the rate in its row. Rates that were tried",
+        "beside it are below; where none is listed, none was.",
         "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label",
         "of the host. Head and δθ are in the file of the two adapters. Training is wall-clock, on a machine that",
         "other work may share; CPU is the time of all threads of the run's process, from its start to the last score.",
@@ -275,7 +276,7 @@ def rates(rows: list[Row], trials: list[dict]) -> list[str]:
         if own is not None:
             first = min(own.runs, key=lambda run: run["settings"]["seed"])
             chosen = _rate(first)
-            scores[chosen] = first["results"]["eval_f1"]
+            scores.setdefault(chosen, first["results"]["eval_f1"])
         cells = [f"{rate:g}: {scores[rate]:.4f}" for rate in sorted(scores)]
         cells = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(sorted(scores), cells, strict=True)]
         lines.append(f"| {METHODS[method]} | {data} | {host} | {', '.join(cells)} |")

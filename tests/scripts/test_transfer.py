@@ -338,7 +338,11 @@ class TestMatrix:
         results = tmp_path / "results"
         results.mkdir()
         monkeypatch.setattr(benchmark, "RESULTS", results)
-        for page, marks in (("README.md", benchmark.MARKS), ("docs/HOSTS.md", benchmark.HOST_MARKS)):
+        for page, marks in (
+            ("README.md", benchmark.MARKS),
+            ("docs/HOSTS.md", benchmark.HOST_MARKS),
+            ("docs/SCALING.md", ()),
+        ):
             (tmp_path / page).parent.mkdir(exist_ok=True)
             (tmp_path / page).write_text("\n".join(marks))
         benchmark.main(["record", str(tmp_path / "out"), "--name", "tweets-transfer"])

@@ -38,7 +38,7 @@ def test_what_is_exported_computes_the_same(make_adapter, kind):
         with torch.no_grad():
             found, expected = graph(ids, mask), model(input_ids=ids, attention_mask=mask).logits
         real = mask.bool() if kind == "token" else slice(None)
-        assert torch.allclose(found[real], expected[real], atol=1e-5)
+        assert torch.allclose(found[real], expected[real], atol=1e-4)
         assert expected[real].std() > 0.01
 
 
