@@ -104,11 +104,11 @@ def test_hydra_composes_the_files(path):
     from omegaconf import OmegaConf
 
     with hydra.initialize_config_dir(str(RUNS), version_base=None):
-        composed = hydra.compose(path.stem, overrides=["training.learning_rate=1e-3"])
+        composed = hydra.compose(path.stem, overrides=["training.batch_size=7"])
     content = OmegaConf.to_container(composed, resolve=True)
-    assert content["training"].pop("learning_rate") == 1e-3
+    assert content["training"].pop("batch_size") == 7
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del plain["training"]["learning_rate"]
+    del plain["training"]["batch_size"]
     assert content == plain
 
 
