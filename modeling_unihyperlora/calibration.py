@@ -4,10 +4,11 @@ Letters: K knots, N anchors, d host width, D canonical width, R landmarks, Q the
 C of its anchors at every knot. On any host a ridge regression maps to C what the host has there:
 
 - the states of up to three layers near the knot's relative depth, side by side and standardised;
-- how near the word is to each of R landmarks, which are anchors: exp(-|q - q_r|²), where q are the leading principal
-  components of the states at all knots. What one host's states say of another's is not linear, the less the smaller
-  the host is. This is kernel ridge regression by the Nyström method (Williams and Seeger, 2000), and the kernel is
-  the sum of a linear and a Gaussian one.
+- how near the word is to each of R landmarks: exp(-|q - q_r|²), where q are the leading principal components of the
+  states at all knots, and the landmarks are means of neighbouring anchors (k-means). What one host's states say of
+  another's is not linear, the less the smaller the host is. This is kernel ridge regression by the Nyström method
+  (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008), and the kernel is the sum of a linear and a
+  Gaussian one.
 
 The ridge is the one that predicts held-out anchors best, and each coordinate is scaled so that its predictions on
 held-out anchors have unit variance, since the regression shrinks what it cannot predict.
@@ -31,7 +32,9 @@ from .storage import read_checked, write_checked
 logger = logging.getLogger(__name__)
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # variance of noise, where that of a word's features is about 1
-LANDMARKS, QUERY_WIDTH = 1024, 128
+LANDMARKS, QUERY_WIDTH = 1024, 96
+ROUNDS = 8  # of k-means
+BLOCK = 512  # columns of a product at a time
 LINEAR = 0.25  # weight of the linear kernel; that of the Gaussian one is 1
 LEAST_EIGENVALUE = 1e-4  # of the landmarks' kernel, as a share of the largest
 HELD_OUT, RUN = 5, 50  # of five runs of fifty neighbouring anchors one is held out
@@ -156,13 +159,13 @@ def fit_host(
 
     own = sorted({*knot_layers})
     matrix, offset, query = _query(beside(own))
-    chosen = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))[:LANDMARKS]
-    landmarks = query[chosen]
-    by_nearness = nearness(query, landmarks)
-    features_of = _nystroem(by_nearness[chosen])
-    knots, weights = [], []
+    landmarks = _means(query, LANDMARKS)
+    features_of = _nystroem(nearness(landmarks, landmarks))
+    by_nearness = nearness(query, landmarks) @ features_of
+    knots, weights, ridge = [], [], RIDGES[len(RIDGES) // 2]
     for layers, target in zip(near, coordinates, strict=True):
-        knot = _fit_knot(beside(layers), by_nearness @ features_of, target[usable].to(query.device))
+        knot = _fit_knot(beside(layers), by_nearness, target[usable].to(query.device), ridge)
+        ridge = knot.ridge  # where the search for the next one starts
         knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
         weights.append((features_of @ knot.weights).T)
     return HostFit(knots, Landmarks(own, matrix, offset, landmarks, torch.cat(weights).contiguous()))
@@ -188,6 +191,17 @@ def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return matrix, -matrix @ mean, x @ axes
 
 
+def _means(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Means of groups of neighbouring points by k-means (Lloyd): (N, Q) → (min(count, N), Q)."""
+    means = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]].clone()
+    for _ in range(ROUNDS if count < len(points) else 0):
+        group = torch.cdist(points, means).argmin(dim=1)
+        members = torch.bincount(group, minlength=count)[:, None]
+        sums = torch.zeros_like(means).index_add_(0, group, points)
+        means = torch.where(members > 0, sums / members.clamp_min(1), means)
+    return means
+
+
 def _nystroem(kernel: torch.Tensor) -> torch.Tensor:
     """Kernel of the landmarks with each other (R, R) → the map (R, R') from nearness to features.
 
@@ -203,10 +217,14 @@ class _Regression(NamedTuple):
     weights: torch.Tensor  # (R', D) of the features by nearness
     offset: torch.Tensor  # (D,)
     r2: float
+    ridge: float
 
 
-def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor) -> _Regression:
-    """Ridge regression of (N, D) on states (N, F) and features (N, R'), see the module's docstring."""
+def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor, start: float) -> _Regression:
+    """Ridge regression of (N, D) on states (N, F) and features (N, R'), see the module's docstring.
+
+    From the ridge ``start`` the search goes to greater ones, or else to smaller ones, as long as the fit gains.
+    """
     x, mean, scale = standardise(states)
     shrink = (LINEAR / x.shape[1]) ** 0.5
     middle, centre = by_nearness.mean(dim=0), target.mean(dim=0)
@@ -214,21 +232,39 @@ def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Ten
     held_out = torch.arange(len(x), device=x.device) // RUN % HELD_OUT == HELD_OUT - 1
     if not held_out.any():
         held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
-    gram, cross = x.T @ x, x.T @ y
-    gram_left, cross_left = gram - x[held_out].T @ x[held_out], cross - x[held_out].T @ y[held_out]
+    seen, unseen = x[~held_out], x[held_out]
+    gram, cross = _gram(seen), seen.T @ y[~held_out]
     spread = (y[held_out] - y[held_out].mean(dim=0)).square().sum().clamp_min(MIN_SCALE)
-    best = (-torch.inf, 0.0, y[held_out])
-    for ridge in RIDGES:
-        predicted = x[held_out] @ _solve(gram_left, cross_left, ridge)
-        r2 = float(1 - (predicted - y[held_out]).square().sum() / spread)
-        if r2 < best[0]:
+
+    def tried(ridge: float) -> tuple[float, float, torch.Tensor]:
+        predicted = unseen @ _solve(gram, cross, ridge)
+        return float(1 - (predicted - y[held_out]).square().sum() / spread), ridge, predicted
+
+    best = tried(start)
+    at = RIDGES.index(start)
+    for further in (RIDGES[at + 1 :], RIDGES[:at][::-1]):
+        for ridge in further:
+            found = tried(ridge)
+            if found[0] < best[0]:
+                break
+            best = found
+        if best[1] != start:
             break  # the fit falls on both sides of the best ridge
-        best = (r2, ridge, predicted)
     r2, ridge, predicted = best
+    gram, cross = gram + _gram(unseen), cross + unseen.T @ y[held_out]
     weight = _solve(gram, cross, ridge) / predicted.std(dim=0).clamp_min(MIN_SCALE)
     matrix = (weight[: len(scale)] * shrink / scale[:, None]).T.contiguous()
     weights = weight[len(scale) :]
-    return _Regression(matrix, weights, centre - matrix @ mean - middle @ weights, r2)
+    return _Regression(matrix, weights, centre - matrix @ mean - middle @ weights, r2, ridge)
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """The lower blocks of xᵀx, which is symmetric: (N, F) → (F, F)."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    for start in range(0, x.shape[1], BLOCK):
+        rows = x[:, start : start + BLOCK]
+        gram[start : start + BLOCK, : start + BLOCK] = rows.T @ x[:, : start + BLOCK]
+    return gram
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -256,7 +292,7 @@ def cached_fit(
     See ``kept``.
     """
     digest = hashlib.sha256(
-        f"3 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {LINEAR} {host_fingerprint}".encode()
+        f"4 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
     )
     digest.update("\n".join(map(str, vocabulary)).encode())
     for part in (anchors.text, *anchors.coordinates.encode().values()):

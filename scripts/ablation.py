@@ -74,8 +74,8 @@ def no_variance_matching() -> mock._patch:
     """What the regression shrinks stays small, on every host."""
     fit_knot = calibration._fit_knot
 
-    def shrunk(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor):
-        fit = fit_knot(states, by_nearness, target)
+    def shrunk(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor, *rest):
+        fit = fit_knot(states, by_nearness, target, *rest)
         z = states @ fit.matrix.T + by_nearness @ fit.weights + fit.offset
         centred = z - z.mean(dim=0)
         slope = (centred * (target - target.mean(dim=0))).sum(dim=0) / centred.square().sum(dim=0)

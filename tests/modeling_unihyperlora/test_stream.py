@@ -17,7 +17,15 @@ from modeling_unihyperlora import (
 )
 from modeling_unihyperlora.adapter import KNOTS, PARTS, part_of
 from modeling_unihyperlora.anchors import read_anchors, word_states
-from modeling_unihyperlora.calibration import LINEAR, RIDGES, apply_fit, canonical_coordinates, fit_host
+from modeling_unihyperlora.calibration import (
+    LINEAR,
+    RIDGES,
+    ROUNDS,
+    _means,
+    apply_fit,
+    canonical_coordinates,
+    fit_host,
+)
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
 from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
@@ -104,7 +112,7 @@ def batch(tokenizer):
 
 
 class TestCalibration:
-    @pytest.mark.parametrize("width,seed", [(64, 0), (40, 1), (31, 2)])
+    @pytest.mark.parametrize("width,seed", [(48, 0), (40, 1), (31, 2)])
     def test_is_kernel_ridge_regression_with_the_penalty_that_predicts_best(self, width, seed):
         """All again in float64, with a kernel matrix instead of features: 400 anchors are all landmarks."""
         generator = np.random.default_rng(seed)
@@ -140,19 +148,33 @@ class TestCalibration:
             assert fit.r2[k] == pytest.approx(1 - min(errors) / total, abs=2e-3)
 
     def test_landmarks_are_told_by_the_leading_components_where_there_are_many(self):
-        """1,500 words of width 300 and falling variance: 1,024 landmarks of width 128."""
+        """1,500 words of width 300 and falling variance: 1,024 landmarks of width 96."""
         states = torch.randn(1, 1500, 300) * 0.97 ** torch.arange(300)
         states = states @ torch.linalg.qr(torch.randn(300, 300))[0]
         fit = fit_host(states, [[0]], [0], torch.randn(1, 1500, 4))
-        assert fit.landmarks.at.shape == (1024, 128)
+        assert fit.landmarks.at.shape == (1024, 96)
         standard = (states[0] - states[0].mean(0)) / states[0].std(0)
-        best = torch.linalg.svdvals(standard)[:128].square().sum()
+        best = torch.linalg.svdvals(standard)[:96].square().sum()
         query = states[0] @ fit.landmarks.matrix.T + fit.landmarks.offset
         assert query.square().sum() / query.square().sum(1).mean() == pytest.approx(1500)
         assert torch.pdist(query).square().mean() == pytest.approx(1, abs=0.01)
         rotation = torch.linalg.lstsq(query, standard).solution
         kept = (query @ rotation).square().sum()
         assert kept / best > 0.98
+
+    def test_landmarks_are_the_means_of_the_anchors_next_to_them(self):
+        """Lloyd's rounds again in float64, one group after the other."""
+        points = torch.randn(300, 5)
+        expected = points[torch.randperm(300, generator=torch.Generator().manual_seed(0))[:20]].double().numpy()
+        first = expected.copy()
+        for _ in range(ROUNDS):
+            apart = ((points.double().numpy()[:, None] - expected[None]) ** 2).sum(-1).argmin(1)
+            for group in range(20):
+                if (apart == group).any():
+                    expected[group] = points.double().numpy()[apart == group].mean(0)
+        np.testing.assert_allclose(_means(points, 20).numpy(), expected, rtol=1e-4, atol=1e-4)
+        assert np.abs(expected - first).max() > 0.1
+        assert torch.equal(_means(points, 300).sort(dim=0).values, points.sort(dim=0).values), "none to bring together"
 
     def test_finds_what_is_not_linear(self):
         """The product of two dimensions, of which a line sees nothing."""

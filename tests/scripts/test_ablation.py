@@ -62,7 +62,7 @@ def test_without_variance_matching_predictions_are_least_squares():
     x, y = (torch.tensor(generator.normal(size=(600, n)), dtype=torch.float32) for n in (20, 3))
     y = x[:, :3] * 0.4 + y
     with ablation.no_variance_matching():
-        fit = calibration._fit_knot(x[:, :10], x[:, 10:], y)
+        fit = calibration._fit_knot(x[:, :10], x[:, 10:], y, 0.3)
     z = x[:, :10] @ fit.matrix.T + x[:, 10:] @ fit.weights + fit.offset
     assert (z.std(dim=0) < 0.6 * y.std(dim=0)).all()
     error, slope = y - z, ((z - z.mean(0)) * (y - z)).mean(dim=0)
