@@ -5,10 +5,9 @@
 It needs no data and no network: a random encoder of two blocks, and sentences of random words. For each pathway and
 scope, a process that runs scripts/run_ner.py's work is killed (SIGKILL and SIGTERM in turn) after a random time, and
 the same command with --resume_from_checkpoint true is started, and killed, again, until the kills are used up; the
-next one may end. Two kills in four wait until it has begun to learn something, since most of so short a run is getting
-ready. What it then has written has to be the same, bit for bit, as what a run that nothing stopped has
-written.
-Exits with 1 where it is not.
+next one may end. The kills aim in turn at each of STAGES, and fall at a random time after it has begun, since most of
+so short a run is getting ready. What it then has written has to be the same, bit for bit, as what a run that nothing
+stopped has written. Exits with 1 where it is not.
 """
 
 import argparse
@@ -33,6 +32,7 @@ import run_ner
 from modeling_unihyperlora.storage import LATENTS_NAME, content_digest, write_json
 
 WORDS = [f"w{number}" for number in range(200)]
+STAGES = ("before the first step", "coordinates", "training")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -89,18 +89,17 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: content_digest(load_file(path), {}) for path in files}  # the order in a file is left open
 
 
-def stage(said: str) -> str:
-    """How far a process had come, by what it said."""
+def stage(log: Path) -> int:
+    """How far a process has come, by what it has said: a number of STAGES."""
+    said = log.read_text() if log.is_file() else ""
     if "'loss'" in said:
-        return "training"
-    if "Learning" in said and "Coordinates learned" not in said:
-        return "coordinates"
-    return "before the first step"
+        return 2
+    return int("Learning" in said)  # or over, and the source being lined up with them
 
 
-def wait_until_it_learns(process: multiprocessing.Process, log: Path) -> None:
-    """Return when a process is past getting ready, or has ended."""
-    while process.exitcode is None and (not log.is_file() or stage(log.read_text()) == "before the first step"):
+def wait_for(aim: int, process: multiprocessing.Process, log: Path) -> None:
+    """Return when a process has come to a stage, or past it, or has ended."""
+    while process.exitcode is None and stage(log) < aim:
         process.join(0.01)
 
 
@@ -119,10 +118,13 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
     flags = [str(flag) for flag in flags]
     began = time.perf_counter()
     peaceful = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
-    wait_until_it_learns(peaceful, log)
-    ready = time.perf_counter() - began
+    reached = []
+    for aim in range(len(STAGES)):
+        wait_for(aim, peaceful, log)
+        reached.append(time.perf_counter() - began)
     peaceful.join()
     seconds = time.perf_counter() - began
+    lasts = [end - begin for begin, end in zip(reached, [*reached[1:], seconds], strict=True)]
     if peaceful.exitcode != 0:
         raise SystemExit(f"The run that nothing stops ended with {peaceful.exitcode}:\n{log.read_text()[-2000:]}")
     whole = digest(folder / f"{name}-whole")
@@ -133,11 +135,9 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
     rounds, cache = 0, folder / f"{name}-cache-killed"
     while len(deaths) < kills:
         process = start(line, cache, log)
-        if len(deaths) % 4 < 2:
-            process.join(draw.uniform(0, 1) * seconds)
-        else:
-            wait_until_it_learns(process, log)
-            process.join(draw.uniform(0, 1) * (seconds - ready))
+        aim = len(deaths) % len(STAGES)
+        wait_for(aim, process, log)
+        process.join(draw.uniform(0, 1) * lasts[aim])
         if process.exitcode is None:
             how = (signal.SIGKILL, signal.SIGTERM)[len(deaths) % 2]
             os.kill(process.pid, how)
@@ -150,8 +150,7 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
             shutil.rmtree(cache, ignore_errors=True)
             continue
         steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")]
-        said = log.read_text() if log.is_file() else ""
-        at = {"stage": stage(said), "last_checkpoint": max(steps, default=None)}
+        at = {"stage": STAGES[stage(log)], "last_checkpoint": max(steps, default=None)}
         deaths.append({"signal": how.name, "status": process.exitcode, **at})
     process = start(line, cache, log)
     process.join()
