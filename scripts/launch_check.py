@@ -77,7 +77,8 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--do_train"]
     flags += ["--max_steps", STEPS, "--save_steps", STEPS, "--logging_steps", 1, "--learning_rate", 0.003]
     flags += ["--per_device_train_batch_size", BATCH // processes // accumulated, "--disable_tqdm", "true"]
-    flags += ["--gradient_accumulation_steps", accumulated, "--coordinate_epochs", 1, "--use_cpu", "--seed", 0]
+    flags += ["--gradient_accumulation_steps", accumulated, "--coordinate_epochs", 1, "--seed", 0]
+    flags += ["--use_cpu"] if torch.accelerator.is_available() else []  # as a user would: not where it goes without
     flags += ["--lr_scheduler_type", "constant", "--max_flops_overhead_pct", 1e9, "--output_dir", output]
     flags += ["--adapter", folder / pathway]
     command = [*before, str(REPOSITORY / "scripts" / "run_ner.py"), *map(str, flags)]

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from modeling_unihyperlora.calibration import kept
 from trainers.launching import fill_in_frozen, whole
+from trainers.training_args import UniHyperLoraTrainingArguments
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,6 +63,15 @@ def test_every_launcher_has_the_same_losses_and_leaves_the_host_out(tmp_path):
     runs = json.loads((tmp_path / "launch.json").read_text())["runs"]
     assert [run["launch"] for run in runs] == ["python", *chosen] * 2
     assert all(run["largest_difference"] <= 1e-4 and run["host_tensors_in_checkpoint"] == 0 for run in runs)
+
+
+@pytest.mark.parametrize("processes,accelerator,on_cpu", [(2, False, True), (2, True, False), (1, False, False)])
+def test_several_processes_without_an_accelerator_are_joined_on_the_cpu(processes, accelerator, on_cpu, monkeypatch):
+    """Where use_cpu is left out, accelerate joins none of them."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # which would wait for the other one
+    assert UniHyperLoraTrainingArguments(output_dir="out").use_cpu is on_cpu
 
 
 def _train(rank: int, folder: Path, host: Path, port: int) -> None:
