@@ -8,6 +8,7 @@ from transfer_picture import COLOURS, INK, require_matplotlib
 
 DRAWN = {  # method → colour, mark
     "unihyperlora": (COLOURS["zero_shot"], "o"),
+    "unihyperlora-both": (COLOURS["zero_shot"], "*"),
     "sat_lora": (COLOURS["own_stream"], "D"),
     "lora": (COLOURS["lora"], "^"),
     "lora-r1": (COLOURS["lora"], "v"),

@@ -8,12 +8,14 @@ PICTURE = "paper-pareto.png"
 METHODS = {  # name of a run config's method → how it is called, in the order of the rows
     "unihyperlora-source": "unihyperlora, source training",
     "unihyperlora": "unihyperlora, δθ 500 steps",
+    "unihyperlora-both": "unihyperlora, δθ 500 steps, also in the host",
     "sat_lora": "SAT-LoRA",
     "lora": "LoRA r=8",
     "lora-r1": "LoRA r=1",
     "full": "full fine-tuning",
     "probe": "probe",
 }
+TUNED = {"unihyperlora": "the stream", "unihyperlora-both": "stream and host"}  # where their δθ acts
 COLUMNS = (
     *("data", "host", "method", "seeds", "rate", "score", "accuracy", "before tuning", "file, B", "head, B", "δθ, B"),
     *(
@@ -54,7 +56,7 @@ class Row:
     def stored(self) -> dict[str, float]:
         """Bytes that have to be kept for this host and task, by which count; float32 for what is no file of ours."""
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
-        if self.method == "unihyperlora":
+        if self.method in TUNED:
             return {"for one more host": delta + head, "whole file": file}
         return {"": file if self.method == "sat_lora" else file + head}  # SAT-LoRA's head is in its file
 
@@ -205,7 +207,7 @@ def against_lora(rows: list[Row]) -> list[str]:
     """+1.1 % over LoRA of a file that is no larger, on the smallest host."""
     sizes = {row.host: row.mean("trainable_parameters") for row in rows if row.method == "full"}
     smallest = min(sizes, key=sizes.get) if sizes else None
-    tuned = [row for row in rows if row.method == "unihyperlora" and row.host == smallest]
+    tuned = [row for row in rows if row.method in TUNED and row.host == smallest]
 
     def rivals(row: Row) -> list[Row]:
         beside = [_beside(rows, row, method) for method in ("lora", "lora-r1")]
@@ -228,19 +230,18 @@ def _verdicts(title: str, rows: list[Row], heads: list[str], compare: Callable) 
     compared = [(row, *compare(row)) for row in rows]
     held = sum(holds for _, holds, _ in compared)
     word = "Held" if held == len(rows) else "Did not hold" if held == 0 else "Held in part"
-    columns = ["data", "host", "seeds", *heads, ""]
+    columns = ["data", "host", "δθ in", "seeds", *heads, ""]
     lines = ["", f"### {title}", "", f"**{word}**: in {held} of {len(rows)}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, holds, cells in compared:
         seeds = ", ".join(map(str, row.seeds()))
-        lines.append(
-            "| " + " | ".join([row.data, row.host, seeds, *cells, "held" if holds else "did not hold"]) + " |"
-        )
+        cells = [row.data, row.host, TUNED[row.method], seeds, *cells, "held" if holds else "did not hold"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def _tuned_beside(rows: list[Row], other: str) -> list[Row]:
-    return [row for row in rows if row.method == "unihyperlora" and _beside(rows, row, other)]
+    return [row for row in rows if row.method in TUNED and _beside(rows, row, other)]
 
 
 def _beside(rows: list[Row], row: Row, method: str) -> Row | None:
