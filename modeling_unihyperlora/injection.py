@@ -5,8 +5,9 @@ computes what it always did. With pathway "inject" the heads read what comes out
 stream does (``Stream.read_host``).
 """
 
+import copy
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,12 @@ class Pass:
         self._used.clear()
         self.block = blocks[number % len(blocks)]
         return self.block
+
+    def of_block(self) -> "Pass":
+        """A pass that is in the current block, from the block's first layer on."""
+        one = copy.copy(self)
+        one._used, one._read = set(), None
+        return one
 
     def rows(self, state: torch.Tensor) -> torch.Tensor | None:
         """Which of several tasks each token (N,) of a state (B, T, w) is of; None where there is one."""
@@ -123,6 +130,10 @@ class InjectedRun:
 class Injection:
     """Binds an adapter to the sites of one host.
 
+    Attributes:
+        checkpoint: ``torch.utils.checkpoint.checkpoint`` where every ``every``-th block is computed again on the way
+            back, in place of keeping what it needs for it.
+
     Raises:
         HostError: the host's family has no layout.
     """
@@ -146,6 +157,8 @@ class Injection:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[Site, torch.Tensor] = {}
         self.merged_task: str | None = None
+        self.checkpoint: Callable | None = None
+        self.every = 1
 
     @property
     def static(self) -> bool:
@@ -183,12 +196,53 @@ class Injection:
     @contextmanager
     def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
+        with self._in(Pass(self.project(task), task, attention_mask)) as current:
+            if self.checkpoint is None or not torch.is_grad_enabled():
+                yield current
+                return
+            with self._checkpointed():
+                yield current
+
+    @contextmanager
+    def _in(self, current: Pass) -> Iterator[Pass]:
+        """Within it this thread is in a pass."""
         thread = _thread()
-        self._passes[thread] = Pass(self.project(task), task, attention_mask)
+        before = self._passes.get(thread)
+        self._passes[thread] = current
         try:
-            yield self._passes[thread]
+            yield current
         finally:
-            del self._passes[thread]
+            if before is None:
+                del self._passes[thread]
+            else:
+                self._passes[thread] = before
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Within it blocks keep their inputs alone, and are computed again on the way back."""
+        forwards = {block: vars(block).get("forward") for block in self.map.blocks}
+        for block in forwards:
+            block.forward = partial(self._compute_twice, block.forward)
+        try:
+            yield
+        finally:
+            for block, forward in forwards.items():
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def _compute_twice(self, forward: Callable, *args, **kwargs):
+        """A block, which is in the same pass the second time; that may be another thread's time."""
+        run = self.current
+        if run is None or run.block % self.every:
+            return forward(*args, **kwargs)
+
+        def compute(*args):
+            with self._in(run_there.of_block()):
+                return forward(*args, **kwargs)
+
+        run_there = run.of_block()
+        return self.checkpoint(compute, *args)
 
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict

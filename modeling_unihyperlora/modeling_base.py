@@ -7,10 +7,12 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
@@ -308,6 +310,37 @@ class UniHyperLoraPreTrainedModel(Publishing, PreTrainedModel):
         super().train(mode)
         self.host.eval()
         return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Let the host's blocks be computed again on the way back, in place of keeping what they need for it.
+
+        It spares memory where an injected update is trained, whose gradients go through the host. A stream's do not,
+        so that its host keeps nothing in any case.
+
+        Args:
+            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``.
+            every_n_layers: only every so many blocks.
+            offload: not supported.
+
+        Raises:
+            ConfigError: reentrant checkpointing, which finds no gradient behind a frozen host's inputs, or offloading.
+        """
+        given = gradient_checkpointing_kwargs or {}
+        if given.get("use_reentrant") or offload:
+            raise ConfigError(
+                "Gradient checkpointing of a frozen host is done without use_reentrant and without offload; leave "
+                "both out of --gradient_checkpointing_kwargs."
+            )
+        if self.injection is not None:
+            self.injection.checkpoint = partial(checkpoint, **{"use_reentrant": False} | given)
+            self.injection.every = every_n_layers
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Let the host's blocks keep what they need."""
+        if self.injection is not None:
+            self.injection.checkpoint = None
 
     def set_train_scope(self, scope: str) -> None:
         """Choose what a trainer may change.

@@ -23,7 +23,10 @@ from trainers.tokenization import load_tokenizer
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
 PATHWAYS = ("stream", "inject", "inject_merged")
 PEERS = ("host", "lora", "lora_merged", "vblora")
-TRAINED = ("stream", "stream_delta", "inject", "inject_delta", "lora", "lora_no_dropout")
+TRAINED = (
+    *("stream", "stream_delta", "inject", "inject_delta", "inject_delta_checkpointed"),
+    *("lora", "lora_no_dropout", "lora_checkpointed"),
+)
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
 
@@ -128,13 +131,15 @@ class Ground:
         windows = Windows(sentences, self.tokenizer, tokens)
         if name.startswith("lora"):
             model = make_baseline("lora", "token_classification", self.host, LABELS, LORA_RANK).to(self.device)
-            model.train(name == "lora")
+            model.train(name != "lora_no_dropout")
         else:
-            pathway, _, scope = name.partition("_")
+            pathway, _, scope = name.removesuffix("_checkpointed").partition("_")
             model = self.pathway_model(pathway)
             model.config.tasks[model.config.active_task]["trained"] = True
             model.set_train_scope(scope or "source")
             model.train()
+        if name.endswith("_checkpointed"):
+            model.gradient_checkpointing_enable()
         data = windows
         if name.startswith("stream"):
             model.stream.disturbs = name == "stream"

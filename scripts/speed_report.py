@@ -10,9 +10,11 @@ NAMES = {
     "stream_delta": "stream, δθ alone",
     "inject": "injected update, k=2",
     "inject_delta": "injected update, δθ alone",
+    "inject_delta_checkpointed": "injected update, δθ alone, gradient checkpointing",
     "inject_merged": "injected update, static router, merged",
     "lora": "LoRA r=8",
     "lora_no_dropout": "LoRA r=8, host without dropout",
+    "lora_checkpointed": "LoRA r=8, gradient checkpointing",
     "lora_merged": "LoRA r=8, merged",
     "vblora": "VB-LoRA",
 }

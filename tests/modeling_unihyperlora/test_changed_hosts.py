@@ -154,18 +154,6 @@ class TestChanged:
             torch.testing.assert_close(model.host(**make_batch()).last_hidden_state, plain)
         assert "12/12 sites" in model.describe()
 
-    def test_gradient_checkpointing_of_the_host_does_not_act(self, make_host, make_model, make_batch):
-        """transformers checkpoints in training mode alone, and the host stays out of it: the same gradients."""
-        host, batch = make_host(), make_batch()
-        host.gradient_checkpointing_enable()
-        gradients = []
-        for model in (make_model(host=host), make_model()):
-            model.train()(**batch, labels=batch["input_ids"] % 5).loss.backward()
-            gradients.append([p.grad for p in model.adapter.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
-        with pytest.raises(ValueError, match="checkpointing"):
-            model.gradient_checkpointing_enable()
-
     def test_multiply_adds_of_shared_blocks_count_at_each_depth(self, make_host):
         """Of grouped convolutions only those that there are."""
         bert = 3 * (4 * 32 * 32 + 2 * 32 * 64)
