@@ -21,6 +21,7 @@ CODE_FILES = (
     "host_tokenizer.py",
     "modeling_unihyperlora.py",
     "modeling_base.py",
+    "tuning.py",
     "publishing.py",
     "untrusted.py",
     "storage.py",
