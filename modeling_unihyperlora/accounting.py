@@ -90,10 +90,15 @@ def check_budget(
     size = file_bytes(model.adapter)
     overhead = merged_flops_overhead_pct(model)
     if size > max_bytes or overhead > max_flops_overhead_pct:
+        smaller = "fewer atoms, a smaller router_top_k or a narrower canonical space (anchor_dim)"
+        if model.config.pathway != "inject":
+            smaller = "a narrower stream (stream_width, stream_hidden) or fewer coordinates (stream_dim)"
+        elif model.config.projector == "host":
+            smaller = "a smaller rank (--lora_r) or router_top_k"
         raise BudgetError(
             f"Over budget: {size:,} bytes of {max_bytes:,} allowed, {overhead:.2f} % extra multiply-adds of "
-            f"{max_flops_overhead_pct:g} % allowed. Use fewer atoms, a narrower canonical space (anchor_dim) or a "
-            "smaller router_top_k, or raise the budget.",
+            f"{max_flops_overhead_pct:g} % allowed. Use {smaller}, or raise the budget (--max_adapter_bytes, "
+            "--max_flops_overhead_pct).",
             excess={"bytes": size - max_bytes, "flops_overhead_pct": overhead - max_flops_overhead_pct},
         )
 
