@@ -203,7 +203,7 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),
         "delta_both": (
             f"delta_both_{args.delta_steps}",
-            f"… {args.delta_steps} steps on δθ in stream and injected update",
+            f"… {args.delta_steps} steps, δθ in the host too",
         ),
         "probe": ("probe", "linear probe trained on this host"),
         "shuffled": ("shuffled", "control: shuffled anchors"),
