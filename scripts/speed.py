@@ -69,7 +69,8 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 512], help="Tokens of a sentence.")
         parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="Sentences of a batch.")
     if command in ("latency", "slopes", "train"):
-        parser.add_argument("--seconds", type=float, default=20.0, help="At most, for one batch size and length.")
+        most = 60.0 if command == "train" else 20.0  # a step back through a host takes longer
+        parser.add_argument("--seconds", type=float, default=most, help="At most, for one batch size and length.")
 
 
 def run(command: str, args: argparse.Namespace) -> None:
