@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import KNOTS, Routing, UniHyperLoraAdapter, knot_features, route
+from .adapter import KNOTS, UniHyperLoraAdapter, knot_features
 from .calibration import nearness
 from .errors import ExportError, first_line
+from .routing import Routing, route
 from .storage import replacing
 from .stream import begins_of
 from .token_mixer import TokenMixer

@@ -8,28 +8,19 @@ stream does (``Stream.read_host``).
 import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from .adapter import (
-    KNOTS,
-    ProjectedAtoms,
-    Routing,
-    UniHyperLoraAdapter,
-    add_atoms,
-    knot_layers,
-    read_atoms,
-    route,
-    write_atoms,
-)
+from .adapter import KNOTS, ProjectedAtoms, UniHyperLoraAdapter, knot_layers
 from .errors import HostError, MergeError
 from .hold import Hold
 from .hosts import MODULE_TYPES, HostMap, Site, call_host
 from .mixed_tasks import MixedTasks
+from .routing import Routing, add_atoms, read_atoms, route, write_atoms
 
 
 def _thread() -> int:
@@ -196,11 +187,9 @@ class Injection:
     @contextmanager
     def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
         """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
+        twice = self.checkpoint is not None and torch.is_grad_enabled()
         with self._in(Pass(self.project(task), task, attention_mask)) as current:
-            if self.checkpoint is None or not torch.is_grad_enabled():
-                yield current
-                return
-            with self._checkpointed():
+            with self._checkpointed() if twice else nullcontext():
                 yield current
 
     @contextmanager
@@ -237,11 +226,12 @@ class Injection:
         if run is None or run.block % self.every:
             return forward(*args, **kwargs)
 
+        here = run.of_block()
+
         def compute(*args):
-            with self._in(run_there.of_block()):
+            with self._in(here.of_block()):
                 return forward(*args, **kwargs)
 
-        run_there = run.of_block()
         return self.checkpoint(compute, *args)
 
     def run(

@@ -22,13 +22,7 @@ from .configuration_unihyperlora import UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
-from .hosts import (
-    describe_host,
-    encoder_of,
-    load_host,
-    load_host_tokenizer,
-    num_layers_of,
-)
+from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks

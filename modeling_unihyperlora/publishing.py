@@ -29,6 +29,7 @@ CODE_FILES = (
     "layouts.py",
     "hold.py",
     "adapter.py",
+    "routing.py",
     "mixed_tasks.py",
     "quantization.py",
     "projectors.py",

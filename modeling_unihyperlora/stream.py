@@ -30,23 +30,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from .adapter import (
-    AT_ONCE,
-    KNOTS,
-    UniHyperLoraAdapter,
-    knot_features,
-    knot_layers,
-    near_layers,
-    read_atoms,
-    route,
-    write_atoms,
-)
+from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, near_layers
 from .anchors import word_states
 from .calibration import HostFit, Landmarks, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
 from .errors import ConfigError, HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .injection import Injection
 from .mixed_tasks import MixedTasks, StackedTasks
+from .routing import AT_ONCE, read_atoms, route, write_atoms
 from .token_mixer import Words
 
 

@@ -50,10 +50,7 @@ SLOPE_ANCHOR_SENTENCES = 40
 SHORTEST = 0.02  # seconds of one measurement; a faster contender runs several times
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
 MEMORY_ROUNDS, MEMORY_STEPS = 2, 3
-WITH_MEMORY = (
-    *("lora", "stream", "stream_delta", "inject_delta", "inject_delta_checkpointed"),
-    "lora_checkpointed",
-)
+WITH_MEMORY = ("lora", "stream", "stream_delta", "inject_delta", "inject_delta_checkpointed", "lora_checkpointed")
 CALIBRATE_ROUNDS = 3
 VERSIONS = ("torch", "transformers", "peft")
 

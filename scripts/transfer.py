@@ -201,10 +201,7 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         "own_stream": ("own_stream", "stream trained on this host"),
         "lora": (f"lora_r{LORA_R}", f"LoRA r={LORA_R} trained on this host"),
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),
-        "delta_both": (
-            f"delta_both_{args.delta_steps}",
-            f"… {args.delta_steps} steps, δθ in the host too",
-        ),
+        "delta_both": (f"delta_both_{args.delta_steps}", f"… {args.delta_steps} steps, δθ in the host too"),
         "probe": ("probe", "linear probe trained on this host"),
         "shuffled": ("shuffled", "control: shuffled anchors"),
         "random_map": ("random_map", "control: random map"),

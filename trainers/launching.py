@@ -4,6 +4,7 @@ ZeRO-3 and FSDP share all weights out over the processes, those of the adapter w
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,11 @@ try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a torch that was built without torch.distributed
     DTensor = ()
+
+
+def processes() -> int:
+    """How many processes a launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ Every key is read or refused. A key with a flag below becomes that argument of `
 
 import difflib
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import yaml
 
 from modeling_unihyperlora.errors import ConfigError
 
+from .launching import processes
 from .search_space import knobs_of
 
 logger = logging.getLogger(__name__)
@@ -234,12 +234,12 @@ def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:
     accelerator = hardware.get("accelerator", "auto")
     if accelerator == "gpu" and not torch.accelerator.is_available():
         raise ConfigError(f"{where}: hardware.accelerator is gpu and there is none here. Set it to auto or cpu.")
-    if "devices" in hardware and hardware["devices"] != _processes():
+    if "devices" in hardware and hardware["devices"] != processes():
         logger.warning(
             "%s is written for %d device(s), this launch has %d: accelerate launch --num_processes sets it.",
             where,
             hardware["devices"],
-            _processes(),
+            processes(),
         )
     on_cpu = accelerator == "cpu" or not torch.accelerator.is_available()
     arguments: dict[str, Any] = {"use_cpu": True} if on_cpu else {}
@@ -248,15 +248,11 @@ def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:
     return arguments
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _per_process(batch_size: int) -> int:
     """The file's batch is that of a whole step; every process of a launch takes an equal part."""
-    if batch_size % _processes():
-        raise ConfigError(f"training.batch_size={batch_size} cannot be split evenly over {_processes()} processes.")
-    return batch_size // _processes()
+    if batch_size % processes():
+        raise ConfigError(f"training.batch_size={batch_size} cannot be split evenly over {processes()} processes.")
+    return batch_size // processes()
 
 
 def _load(path: Path) -> dict[str, Any]:

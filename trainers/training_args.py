@@ -4,7 +4,6 @@ The parts learn at very different rates (the atoms of a zero-initialised diction
 one ``learning_rate`` sets all of them through ``LEARNING_RATE_FACTORS`` and each can be set on its own.
 """
 
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +12,8 @@ from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
 from modeling_unihyperlora.errors import ConfigError
+
+from .launching import processes
 
 LEARNING_RATE_FACTORS = {
     **{"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2},
@@ -72,8 +73,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         for name in ("lambda_f", "lambda_q", "coordinate_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
-        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if several and not torch.accelerator.is_available():
+        if processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or accelerate would not join the processes, and each would train on its own
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

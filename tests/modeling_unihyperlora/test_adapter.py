@@ -11,17 +11,14 @@ from modeling_unihyperlora.adapter import (
     KNOTS,
     PARTS,
     Mixer,
-    Routing,
     TaskParameters,
     UniHyperLoraAdapter,
     part_of,
     place_features,
-    read_atoms,
-    route,
-    write_atoms,
 )
 from modeling_unihyperlora.hosts import MODULE_TYPES
 from modeling_unihyperlora.projectors import DimensionProjector
+from modeling_unihyperlora.routing import Routing, read_atoms, route, write_atoms
 from modeling_unihyperlora.storage import adapter_tensors
 
 WIDTHS = [64, 128, 312, 384, 768, 1024]

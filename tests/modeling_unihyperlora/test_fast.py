@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.adapter import Routing, make_bags, read_atoms, write_atoms
 from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, apply_fit
 from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.routing import Routing, make_bags, read_atoms, write_atoms
 from modeling_unihyperlora.stream import HostToKnots
 from modeling_unihyperlora.token_mixer import GROUP, TokenMixer, Words
 from tests.conftest import WORDS, tiny_tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig, anchors, calibration, stream
-from modeling_unihyperlora.adapter import Mixer, Routing, make_bags
+from modeling_unihyperlora.adapter import Mixer
+from modeling_unihyperlora.routing import Routing, make_bags
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
 from trainers import state_cache
 
