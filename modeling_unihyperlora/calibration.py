@@ -16,9 +16,10 @@ held-out anchors have unit variance, since the regression shrinks what it cannot
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -85,15 +86,43 @@ def nearness(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
     return torch.exp(2 * query @ landmarks.T - squares)
 
 
-def apply_fit(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Canonical coordinates of words: (N, layers, d) states of the named layers → (N, K, D) float32."""
+class HostToKnots(NamedTuple):
+    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
 
-    def beside(of: KnotFit | Landmarks) -> torch.Tensor:
-        features = states[:, [layers.index(layer) for layer in of.layers]].flatten(1).float()
-        return torch.nn.functional.linear(features, of.matrix, of.offset)
+    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
+    and a matrix (that many, d).
+    """
 
-    linear = torch.stack([beside(knot) for knot in fit.knots], dim=1)
-    return linear + fit.landmarks(beside(fit.landmarks)).view_as(linear)
+    fit: HostFit  # of which it was made
+    layers: list[tuple[int, int, int, torch.Tensor]]
+    offset: torch.Tensor  # (K·D + Q,)
+    landmarks: Landmarks
+
+    @classmethod
+    def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
+        readers, parts = (*fit.knots, fit.landmarks), []
+        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
+        for layer in layers_of([reader.layers for reader in readers]):
+            runs: list[list[int]] = []  # of readers that follow one another, for one product each
+            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
+                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
+            for run in runs:
+                rows = [
+                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
+                    for k in run
+                ]
+                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
+        offset = torch.cat([reader.offset for reader in readers]).to(device)
+        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
+
+    def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Canonical coordinates of words: by layer their states (N, d) → (N, K·D) float32."""
+        coordinates, _ = self.landmarks.weights.shape
+        states = {layer: states[layer].float() for layer, *_ in self.layers}
+        made = self.offset.repeat(len(states[self.layers[0][0]]), 1)
+        for layer, start, end, matrix in self.layers:
+            made[:, start:end].addmm_(states[layer], matrix.T)
+        return made[:, :coordinates] + self.landmarks(made[:, coordinates:])
 
 
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:

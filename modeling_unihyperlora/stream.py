@@ -19,7 +19,6 @@ host stays what it was without the update, and the states that it reads are move
 
 import contextlib
 import hashlib
-import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, near_layers
 from .anchors import word_states
-from .calibration import HostFit, Landmarks, cache_folder, cached_fit, fit_host, fit_on, kept, layers_of
+from .calibration import HostFit, HostToKnots, cache_folder, cached_fit, fit_host, kept, layers_of
 from .errors import ConfigError, HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .injection import Injection
@@ -71,49 +70,6 @@ class StreamRun:
             own = self.mixed
             return own.linear(features, own.head_weight()) + own.of_sentences(own.head_bias(), features)
         return F.linear(features, self.tables.head_weight, self.tables.head_bias)
-
-
-class HostToKnots(NamedTuple):
-    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
-
-    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
-    and a matrix (that many, d).
-    """
-
-    fit: HostFit  # of which it was made
-    layers: list[tuple[int, int, int, torch.Tensor]]
-    offset: torch.Tensor  # (K·D + Q,)
-    landmarks: Landmarks
-
-    @classmethod
-    def of(cls, fit: HostFit, device: torch.device) -> "HostToKnots":
-        readers, parts = (*fit.knots, fit.landmarks), []
-        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
-        for layer in layers_of([reader.layers for reader in readers]):
-            runs: list[list[int]] = []  # of readers that follow one another, for one product each
-            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
-                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
-            for run in runs:
-                rows = [
-                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
-                    for k in run
-                ]
-                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
-        offset = torch.cat([reader.offset for reader in readers]).to(device)
-        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
-
-    def __call__(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
-        """L+1 states (B, T, d), and which of the B·T tokens (N,) → (N, K·D) float32."""
-        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in self.layers}
-        coordinates, landmarks = self.landmarks.weights.shape
-        made = []
-        for chosen in cells.split(max(1, AT_ONCE // landmarks)):
-            states = {layer: every.index_select(0, chosen).float() for layer, every in flat.items()}
-            part = self.offset.repeat(len(chosen), 1)
-            for layer, start, end, matrix in self.layers:
-                part[:, start:end].addmm_(states[layer], matrix.T)
-            made.append(part[:, :coordinates] + self.landmarks(part[:, coordinates:]))
-        return torch.cat(made)
 
 
 class Tables(NamedTuple):
@@ -183,7 +139,9 @@ class Stream:
         kept = self._to_knots
         if kept is None or kept.fit is not self.fit or kept.offset.device != cells.device:
             kept = self._to_knots = HostToKnots.of(self.fit, cells.device)
-        return kept(hidden_states, cells)
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in kept.layers}
+        several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
+        return torch.cat([kept({at: every.index_select(0, some) for at, every in flat.items()}) for some in several])
 
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -25,7 +25,7 @@ from modeling_unihyperlora.anchors import join_anchors, read_anchors
 from modeling_unihyperlora.quantization import Grid
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
-from trainers import sources, state_cache
+from trainers import sources
 
 logger = logging.getLogger("ablation")
 
@@ -103,22 +103,13 @@ def no_copies() -> mock._patch:
 
 def only_knots(*kept: int) -> Change:
     """The other knots are always zero."""
-    apply_fit, canonical_states = calibration.apply_fit, stream.Stream.canonical_states
+    to_knots = calibration.HostToKnots.__call__
     mask = torch.tensor([float(knot in kept) for knot in range(len(adapter.KNOTS))])[:, None]
 
-    @contextlib.contextmanager
-    def change() -> Iterator[None]:
-        def cached(*args) -> torch.Tensor:
-            return apply_fit(*args) * mask
+    def masked(*args) -> torch.Tensor:
+        return (to_knots(*args).unflatten(1, (len(mask), -1)) * mask).flatten(1)
 
-        def read(*args) -> torch.Tensor:
-            return canonical_states(*args) * mask
-
-        with mock.patch.object(stream.Stream, "canonical_states", read):
-            with mock.patch.object(state_cache, "apply_fit", cached):
-                yield
-
-    return change
+    return lambda: mock.patch.object(calibration.HostToKnots, "__call__", masked)
 
 
 def rows(folder: Path) -> list[Row]:

@@ -6,10 +6,11 @@ import torch
 from torch.utils.data import Sampler
 
 OWN_SHARE = 0.5  # of the sentences that are read as the host itself, and not as a copy of it
+TOGETHER = 64  # neighbouring sentences that an epoch has in the same view, so that one product makes it for all
 
 
 class SentenceSampler(Sampler[int]):
-    """Every sentence once an epoch, in random order, each in one of its views at random.
+    """Every sentence once an epoch, in random order, those of a block of ``TOGETHER`` in one of their views at random.
 
     What an epoch looks like depends on its number and the seed alone, so that a run that was interrupted sees what it
     would have seen.
@@ -39,7 +40,8 @@ class SentenceSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.sentences, generator=generator)
         if self.views > 1:
-            view = torch.randint(1, self.views, order.shape, generator=generator)
-            view[torch.rand(order.shape, generator=generator) < OWN_SHARE] = 0
-            order += view * self.sentences
+            blocks = -(-self.sentences // TOGETHER)
+            view = torch.randint(1, self.views, (blocks,), generator=generator)
+            view[torch.rand(blocks, generator=generator) < OWN_SHARE] = 0
+            order += view[order // TOGETHER] * self.sentences
         return iter(order.tolist())

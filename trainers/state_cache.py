@@ -22,18 +22,18 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from modeling_unihyperlora.adapter import near_layers
-from modeling_unihyperlora.calibration import HostFit, apply_fit, cache_folder, fit_on, layers_of
+from modeling_unihyperlora.calibration import HostFit, HostToKnots, cache_folder, layers_of
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import fingerprint, num_layers_of
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.stream import begins_of, states_of_words, word_beginnings, word_positions
 
 from .decoding import IGNORED
+from .sampling import TOGETHER
 
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 20  # batches
-AT_ONCE = 128  # windows whose canonical states are made together
 KEPT_BYTES = 2e9  # of canonical states in memory, a data set
 
 
@@ -129,10 +129,9 @@ class CanonicalStates(Dataset):
     def __init__(self, words: WordStates, fits: Callable[[], list[HostFit]]):
         self.words = words
         self.fits = fits
-        self._fits: list[HostFit] = []  # what was made by them
-        self._here: list[HostFit] = []  # the same on the CPU
+        self._maps: list[HostToKnots] = []  # what was made by them
         self._made: dict[int, torch.Tensor] = {}
-        self._room = 0
+        self._room = 0.0
 
     def __len__(self) -> int:
         """Windows."""
@@ -146,25 +145,26 @@ class CanonicalStates(Dataset):
         """
         view, index = divmod(key, len(self))
         fits = self.fits()
-        if [*map(id, fits)] != [*map(id, self._fits)]:
-            self._fits, self._here = fits, [fit_on("cpu", fit) for fit in fits]
+        if [*map(id, fits)] != [id(made_by.fit) for made_by in self._maps]:
+            self._maps = [HostToKnots.of(fit) for fit in fits]
             self._made, self._room = {}, KEPT_BYTES
         made = self._made
-        if index not in made:
-            first = index // AT_ONCE * AT_ONCE
-            several = range(first, min(first + AT_ONCE, len(self)))
-            made = self._make(several if self._room > 0 else range(index, index + 1))
-            self._room -= sum(views.nbytes for views in made.values())
+        if key not in made:
+            first = index // TOGETHER * TOGETHER
+            several = range(first, min(first + TOGETHER, len(self)))
+            made = self._make(view, several if self._room > 0 else range(index, index + 1))
+            self._room -= sum(z.nbytes for z in made.values())
             if self._room > 0:
                 self._made |= made
-        return {"canonical_states": made[index][view].float(), "labels": torch.from_numpy(self.words.labels[index])}
+        return {"canonical_states": made[key].float(), "labels": torch.from_numpy(self.words.labels[index])}
 
-    def _make(self, windows: range) -> dict[int, torch.Tensor]:
-        """The views of some windows, (V, W, K, D) float16 each."""
-        offsets = self.words.offsets[windows.start : windows.stop + 1]
+    def _make(self, view: int, windows: range) -> dict[int, torch.Tensor]:
+        """A view of some windows, (W, K, D) float16 each."""
+        offsets, to_knots = self.words.offsets[windows.start : windows.stop + 1], self._maps[view]
         states = torch.from_numpy(np.array(self.words.states[offsets[0] : offsets[-1]], np.float32))
-        views = torch.stack([apply_fit(fit, states, self.words.layers).half() for fit in self._here])
-        return dict(zip(windows, views.split(np.diff(offsets).tolist(), dim=1), strict=True))
+        z = to_knots(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
+        parts = z.unflatten(1, (len(to_knots.fit.knots), -1)).split(np.diff(offsets).tolist())
+        return {view * len(self) + index: part for index, part in zip(windows, parts, strict=True)}
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:

@@ -22,7 +22,6 @@ from modeling_unihyperlora.calibration import (
     RIDGES,
     ROUNDS,
     _means,
-    apply_fit,
     canonical_coordinates,
     fit_host,
 )
@@ -30,7 +29,7 @@ from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
 from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
 from modeling_unihyperlora.token_mixer import Words
-from tests.conftest import piece_tokenizer
+from tests.conftest import mapped, piece_tokenizer
 from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -121,7 +120,7 @@ class TestCalibration:
         near = [[0, 1], [1, 2]]
         target[0] += np.tanh(states[0, :, :7] - 3)
         fit = fit_host(as_float(states), near, [0, 1], as_float(target))
-        mine = apply_fit(fit, as_float(states.transpose(1, 0, 2)), [0, 1, 2]).numpy()
+        mine = mapped(fit, as_float(states.transpose(1, 0, 2)), [0, 1, 2]).numpy()
         out = np.arange(400) // 50 % 5 == 4
 
         def standard(layers):

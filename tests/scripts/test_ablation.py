@@ -11,7 +11,7 @@ from modeling_unihyperlora import UniHyperLoraConfig, anchors, calibration, stre
 from modeling_unihyperlora.adapter import Mixer
 from modeling_unihyperlora.routing import Routing, make_bags
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
-from trainers import state_cache
+from tests.conftest import mapped
 
 
 def test_rows_have_names_of_their_own(tmp_path):
@@ -71,13 +71,13 @@ def test_without_variance_matching_predictions_are_least_squares():
 
 
 def test_without_landmarks_the_map_is_linear():
-    states = torch.randn(1, 300, 6)
+    states = torch.randn(1, 3000, 6)
     target = states[:, :, :1] * states[:, :, 1:2]
     with ablation.no_landmarks():
         fit = calibration.fit_host(states, [[0]], [0], target)
-        z = calibration.apply_fit(fit, states.transpose(0, 1), [0])
-        far = calibration.apply_fit(fit, 2 * states.transpose(0, 1), [0])
-        origin = calibration.apply_fit(fit, torch.zeros(1, 1, 6), [0])
+        z = mapped(fit, states.transpose(0, 1), [0])
+        far = mapped(fit, 2 * states.transpose(0, 1), [0])
+        origin = mapped(fit, torch.zeros(1, 1, 6), [0])
     torch.testing.assert_close(far - z, z - origin)
     assert fit.r2[0] < 0.1
 
@@ -99,7 +99,7 @@ def test_knots_that_are_left_out_are_zero():
     landmarks = calibration.Landmarks([0], torch.eye(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(10, 1))
     fit = calibration.HostFit([knot] * 5, landmarks)
     with ablation.only_knots(0, 2, 4)():
-        cached = state_cache.apply_fit(fit, torch.ones(3, 1, 2), [0])
+        cached = mapped(fit, torch.ones(3, 1, 2), [0])
         bound = object.__new__(stream.Stream)
         bound.fit, bound._to_knots = fit, None
         read = bound.canonical_states((torch.ones(1, 3, 2),), torch.arange(3)[None])[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trainers.sampling import OWN_SHARE, SentenceSampler
+from trainers.sampling import OWN_SHARE, TOGETHER, SentenceSampler
 
 
 def test_every_sentence_once_an_epoch_in_another_order_each_time():
@@ -25,8 +25,17 @@ def test_an_epoch_depends_on_seed_and_number_alone():
 
 
 def test_views_are_the_host_itself_and_its_copies():
-    views, sentences = np.divmod(list(SentenceSampler(6000, 4, seed=0)), 6000)
-    assert sorted(sentences) == list(range(6000))
-    shares = np.bincount(views, minlength=4) / 6000
+    sampler, seen = SentenceSampler(1000, 4, seed=0), []
+    for number in range(200):
+        sampler.set_epoch(number)
+        views, sentences = np.divmod(list(sampler), 1000)
+        assert sorted(sentences) == list(range(1000))
+        seen.append(views[np.argsort(sentences)])
+        for block in np.split(seen[-1], range(TOGETHER, 1000, TOGETHER)):
+            assert len(set(block)) == 1, "a block is made in one view"
+    shares = np.bincount(np.concatenate(seen), minlength=4) / np.size(seen)
     np.testing.assert_allclose(shares, [OWN_SHARE, *[(1 - OWN_SHARE) / 3] * 3], atol=0.03)
-    assert abs(np.corrcoef(views, sentences)[0, 1]) < 0.05, "which copy is read does not depend on the sentence"
+    of_blocks = np.array(seen)[:, ::TOGETHER]
+    assert all(set(block) == {0, 1, 2, 3} for block in of_blocks.T), "every block is read in every view"
+    together = np.corrcoef(of_blocks.T)[~np.eye(of_blocks.shape[1], dtype=bool)]
+    assert np.abs(together).max() < 0.3, "blocks draw their views apart"

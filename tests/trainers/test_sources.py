@@ -8,8 +8,8 @@ from transformers import BertConfig, BertModel, DataCollatorForTokenClassificati
 from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.adapter import knot_layers, near_layers
 from modeling_unihyperlora.anchors import read_anchors
-from modeling_unihyperlora.calibration import apply_fit, fit_host
-from tests.conftest import WORDS
+from modeling_unihyperlora.calibration import fit_host
+from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.decoding import IGNORED
 from trainers.ner_data import Sentence
@@ -199,8 +199,8 @@ class TestCopies:
         near, at = near_layers(blocks), knot_layers(blocks)
         alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near, at, coordinates)
         states = torch.randn(7, 5, 64)
-        mine = apply_fit(source.fits[2], states, [0, 1, 2, 3, 4])
-        torch.testing.assert_close(mine, apply_fit(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))
+        mine = mapped(source.fits[2], states, [0, 1, 2, 3, 4])
+        torch.testing.assert_close(mine, mapped(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))
 
     def test_a_view_is_what_its_copy_makes_of_a_window(self, tokenizer, windows, monkeypatch):
         sources = [Source(bert(tokenizer, seed=s), tokenizer, read_anchors()[:40], windows) for s in (0, 1)]
@@ -214,7 +214,7 @@ class TestCopies:
                 source, own = sources[index // 40], index % 40
                 start, end = source.words.offsets[own : own + 2]
                 states = torch.tensor(np.array(source.words.states[start:end], np.float32))
-                expected = apply_fit(source.fits[view], states, source.words.layers)
+                expected = mapped(source.fits[view], states, source.words.layers)
                 item = data[view * 80 + index]
                 torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
                 assert item["labels"].tolist() == source.words.labels[own].tolist()
@@ -233,7 +233,7 @@ class TestLearnedCoordinates:
         spread = kept.std(dim=1)
         assert ((spread > 0.7) & (spread < 1.3)).all(), "coordinates have unit variance"
         for source in made.sources:
-            z = apply_fit(source.fits[0], source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
+            z = mapped(source.fits[0], source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
             correlation = torch.stack(
                 [
                     torch.corrcoef(torch.stack([a, b]))[0, 1]
