@@ -10,8 +10,9 @@ C of its anchors at every knot. On any host a ridge regression maps to C what th
   (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008), and the kernel is the sum of a linear and a
   Gaussian one.
 
-The ridge is the one that predicts held-out anchors best, and each coordinate is scaled so that its predictions on
-held-out anchors have unit variance, since the regression shrinks what it cannot predict.
+The ridge is the one that predicts held-out anchors best. A regression shrinks what it cannot predict, some directions
+of a knot's coordinates more than others; so its predictions are stretched by the symmetric matrix that gives them the
+covariance of the coordinates of the anchors, and then scaled so that those on held-out anchors have their variances.
 """
 
 import contextlib
@@ -151,8 +152,9 @@ def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
     coordinates = torch.zeros(knots, anchors, width)  # an anchor that the source cannot read is an average one
     for k in range(knots):
         standard, _, _ = standardise(states[k, usable].double())
-        left, _, _ = torch.linalg.svd(standard, full_matrices=False)
-        coordinates[k, usable] = (left[:, :width] * usable.sum() ** 0.5).float()
+        variances, axes = torch.linalg.eigh(standard.T @ standard / len(standard))  # in rising order
+        leading = axes[:, -width:] / variances[-width:].clamp_min(MIN_SCALE).sqrt()
+        coordinates[k, usable] = (standard @ leading).flip(1).float()
     return coordinates
 
 
@@ -281,10 +283,35 @@ def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Ten
             break  # the fit falls on both sides of the best ridge
     r2, ridge, predicted = best
     gram, cross = gram + _gram(unseen), cross + unseen.T @ y[held_out]
-    weight = _solve(gram, cross, ridge) / predicted.std(dim=0).clamp_min(MIN_SCALE)
+    weight = _solve(gram, cross, ridge)
+    weight = weight @ _stretch(x @ weight, y, predicted)
     matrix = (weight[: len(scale)] * shrink / scale[:, None]).T.contiguous()
     weights = weight[len(scale) :]
     return _Regression(matrix, weights, centre - matrix @ mean - middle @ weights, r2, ridge)
+
+
+def _stretch(predicted: torch.Tensor, y: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+    """What predictions (N, D) of the coordinates y (N, D) are to be multiplied by, (D, D); the mean of both is zero.
+
+    ``held_out`` are the predictions of anchors that the regression had not seen.
+    """
+    together = _transport(predicted, y)
+    return together * y.std(dim=0) / (held_out @ together).std(dim=0).clamp_min(MIN_SCALE)
+
+
+def _transport(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix A (D, D) that gives ``given`` (N, D) the covariance of ``wanted`` and moves it least.
+
+    Of both the mean is zero. A = G^-½ (G^½ W G^½)^½ G^-½, with their covariances G and W (Olkin and Pukelsheim, 1982).
+    """
+    given, wanted = ((x.T @ x / len(x)).double() for x in (given, wanted))
+    root, inverse = _power(given, 0.5), _power(given, -0.5)
+    return (inverse @ _power(root @ wanted @ root, 0.5) @ inverse).float()
+
+
+def _power(symmetric: torch.Tensor, exponent: float) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors * values.clamp_min(max(LEAST_EIGENVALUE * float(values[-1]), MIN_SCALE)) ** exponent @ vectors.T
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
@@ -321,7 +348,7 @@ def cached_fit(
     See ``kept``.
     """
     digest = hashlib.sha256(
-        f"4 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
+        f"5 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
     )
     digest.update("\n".join(map(str, vocabulary)).encode())
     for part in (anchors.text, *anchors.coordinates.encode().values()):

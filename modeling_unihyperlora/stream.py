@@ -192,8 +192,6 @@ class Stream:
         mixed = adapter.own(task) if isinstance(task, MixedTasks) else None
         name = task if mixed is None else next(iter(adapter.tasks))  # all but what is of a task serves any
         tables: Tables = adapter.keep(name, "stream", lambda: self._tables(name))
-        if adapter.training and self.disturbs:
-            z = disturb(z, config.stream_fidelity)
         inside = torch.arange(width, device=z.device) < lengths[:, None]  # (B, W)
         flat = z.flatten(0, 1)
         if torch.compiler.is_compiling():  # a program of fixed shapes computes the padding as well
@@ -201,6 +199,8 @@ class Stream:
         else:
             cells = inside.flatten().nonzero().squeeze(1)
             words, flat = Words.one_after_the_other(lengths, len(cells)), flat.index_select(0, cells)
+        if adapter.training and self.disturbs:
+            flat = disturb(flat, words.sentence, batch, config.stream_fidelity)
         at_knots = flat.transpose(0, 1)  # (K, N, D)
         if mixed is None:
             at_knots, bias = torch.baddbmm(at_knots, at_knots, tables.amended).flatten(0, 1), tables.bias
@@ -297,17 +297,18 @@ def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
     return words.gather(1, index)
 
 
-def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
+def disturb(z: torch.Tensor, sentence: torch.Tensor, sentences: int, fidelity: float) -> torch.Tensor:
     """What another host would do to the coordinates: each correlates less with the source's.
 
     A calibrated host has coordinates of unit variance whose correlation with the source's is some ρ < 1. A sentence
     draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
 
     Args:
-        z: (B, W, K, D) coordinates of unit variance.
+        z: (N, K, D) coordinates of unit variance.
+        sentence: (N,) the one that each word is of, from 0 to ``sentences`` - 1.
         fidelity: the least ρ; 1 leaves the coordinates alone.
     """
-    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
+    rho = torch.empty(sentences, 1, 1, device=z.device).uniform_(fidelity, 1)[sentence]
     return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
 
 

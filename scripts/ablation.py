@@ -70,19 +70,14 @@ def words_alone() -> mock._patch:
     return mock.patch.object(TokenMixer, "forward", alone)
 
 
-def no_variance_matching() -> mock._patch:
+def no_stretch() -> mock._patch:
     """What the regression shrinks stays small, on every host."""
-    fit_knot = calibration._fit_knot
+    return mock.patch.object(calibration, "_stretch", lambda predicted, y, held_out: torch.eye(y.shape[1]))
 
-    def shrunk(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor, *rest):
-        fit = fit_knot(states, by_nearness, target, *rest)
-        z = states @ fit.matrix.T + by_nearness @ fit.weights + fit.offset
-        centred = z - z.mean(dim=0)
-        slope = (centred * (target - target.mean(dim=0))).sum(dim=0) / centred.square().sum(dim=0)
-        offset = target.mean(dim=0) + (fit.offset - z.mean(dim=0)) * slope
-        return fit._replace(matrix=fit.matrix * slope[:, None], weights=fit.weights * slope, offset=offset)
 
-    return mock.patch.object(calibration, "_fit_knot", shrunk)
+def variances_alone() -> mock._patch:
+    """Each coordinate is stretched by itself."""
+    return mock.patch.object(calibration, "_transport", lambda given, wanted: torch.eye(wanted.shape[1]))
 
 
 def no_landmarks() -> mock._patch:
@@ -128,7 +123,8 @@ def rows(folder: Path) -> list[Row]:
         Row("without noise", ("--stream_fidelity", "1")),
         Row("without copies of the source", change=no_copies),
         Row("without learned coordinates: principal components", ("--coordinate_epochs", "0")),
-        Row("without variance matching", change=no_variance_matching),
+        Row("variances matched in place of covariances", change=variances_alone),
+        Row("without matching either", change=no_stretch),
         Row("without landmarks: a linear map", change=no_landmarks),
         Row("coordinates of 4 bits", ("--max_adapter_bytes", "2000000"), four_bits),
         Row("half of the anchors", ("--anchor_file", str(half))),

@@ -202,8 +202,10 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     model.stream.disturbs = False  # it is done here, in the wide space
     for step, batch in zip(range(steps), _epochs(loader, sampler), strict=False):
         batch = {name: value.to(device) for name, value in batch.items()}
-        z = disturb(batch["canonical_states"], config.stream_fidelity)
-        batch["canonical_states"] = torch.einsum("bwkp,kpd->bwkd", z, _unit(axes))
+        inside = batch["attention_mask"] > 0  # (B, W)
+        z, sentence = batch["canonical_states"][inside], inside.nonzero()[:, 0]
+        z = torch.einsum("nkp,kpd->nkd", disturb(z, sentence, len(inside), config.stream_fidelity), _unit(axes))
+        batch["canonical_states"] = z.new_zeros(*inside.shape, *z.shape[1:]).masked_scatter(inside[..., None, None], z)
         loss = trainer.compute_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()

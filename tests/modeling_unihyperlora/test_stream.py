@@ -110,6 +110,11 @@ def batch(tokenizer):
     return tokenizer(["word1 unknown word3", "word7 word2"], padding=True, return_tensors="pt")
 
 
+def root_of(symmetric: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(symmetric)
+    return vectors * values**0.5 @ vectors.T
+
+
 class TestCalibration:
     @pytest.mark.parametrize("width,seed", [(48, 0), (40, 1), (31, 2)])
     def test_is_kernel_ridge_regression_with_the_penalty_that_predicts_best(self, width, seed):
@@ -140,9 +145,11 @@ class TestCalibration:
 
             errors = [((predict(~out, ridge)[out] - y[out]) ** 2).sum() for ridge in RIDGES]
             best = RIDGES[int(np.argmin(errors))]
-            spread = predict(~out, best)[out].std(0, ddof=1)
-            expected = predict(out >= 0, best) / spread + target[k].mean(0)
-            np.testing.assert_allclose(mine[:, k], expected, rtol=2e-2, atol=2e-2)
+            predicted = predict(out >= 0, best)
+            wanted = root_of(np.cov(y.T))
+            stretch = wanted @ np.linalg.inv(root_of(wanted @ np.cov(predicted.T) @ wanted)) @ wanted
+            stretch *= y.std(0, ddof=1) / (predict(~out, best)[out] @ stretch).std(0, ddof=1)
+            np.testing.assert_allclose(mine[:, k], predicted @ stretch + target[k].mean(0), rtol=2e-2, atol=2e-2)
             total = ((y[out] - y[out].mean(0)) ** 2).sum()
             assert fit.r2[k] == pytest.approx(1 - min(errors) / total, abs=2e-3)
 
@@ -180,6 +187,19 @@ class TestCalibration:
         states = torch.randn(1, 3000, 4)
         fit = fit_host(states, [[0]], [0], states[:, :, :1] * states[:, :, 1:2])
         assert fit.r2[0] > 0.8
+
+    def test_predictions_are_correlated_as_what_they_predict(self):
+        """Also where one direction of the coordinates shows much less in the host than the others."""
+        states = torch.randn(1, 3000, 30)
+        target = states[:, :, :5] * torch.tensor([3.0, 1, 1, 1, 0.3]) + torch.randn(1, 3000, 5)
+        target = target @ torch.linalg.qr(torch.randn(5, 5))[0]
+        z = mapped(fit_host(states, [[0]], [0], target), states.transpose(0, 1), [0])[:, 0]
+        assert (z - target[0]).norm() > 0.3 * target.norm()
+        correlations = z.T.corrcoef(), target[0].T.corrcoef()
+        torch.testing.assert_close(*correlations, rtol=1e-3, atol=1e-3)
+        assert (correlations[1] - torch.eye(5)).abs().max() > 0.1
+        torch.testing.assert_close(z.std(dim=0), target[0].std(dim=0), rtol=0.1, atol=0.1)
+        torch.testing.assert_close(z.mean(dim=0), target[0].mean(dim=0), rtol=1e-3, atol=1e-3)
 
     def test_one_host_has_one_map(self):
         states, target = torch.randn(1, 300, 20), torch.randn(1, 300, 4)
@@ -377,13 +397,14 @@ class TestStream:
                 torch.testing.assert_close(words[row, word], tokens[row, positions[row, word]])
 
     def test_disturbance_keeps_the_variance(self):
-        z = torch.randn(400, 10, 5, D)
-        disturbed = disturb(z, 0.5)
+        z, sentence = torch.randn(4000, 5, D), torch.arange(400).repeat_interleave(10)
+        disturbed = disturb(z, sentence, 400, 0.5)
         assert float(disturbed.std()) == pytest.approx(1, rel=0.03)
-        rho = (z * disturbed).mean(dim=(1, 2, 3)) / z.square().mean(dim=(1, 2, 3))
+        same, all_of_it = ((x * z).view(400, -1).mean(dim=1) for x in (disturbed, z))
+        rho = same / all_of_it
         assert 0.4 < float(rho.min()) < 0.6 and 0.9 < float(rho.max()) < 1.1
         assert float(rho.mean()) == pytest.approx(0.75, abs=0.03)
-        assert torch.equal(disturb(z, 1.0), z)
+        assert torch.equal(disturb(z, sentence, 400, 1.0), z)
 
     def test_one_file_on_hosts_of_any_shape(self, model, tokenizer, tmp_path):
         model.save_pretrained(tmp_path)
