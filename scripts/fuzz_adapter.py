@@ -72,7 +72,7 @@ class Sample:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
         self.batch = self.tokenizer(["word1 word2 word3", "word7 word5"], padding=True, return_tensors="pt")
         config = UniHyperLoraConfig(
-            **{"pathway": pathway, "atoms": 12, "anchor_dim": 8, "mixer_hidden": 4},
+            **{"pathway": "stream" if pathway == "both" else pathway, "atoms": 12, "anchor_dim": 8, "mixer_hidden": 4},
             **{"stream_dim": 8, "stream_width": 8, "stream_hidden": 6},
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +81,8 @@ class Sample:
             model = UniHyperLoraForTokenClassification.from_host(
                 self.host, ["O", "B-A", "I-A"], "ner", config, tokenizer=self.tokenizer, anchor_file=anchors
             )
+            if pathway == "both":
+                model.add_injection()
             for name, module in model.adapter.named_modules():
                 if isinstance(module, StoredTensor) and "anchors" not in name:
                     module.latent.data += 0.3 * torch.randn_like(module.latent)
@@ -222,17 +224,17 @@ OUTCOMES = ("refused", "loaded, equal logits", "loaded, other logits", "failed")
 
 
 def fuzz(files: int, seed: int = 0) -> dict[str, object]:
-    """Damage ``files`` adapters.
+    """Damage ``files`` adapters, those of the three pathways in turn.
 
     Returns:
         ``outcomes`` (damage → outcome → number) and ``failures``: what neither loaded nor raised the package's error,
         hung, left a trace on the host, or loaded other weights without a word.
     """
-    samples = [Sample("inject"), Sample("stream")]
+    samples = [Sample("inject"), Sample("stream"), Sample("both")]
     chance, outcomes, failures = random.Random(seed), {name: Counter() for name in DAMAGES}, []
     signal.signal(signal.SIGALRM, _hangs)
     for number in range(files):
-        sample, name = samples[number % 2], list(DAMAGES)[number // 2 % len(DAMAGES)]
+        sample, name = samples[number % 3], list(DAMAGES)[number // 3 % len(DAMAGES)]
         file, damage = DAMAGES[name]
         changed = sample.files | {file: damage(sample.files[file], chance)}
         signal.alarm(SECONDS)
