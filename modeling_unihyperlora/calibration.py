@@ -152,9 +152,8 @@ def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
     coordinates = torch.zeros(knots, anchors, width)  # an anchor that the source cannot read is an average one
     for k in range(knots):
         standard, _, _ = standardise(states[k, usable].double())
-        variances, axes = torch.linalg.eigh(standard.T @ standard / len(standard))  # in rising order
-        leading = axes[:, -width:] / variances[-width:].clamp_min(MIN_SCALE).sqrt()
-        coordinates[k, usable] = (standard @ leading).flip(1).float()
+        left, _, _ = torch.linalg.svd(standard, full_matrices=False)
+        coordinates[k, usable] = (left[:, :width] * usable.sum() ** 0.5).float()
     return coordinates
 
 
