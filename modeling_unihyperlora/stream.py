@@ -219,7 +219,7 @@ class Stream:
             values = (x.view(batch, width, *x.shape[1:]) for x in values)
             values = (x.masked_fill(~(inside[..., None] if x.dim() == 3 else inside), 0) for x in values)
         else:
-            values = (_unpack(x, cells, (batch, width)) for x in values)
+            values = (unpack(x, cells, (batch, width)) for x in values)
         features, expected, active = values
         return StreamRun(tables, features, lengths, expected, active, mixed=mixed)
 
@@ -283,7 +283,7 @@ class Stream:
         return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias, *update]
 
 
-def _unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Values of words (N, …) → (B, W, …) by their cells in it, the others 0."""
     padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
     return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])

@@ -29,7 +29,7 @@ from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.adapter import KNOTS, knot_layers, near_layers
 from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, canonical_coordinates, fit_host
 from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
-from modeling_unihyperlora.stream import at_knots, disturb, kept_anchor_states
+from modeling_unihyperlora.stream import at_knots, disturb, kept_anchor_states, unpack
 
 from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
@@ -203,9 +203,10 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     for step, batch in zip(range(steps), _epochs(loader, sampler), strict=False):
         batch = {name: value.to(device) for name, value in batch.items()}
         inside = batch["attention_mask"] > 0  # (B, W)
-        z, sentence = batch["canonical_states"][inside], inside.nonzero()[:, 0]
-        z = torch.einsum("nkp,kpd->nkd", disturb(z, sentence, len(inside), config.stream_fidelity), _unit(axes))
-        batch["canonical_states"] = z.new_zeros(*inside.shape, *z.shape[1:]).masked_scatter(inside[..., None, None], z)
+        cells = inside.flatten().nonzero().squeeze(1)
+        z = batch["canonical_states"].flatten(0, 1).index_select(0, cells)
+        z = disturb(z, cells // inside.shape[1], len(inside), config.stream_fidelity)
+        batch["canonical_states"] = unpack(torch.einsum("nkp,kpd->nkd", z, _unit(axes)), cells, inside.shape)
         loss = trainer.compute_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()

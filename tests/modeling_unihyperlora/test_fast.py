@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.calibration import HostFit, HostToKnots, KnotFit, Landmarks
+from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks
 from modeling_unihyperlora.quantization import StoredTensor
 from modeling_unihyperlora.routing import Routing, make_bags, read_atoms, write_atoms
+from modeling_unihyperlora.stream import Stream
 from modeling_unihyperlora.token_mixer import GROUP, TokenMixer, Words
-from tests.conftest import WORDS, tiny_tokenizer
+from tests.conftest import WORDS, mapped, tiny_tokenizer
 
 LABELS = ["O", "B-A", "I-A"]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -121,16 +122,19 @@ class TestTokenMixer:
 
 
 class TestStream:
-    @pytest.mark.parametrize("dtype,bound", PRECISIONS)
-    def test_a_hosts_map_by_layer_is_that_by_knot(self, dtype, bound):
+    @pytest.mark.parametrize("dtype,error", PRECISIONS)
+    def test_a_hosts_map_by_layer_is_that_by_knot(self, dtype, error):
         torch.manual_seed(0)
         near = [[0, 1], [0, 1, 2], [2], [1, 3], [3, 4]]  # one knot reads layers that are no neighbours
         knots = [KnotFit(layers, torch.randn(3, 8 * len(layers)), torch.randn(3), 1.0) for layers in near]
         values = (torch.randn(2, 24) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
         fit = HostFit(knots, Landmarks([0, 2, 4], *values))
-        hidden = [torch.randn(5, 8).to(dtype) for _ in range(5)]
-        found = HostToKnots.of(fit)(dict(enumerate(hidden)))
-        states = torch.stack(hidden, dim=1).double()
+        hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
+        cells = torch.tensor([0, 3, 7, 11, 2])
+        bound = object.__new__(Stream)
+        bound.fit, bound._to_knots = fit, None
+        found = bound._at_knots(tuple(hidden), cells)
+        states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1).double()
 
         def beside(part: KnotFit | Landmarks) -> torch.Tensor:
             return states[:, part.layers].flatten(1) @ part.matrix.double().T + part.offset.double()
@@ -139,7 +143,8 @@ class TestStream:
         near_by = torch.exp(-(query[:, None] - at).square().sum(dim=-1)) @ weights.T
         expected = torch.stack([beside(knot) for knot in knots], dim=1) + near_by.view(5, 5, 3)
         assert near_by.norm() > 0.1 * expected.norm()
-        assert relative(found.view(5, 5, 3), expected) < bound
+        assert relative(found.view(5, 5, 3), expected) < error
+        assert relative(mapped(fit, states.float(), list(range(5))), expected) < error
 
     def test_many_sentences_score_as_each_on_its_own(self, stream):
         tokenizer, text = tiny_tokenizer(), sentences(GROUP + 4)

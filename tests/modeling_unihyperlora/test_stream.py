@@ -23,6 +23,7 @@ from modeling_unihyperlora.stream import disturb, word_beginnings, word_position
 from modeling_unihyperlora.token_mixer import Words
 from tests.conftest import piece_tokenizer
 from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
+from tests.modeling_unihyperlora.test_calibration import fit_tensors
 
 WORDS = [f"word{i}" for i in range(40)]
 LABELS = ["O", "B-PER", "I-PER"]
@@ -88,10 +89,6 @@ def same_fit(one, other) -> bool:
 
     one, other = (fit_tensors(fit) for fit in (one, other))
     return all(close(a, b) for a, b in zip(one, other, strict=True))
-
-
-def fit_tensors(fit) -> list[torch.Tensor]:
-    return [x for part in (*fit.knots, fit.landmarks) for x in part if isinstance(x, torch.Tensor)]
 
 
 def batch(tokenizer):

@@ -77,6 +77,19 @@ def test_matching_stretches_predictions_by_itself_or_together_or_not_at_all():
     assert (found["alone"].T.corrcoef() - y.T.corrcoef()).abs().max() > 0.02
 
 
+def test_without_stretch_predictions_are_least_squares():
+    generator = np.random.default_rng(0)
+    x, y = (torch.tensor(generator.normal(size=(600, n)), dtype=torch.float32) for n in (20, 3))
+    y = x[:, :3] * 0.4 + y
+    with ablation.no_stretch():
+        fit = calibration._fit_knot(x[:, :10], x[:, 10:], y, 0.3)
+    z = x[:, :10] @ fit.matrix.T + x[:, 10:] @ fit.weights + fit.offset
+    assert (z.std(dim=0) < 0.6 * y.std(dim=0)).all()
+    error, slope = y - z, ((z - z.mean(0)) * (y - z)).mean(dim=0) / z.var(dim=0)
+    assert slope.abs().max() < 5e-3  # what the smallest ridge shrinks
+    assert error.mean(dim=0).abs().max() < 1e-4
+
+
 def test_without_landmarks_the_map_is_linear():
     states = torch.randn(1, 3000, 6)
     target = states[:, :, :1] * states[:, :, 1:2]
