@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.storage import write_json
 from trainers.controls import random_map, shuffle_anchors
@@ -71,13 +73,20 @@ class Runner:
     def run(self, cell: Cell) -> None:
         """Do a run, and before it the one that it starts from, unless they are finished.
 
+        Of several processes one does it and the others wait, so that they may do columns of one matrix.
+
         Raises:
             UniHyperLoraError: the run fails, with its name in front.
         """
-        if self.results(cell) is not None:
-            return
-        if cell.source is not None:
-            self.run(cell.source)
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / cell.name):
+            if self.results(cell) is None:
+                if cell.source is not None:
+                    self.run(cell.source)
+                self._do(cell)
+
+    def _do(self, cell: Cell) -> None:
         folder = self.folder / cell.name
         (folder / "cell.json").unlink(missing_ok=True)
         try:

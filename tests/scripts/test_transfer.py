@@ -6,6 +6,8 @@ The runs themselves are those of run_ner; here they are pretended, but for one a
 import json
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,6 +236,15 @@ class TestRuns:
         monkeypatch.setattr(run_ner, "main", main)
         go()
         assert not {run.name for run in runs[4:]} & set(names)
+
+    def test_of_two_processes_one_does_a_run(self, runs, monkeypatch, tmp_path):
+        pretended = run_ner.main
+        monkeypatch.setattr(run_ner, "main", lambda flags: (time.sleep(0.1), pretended(flags)))
+        flags = ("--seed", "0", "--model_name_or_path", "one")
+        cell = transfer_plan.Cell("zero_shot-two-s0", flags, transfer_plan.Cell("source-s0", flags))
+        with ThreadPoolExecutor(2) as both:  # a runner each, as in two processes
+            [*both.map(lambda _: transfer_plan.Runner(tmp_path, "run_ner", {}).run(cell), range(2))]
+        assert [run.name for run in runs] == ["source-s0", "zero_shot-two-s0"]
 
     def test_only_some_columns_then_the_rest(self, go, runs):
         matrix = go("--only", "probe")
