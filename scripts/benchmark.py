@@ -46,7 +46,7 @@ MARKS = ("<!-- results -->", "<!-- end of results -->")
 HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
 COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
-    *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token"),
+    *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s"),
 )
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
@@ -211,7 +211,7 @@ def rendered(records: dict[str, dict]) -> str:
         "",
         "Written by `python scripts/benchmark.py render` from the JSON files beside this page, one a run.",
         "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags, the",
-        "macro F1 for classes.",
+        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -230,6 +230,7 @@ def rendered(records: dict[str, dict]) -> str:
             *(_count(first[name]) for name in ("adapter_bytes", "head_bytes", "delta_bytes")),
             "–" if first["flops_overhead_pct"] is None else f"{first['flops_overhead_pct']:.2f} %",
             mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
+            cpu_seconds(runs),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     universal = [run for run in records.values() if run["settings"]["method"] == "unihyperlora" and run["pathway"]]
@@ -296,10 +297,11 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
 
 def summary(records: dict[str, dict]) -> str:
     """What a reader wants first: data, method, host, how it came there, F1, size."""
-    lines = ["| data | method | host | scope | seeds | F1 | file, B |", "|---" * 7 + "|"]
+    lines = ["| data | method | host | scope | seeds | F1 | file, B | CPU, s |", "|---" * 8 + "|"]
     for key, runs in _rows(_of_kind(records, None)):
         scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
         cells = [*key[:4], str(len(runs)), scores, _count(runs[0]["results"]["adapter_bytes"])]
+        cells.append(cpu_seconds(runs))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -344,6 +346,11 @@ def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
         return "–"
     mean = f"{statistics.mean(known):.{digits}f}"
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def cpu_seconds(runs: list[dict]) -> str:
+    """Of early records some do not have it."""
+    return mean_and_deviation((run["results"].get("cpu_seconds") for run in runs), digits=0)
 
 
 def _figure(figure: dict | None, digits: int = 4) -> str:

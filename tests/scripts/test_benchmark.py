@@ -23,6 +23,7 @@ def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
         "delta_bytes": 512,
         "flops_overhead_pct": 3.4,
         "train_runtime": 9.0,
+        "cpu_seconds": 100.0 + 10 * seed,
     }
     results = costs | {"eval_f1": f1, "active_atoms_per_token": 1.5, "bytes_of_delta": 512}
     (folder / "all_results.json").write_text(json.dumps(results))
@@ -35,7 +36,8 @@ def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
     text = benchmark.rendered({str(i): benchmark.record_of(run) for i, run in enumerate(runs)})
     rows = [line for line in text.splitlines() if line.startswith("| tweets")]
     assert len(rows) == 2
-    assert any("0.8500 ± 0.0707" in row and "| 0, 1 |" in row and "118,000" in row for row in rows)
+    both = next(row for row in rows if "| 0, 1 |" in row)
+    assert "0.8500 ± 0.0707" in both and "118,000" in both and both.endswith("| 105 ± 7 |")
     assert any("probe" in row and "0.5000" in row and "±" not in row for row in rows)
     assert "| delta | 512 |" in text
 
@@ -92,7 +94,7 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     assert "| cut off | 1,200 | 3 | 0 | 0 |" in hosts
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 |" in readme
+    assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 | 105 ± 7 |" in readme
     assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
 
 
