@@ -26,7 +26,7 @@ from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, nu
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
-from .publishing import Publishing
+from .publishing import Publishing, from_package
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
 from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 from .tuning import Tuning
@@ -391,6 +391,38 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
                 "another language, or trained for something else than text?",
                 ", ".join(f"{value:.2f}" for value in fit),
             )
+
+    def refine(
+        self,
+        sentences: list[list[str]],
+        source: "UniHyperLoraPreTrainedModel",
+        tokenizer=None,
+        source_tokenizer=None,
+    ) -> None:
+        """Line the host up once more, on unlabelled text of the kind that it is to read as well as on the anchors.
+
+        A host that the adapter was trained on says where the words lie in the canonical space. The map is kept in the
+        cache, not in the adapter: call this again after loading.
+
+        Args:
+            sentences: lists of words, one a sentence; of a text of more than 20,000 words every n-th sentence is read.
+            source: the same adapter, on a host that it was trained on.
+            tokenizer, source_tokenizer: the hosts' fast tokenizers; loaded by the hosts' names when None.
+
+        Raises:
+            ConfigError: no stream, or another adapter.
+            HostError: ``source`` is on a host that the adapter was not trained on, or a tokenizer cannot be loaded.
+            DataError: too little text.
+            MergeError: an update is merged into a host, whose states are then not its own.
+        """
+        refinement = from_package("refinement", "Refining a map")
+        if self.merged or source.merged:
+            raise MergeError("A host is lined up as it is, without an update in its weights; call unmerge() first.")
+        if tokenizer is None:
+            tokenizer = load_host_tokenizer(self.host.config.name_or_path)
+        if source_tokenizer is None:
+            source_tokenizer = load_host_tokenizer(source.host.config.name_or_path)
+        refinement.refine(self, sentences, source, tokenizer, source_tokenizer)
 
 
 def _keep_layout(config: UniHyperLoraConfig, layout: HostLayout | dict | None, host: nn.Module) -> None:

@@ -277,7 +277,16 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
     metric = "macro F1" if matrix["task"] == "classification" else "F1"
     size = _count(matrix["adapter_bytes"])
     columns = [column["label"] for column in matrix["columns"]]
-    names = ["target", "adapter from", f"{metric} there", *columns, "zero-shot / own", "calibration, s", "R² a knot"]
+    names = [
+        "target",
+        "adapter from",
+        f"{metric} there",
+        *columns,
+        "zero-shot / own",
+        "refined / own",
+        "calibration, s",
+        "R² a knot",
+    ]
     lines = [
         *["", f"## {name}", ""],
         f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
@@ -289,7 +298,8 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
         fit = row["calibration_r2"]
         cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
         cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
-        cells += [_figure(row["zero_shot_over_own_stream"], 3), _figure(row["calibration_seconds"], 1)]
+        cells += [_figure(row.get(f"{way}_over_own_stream"), 3) for way in ("zero_shot", "refined")]
+        cells.append(_figure(row["calibration_seconds"], 1))
         cells.append(" ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -37,6 +37,7 @@ TASK = Task(
     collator=DataCollatorWithPadding,
     decode=lambda labels: best_class,
     scores=lambda texts, args: classification_scores,
+    words=lambda example: f"{example.text} {example.pair or ''}".split(),
 )
 
 

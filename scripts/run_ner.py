@@ -37,6 +37,7 @@ TASK = Task(
     collator=DataCollatorForTokenClassification,
     decode=best_labels,
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
+    words=lambda sentence: sentence.tokens,
 )
 
 

@@ -13,6 +13,7 @@ runs; those on learning rates and on how a stream begins do not go to the baseli
 
 import argparse
 import hashlib
+import importlib
 import logging
 import statistics
 import sys
@@ -22,17 +23,20 @@ from pathlib import Path
 from benchmark import record_of
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraError
 from modeling_unihyperlora.hosts import describe_host, load_host
-from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.storage import replacing, write_json
+from trainers.arguments import parse as parse_run
 from trainers.results import require_writable
+from trainers.running import read_split
 from transfer_picture import draw, require_matplotlib
-from transfer_plan import COLUMNS, FILES, LORA_R, Cell, Plan, Runner, flag_name, name_of
+from transfer_plan import COLUMNS, FILES, LORA_R, TEXT, Cell, Plan, Runner, flag_name, name_of
 
 logger = logging.getLogger("transfer")
 
 SCRIPTS = {"ner": "run_ner", "classification": "run_classification"}
 METRICS = {"ner": ("f1",), "classification": ("f1", "accuracy")}
 SET_HERE = (  # flags of the runs that are this script's to choose
-    "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed"
+    "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed refine_file "
+    "refine_host"
 ).split()
 Value = float | list[float] | None
 
@@ -56,6 +60,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
     folder, plan = Path(args.output_dir), Plan(args, passed)
     runner = Runner(folder / "runs", SCRIPTS[args.task], digests)
+    if "refined" in args.only and args.train_file:
+        write_training_text(args, passed)
     for column in COLUMNS:
         for target in plan.targets if column in args.only else ():
             for cell in plan.cells(column, target).values():
@@ -158,6 +164,17 @@ def digest_of(path: str) -> str:
         raise DataError(f"{path} cannot be read ({error}).") from error
 
 
+def write_training_text(args: argparse.Namespace, passed: list[str]) -> None:
+    """The words of the training file without its labels, one sentence a line."""
+    task = importlib.import_module(SCRIPTS[args.task]).TASK
+    flags = ["--train_file", args.train_file, "--output_dir", args.output_dir]
+    _, data_args, _ = parse_run([*passed, *flags], task.arguments)
+    rows, _ = read_split(task, data_args, "train", data_args.id_names())
+    with replacing(Path(args.output_dir) / TEXT) as temporary:
+        text = "".join(" ".join(task.words(row)) + "\n" for row in rows)
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
 # ---- the matrix ----
 
 
@@ -198,6 +215,7 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Column → what its keys in the matrix begin with, and what a reader is told that it is; best first."""
     return {
         "zero_shot": ("zero_shot", "zero-shot"),
+        "refined": ("refined", "zero-shot, lined up on unlabelled text as well"),
         "own_stream": ("own_stream", "stream trained on this host"),
         "lora": (f"lora_r{LORA_R}", f"LoRA r={LORA_R} trained on this host"),
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),
@@ -221,6 +239,10 @@ def row_of(plan: Plan, runner: Runner, target: str, keys: dict[str, tuple[str, s
     def figure(column: str, name: str) -> dict | None:
         return summarise({seed: results.get(name) for seed, results in found[column].items()})
 
+    def over_own_stream(column: str) -> dict | None:
+        own, moved = found["own_stream"], found[column]
+        return summarise({seed: ratio(moved[seed].get("eval_f1"), own[seed].get("eval_f1")) for seed in moved})
+
     row = {
         f"{names[column]}_{metric}": figure(column, f"eval_{metric}")
         for column in names
@@ -230,12 +252,8 @@ def row_of(plan: Plan, runner: Runner, target: str, keys: dict[str, tuple[str, s
     return row | {
         "source_hosts": [name_of(host) for host in plan.sources(target)],
         "adapter_bytes": max(sizes, default=None),
-        "zero_shot_over_own_stream": summarise(
-            {
-                seed: ratio(found["zero_shot"][seed].get("eval_f1"), found["own_stream"][seed].get("eval_f1"))
-                for seed in plan.args.seeds
-            }
-        ),
+        "zero_shot_over_own_stream": over_own_stream("zero_shot"),
+        "refined_over_own_stream": over_own_stream("refined"),
         "calibration_seconds": figure("zero_shot", "calibration_seconds"),
         "calibration_r2": figure("zero_shot", "calibration_r2"),
         "train_seconds": {names[column]: figure(column, "train_runtime") for column in names},

@@ -9,8 +9,23 @@ from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.storage import replacing
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
-COLOURS = {"zero_shot": "#0072B2", "own_stream": "#D55E00", "lora": "#E69F00", "delta": "#56B4E9", "probe": "#009E73"}
-MARKS = {"own_stream": "D", "lora": "^", "delta": "o", "probe": "s", "shuffled": "X", "random_map": "X"}
+COLOURS = {
+    "zero_shot": "#0072B2",
+    "refined": "#0072B2",
+    "own_stream": "#D55E00",
+    "lora": "#E69F00",
+    "delta": "#56B4E9",
+    "probe": "#009E73",
+}
+MARKS = {
+    "refined": "P",
+    "own_stream": "D",
+    "lora": "^",
+    "delta": "o",
+    "probe": "s",
+    "shuffled": "X",
+    "random_map": "X",
+}
 CONTROL_COLOUR = "#8C8C8C"
 INK = "#222222"
 HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind text that the dashed line may cross

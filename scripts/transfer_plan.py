@@ -19,12 +19,13 @@ from trainers.controls import random_map, shuffle_anchors
 logger = logging.getLogger("transfer")
 
 # In the order of the runs.
-COLUMNS = ("zero_shot", "own_stream", "probe", "delta", "delta_both", "shuffled", "random_map", "lora")
+COLUMNS = ("zero_shot", "refined", "own_stream", "probe", "delta", "delta_both", "shuffled", "random_map", "lora")
 BASELINES = ("probe", "lora")
 LORA_R = 8
 FILES = ("train_file", "validation_file")
 STREAM_TRAINING_FLAGS = ("coordinate_epochs", "anchor_file")  # mean something only where a stream begins
 LIMITS = ("max_flops_overhead_pct", "max_adapter_bytes", "logging_steps")  # change no result
+TEXT = "unlabelled.txt"  # the words of the training file, which "refined" reads
 CHECK_EVERY = 100  # steps of δθ between two checkpoints, of which the best is kept
 
 
@@ -155,6 +156,7 @@ class Plan:
     def cells(self, column: str, target: str) -> dict[int, Cell]:
         """Seed → run of a column on a target; none where the column leaves the target out."""
         chosen = {"lora": self.args.lora_hosts or self.targets, "delta_both": self.args.delta_both_hosts}
+        chosen["refined"] = self.targets if self.args.train_file else []
         if name_of(target) not in map(name_of, chosen.get(column, self.targets)):
             return {}
         seeds = self.args.baseline_seeds if column in BASELINES else self.args.seeds
@@ -190,6 +192,9 @@ class Plan:
                 "--save_total_limit 1 --load_best_model_at_end --metric_for_best_model f1"
             )
             flags = [*flags, *more.split(), *(["--pathway", "both"] if column == "delta_both" else [])]
+        elif column == "refined":
+            text = Path(self.args.output_dir) / TEXT
+            flags = [*flags, "--refine_file", str(text), "--refine_host", self.sources(target)[0]]
         controls = {
             "shuffled": functools.partial(shuffle_anchors, seed=seed),
             "random_map": functools.partial(random_map, host=target, seed=seed),

@@ -74,6 +74,14 @@ class ModelArguments:
     anchor_file: str | None = field(
         default=None, metadata={"help": "Anchor text of a new stream, one sentence a line; the package's own if none."}
     )
+    refine_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Unlabelled text, one sentence a line, words between blanks: the host of --model_name_or_path is "
+            "lined up with --adapter on this as well, as --refine_host reads it. Of the kind that is to be read."
+        },
+    )
+    refine_host: str | None = field(default=None, metadata={"help": "A host that --adapter was trained on."})
     hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host that is not this wide."})
     num_layers: int | None = field(default=None, metadata={"help": "Refuse a host with another number of blocks."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the host."})
@@ -335,6 +343,17 @@ def check_arguments(
         raise ConfigError(
             "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "
             "source, or leave it out: an injected update, δθ and the baselines are trained on one host."
+        )
+    if (model_args.refine_file is None) != (model_args.refine_host is None):
+        raise ConfigError(
+            "--refine_file, the text, and --refine_host, a host that the adapter was trained on, go together: give "
+            "both or neither."
+        )
+    trained_anew = training_args.do_train and training_args.train_scope != "delta"
+    if model_args.refine_file is not None and (model_args.adapter is None or trained_anew):
+        raise ConfigError(
+            "--refine_file lines one more host up with a trained stream: give --adapter FOLDER_OR_HUB_ID with it, and "
+            "no training but that of --train_scope delta."
         )
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
     if scored and training_args.train_sampling_strategy == "group_by_length":

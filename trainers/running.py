@@ -27,7 +27,7 @@ from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .launching import whole
-from .reading import check_label_names
+from .reading import check_label_names, read_text
 from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
@@ -58,6 +58,7 @@ class Task:
     collator: Callable  # (tokenizer, padding, max_length, pad_to_multiple_of)
     decode: Callable  # (labels) → preprocess_logits_for_metrics
     scores: Callable  # (data set, arguments) → compute_metrics
+    words: Callable  # (row) → its words, as far as blanks tell them
 
 
 def run(
@@ -162,6 +163,8 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
         )
+    if args.refine_file is not None:
+        refine(model, args)
     if args.pathway == "both":
         model.add_injection()
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
@@ -171,6 +174,19 @@ def load_adapter(
                 f"{getattr(model.config, name)}. Leave the flag out, or train a new adapter."
             )
     return model
+
+
+def refine(model: UniHyperLoraPreTrainedModel, args: ModelArguments) -> None:
+    """Line a model's host up on --refine_file as well.
+
+    Raises:
+        ConfigError, DataError, HostError
+    """
+    sentences = [line.split() for line in read_text(Path(args.refine_file)).splitlines()]
+    load = {"revision": args.adapter_revision, **args.hub()}
+    source = type(model).from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
+    model.refine(sentences, source)
+    logger.info("Lined up on %s as well: %s", args.refine_file, model.describe())
 
 
 def make_model(

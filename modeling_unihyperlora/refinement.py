@@ -1,0 +1,88 @@
+"""Lining a host up on text of the user's own as well, without a label.
+
+The anchors of a file are some 5,000 words of general English, for the file has to hold what they look like in the
+canonical space. Of any other text a host that the adapter was trained on says that, where it is at hand. Then another
+host is lined up with the anchors and with the words of that text at once. Small hosts gain most, and the text has to
+be of the kind that they are to read.
+"""
+
+import json
+import math
+
+import torch
+
+from .adapter import knot_layers
+from .anchors import MIN_ANCHORS
+from .calibration import HostFit, HostToKnots, cached_fit, fit_host
+from .errors import ConfigError, DataError, HostError
+from .hosts import fingerprint
+from .modeling_base import UniHyperLoraPreTrainedModel
+from .stream import Stream, read_anchor_states
+
+MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
+BLOCK = 4096  # words that are mapped at once
+
+
+def refine(
+    model: UniHyperLoraPreTrainedModel,
+    sentences: list[list[str]],
+    source: UniHyperLoraPreTrainedModel,
+    tokenizer,
+    source_tokenizer,
+) -> None:
+    """Replace the map of a model's host; see ``UniHyperLoraPreTrainedModel.refine``.
+
+    Args:
+        model: on the host that is to be lined up.
+        sentences: lists of words.
+        source: the same adapter on a host that it was trained on.
+        tokenizer, source_tokenizer: the fast tokenizers of both hosts.
+    """
+    here, there = _checked(model, source)
+    sentences = _as_many_as_are_read(sentences)
+    said = json.dumps([fingerprint(source.host), there.fit.r2, sentences])
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    def compute() -> HostFit:
+        by_layer = read_anchor_states(source.host, source_tokenizer, sentences).split(BLOCK, dim=1)
+        to_knots = HostToKnots.of(there.fit)
+        z = torch.cat([to_knots(dict(zip(there.layers, some, strict=True))) for some in by_layer])  # (N, K·D)
+        readable = torch.isfinite(z).all(dim=1)
+        anchors = here.adapter.anchors
+        of_text = z[readable].unflatten(1, (anchors.knots, -1)).transpose(0, 1)  # (K, N, D)
+        coordinates = torch.cat([anchors.canonical().detach().cpu(), of_text], dim=1)
+        states = read_anchor_states(model.host, tokenizer, [*anchors.sentences(), *sentences])
+        known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
+        return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
+
+    here.fit = cached_fit(fingerprint(model.host), [*tokens, said], here.adapter.anchors, compute)
+
+
+def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedModel) -> tuple[Stream, Stream]:
+    """The streams of both, or the error that says why one host cannot be lined up by the other."""
+    for one in (model, source):
+        if one.config.pathway == "inject":
+            raise ConfigError("The injected update has no map of its host to refine; only a stream has one.")
+    here, there = model.bound_stream, source.bound_stream
+    mine, yours = here.adapter.anchors, there.adapter.anchors
+    if not torch.equal(mine.text, yours.text) or not torch.equal(mine.coordinates(), yours.coordinates()):
+        raise ConfigError("The source is another adapter: its anchors differ. Load the same file on both hosts.")
+    known = {host["fingerprint"]: host["name"] for host in model.config.source_hosts}
+    if fingerprint(source.host) not in known:
+        raise HostError(
+            f"The adapter was not trained on '{source.host.config.name_or_path}', whose own map is but an estimate. "
+            f"Put it on one of its source hosts: {', '.join(map(str, known.values()))}."
+        )
+    return here, there
+
+
+def _as_many_as_are_read(sentences: list[list[str]]) -> list[list[str]]:
+    """All sentences, or of a longer text every n-th."""
+    kept = [list(sentence) for sentence in sentences if sentence]
+    words = sum(map(len, kept))
+    if words < MIN_ANCHORS:
+        raise DataError(
+            f"{words} words are too few to line up a host; at least {MIN_ANCHORS} are needed, and {MAX_WORDS:,} are "
+            "better. Give lists of words, one a sentence."
+        )
+    return kept[:: math.ceil(words / MAX_WORDS)]
