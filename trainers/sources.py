@@ -38,7 +38,7 @@ from .tokenization import load_tokenizer
 logger = logging.getLogger(__name__)
 
 WIDE = 128  # principal components a knot in which the coordinates are looked for
-AXES_LEARNING_RATE = 2e-3
+AXES_LEARNING_RATE_FACTOR = 0.4  # of --learning_rate
 WARMUP = 0.1  # share of the steps
 COPIES = ((1 / 3, 1 / 3), (2 / 3, 2 / 3), (1 / 2, 1), (1 / 3, 1 / 6), (1 / 2, 1 / 3), (5 / 6, 1 / 2))  # blocks, width
 WIDE_COPIES = 2  # of them, while the coordinates are learned: wide states take much memory
@@ -195,7 +195,8 @@ def learn_coordinates(trainer, sources: list[Source], epochs: float) -> float:
     steps = math.ceil(epochs * len(loader) / len(sources))
     logger.info("Learning %d coordinates a knot, %d steps", config.stream_dim, steps)
     optimizer = trainer.create_optimizer()
-    optimizer.add_param_group({"params": [axes], "lr": AXES_LEARNING_RATE, "weight_decay": 0.0})
+    rate = AXES_LEARNING_RATE_FACTOR * args.learning_rate
+    optimizer.add_param_group({"params": [axes], "lr": rate, "weight_decay": 0.0})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (WARMUP * steps + 1)))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()

@@ -259,6 +259,21 @@ class TestLearnedCoordinates:
         for name, value in made.model.adapter.state_dict().items():
             torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
 
+    @pytest.mark.parametrize("rate", [0.005, 0.02])
+    def test_their_rate_follows_the_common_one(self, made, monkeypatch, rate):
+        create, rates = made.create_optimizer, []
+
+        def noted():
+            optimizer = create()
+            add = optimizer.add_param_group
+            monkeypatch.setattr(optimizer, "add_param_group", lambda group: (rates.append(group["lr"]), add(group)))
+            return optimizer
+
+        monkeypatch.setattr(made, "create_optimizer", noted)
+        made.args.learning_rate = rate
+        made.train()
+        assert rates == [pytest.approx(0.4 * rate)]
+
     def test_none_are_learned_when_asked_for_none(self, made):
         before = made.model.adapter.anchors.canonical().detach().clone()
         made.args.coordinate_epochs = 0
