@@ -78,6 +78,10 @@ def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedM
 
 def _as_many_as_are_read(sentences: list[list[str]]) -> list[list[str]]:
     """All sentences, or of a longer text every n-th."""
+    if text := next((sentence for sentence in sentences if isinstance(sentence, str)), None):
+        raise DataError(
+            f"A sentence is a list of words; {text[:60]!r} is a text. Split it at its blanks: text.split()."
+        )
     kept = [list(sentence) for sentence in sentences if sentence]
     words = sum(map(len, kept))
     if words < MIN_ANCHORS:

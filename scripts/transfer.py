@@ -215,7 +215,7 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Column → what its keys in the matrix begin with, and what a reader is told that it is; best first."""
     return {
         "zero_shot": ("zero_shot", "zero-shot"),
-        "refined": ("refined", "zero-shot, lined up on unlabelled text as well"),
+        "refined": ("refined", "zero-shot + unlabelled text"),
         "own_stream": ("own_stream", "stream trained on this host"),
         "lora": (f"lora_r{LORA_R}", f"LoRA r={LORA_R} trained on this host"),
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),

@@ -118,6 +118,7 @@ class TestRefusals:
             ("another adapter", ConfigError, "another adapter"),
             ("another host", HostError, "not trained on"),
             ("few words", DataError, "248 words are too few .* at least 256"),
+            ("texts", DataError, "'word1 word2' is a text"),
             ("no stream", ConfigError, "only a stream"),
         ],
     )
@@ -131,6 +132,7 @@ class TestRefusals:
             "no stream": lambda: Tagger.from_host(bert(32, 2), LABELS, "people"),
         }.get(given, lambda: source)()
         before = target.stream.fit
+        sentences = {"few words": text(3, sentences=31), "texts": ["word1 word2"] * 200}.get(given, text(3))
         with pytest.raises(error, match=message):
-            refine(target, other, text(3, sentences=31 if given == "few words" else 60))
+            refine(target, other, sentences)
         assert target.stream.fit is before
