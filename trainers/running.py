@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig
+from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, UniHyperLoraModel
 from modeling_unihyperlora.accounting import measure
 from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
@@ -184,7 +184,7 @@ def refine(model: UniHyperLoraPreTrainedModel, args: ModelArguments) -> None:
     """
     sentences = [line.split() for line in read_text(Path(args.refine_file)).splitlines()]
     load = {"revision": args.adapter_revision, **args.hub()}
-    source = type(model).from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
+    source = UniHyperLoraModel.from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
     model.refine(sentences, source)
     logger.info("Lined up on %s as well: %s", args.refine_file, model.describe())
 

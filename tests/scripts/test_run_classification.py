@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, Trainer
 
 import run_classification
 import run_ner
-from modeling_unihyperlora import ConfigError, DataError
+from modeling_unihyperlora import ConfigError, DataError, HostError
 from trainers.results import RESULT_KEYS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -176,23 +176,50 @@ def test_an_adapter_holds_tags_and_sentences(run, tmp_path, write):
         run("--do_eval", "--task_name", "ner", "--adapter", tmp_path / "2")
 
 
-def test_the_stream_is_trained_here_and_scored_there(run, tmp_path, tokenizer, monkeypatch):
+@pytest.fixture
+def anchors(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
-    anchors = tmp_path / "anchors.txt"
-    anchors.write_text("".join(row["sentence"] + "\n" for row in ROWS * 2), encoding="utf-8")
-    flags = ["--pathway", "stream", "--stream_dim", 16, "--anchor_file", anchors, "--max_flops_overhead_pct", "1e6"]
+    (tmp_path / "anchors.txt").write_text("".join(row["sentence"] + "\n" for row in ROWS * 2), encoding="utf-8")
+    return tmp_path / "anchors.txt"
+
+
+@pytest.fixture
+def other_host(tmp_path, tokenizer) -> Path:
+    shape = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 100}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)
+    BertModel(config).save_pretrained(tmp_path / "h")
+    tokenizer.save_pretrained(tmp_path / "h")
+    return tmp_path / "h"
+
+
+def stream_flags(anchors: Path) -> list:
+    return ["--pathway", "stream", "--stream_dim", 16, "--anchor_file", anchors, "--max_flops_overhead_pct", "1e6"]
+
+
+def test_the_stream_is_trained_here_and_scored_there(run, tmp_path, anchors, other_host):
+    flags = stream_flags(anchors)
     trained = run(
         *flags, "--do_train", "--do_eval", "--max_steps", 40, "--per_device_train_batch_size", 16, output="1"
     )
     assert trained["eval_f1"] > 0.9 and trained["bytes_of_stream"] > 0
-    shape = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 100}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(
-        tmp_path / "h"
-    )
-    tokenizer.save_pretrained(tmp_path / "h")
-    there = run("--adapter", tmp_path / "1", "--do_eval", output="2", host=tmp_path / "h")
+    there = run("--adapter", tmp_path / "1", "--do_eval", output="2", host=other_host)
     assert there["zero_shot_f1"] == there["eval_f1"] is not None
     assert there["adapter_bytes"] == trained["adapter_bytes"]
+
+
+def test_a_host_is_lined_up_on_text_as_well(run, tmp_path, write, anchors, other_host, tiny_host):
+    tagged = write("tagged.jsonl", [{"tokens": ["anna", "in", "rome"], "ner_tags": ["B-PER", "O", "B-LOC"]}] * 8)
+    ner = ["--train_file", tagged, "--validation_file", tagged, *stream_flags(anchors)]
+    run(*TRAIN, *ner, output="1", main=run_ner.main)
+    text = tmp_path / "text.txt"  # of another kind of task, with other words
+    text.write_text("rome flew to anna .\n\n" * 60, encoding="utf-8")
+    flags = [*TRAIN, "--do_eval", "--train_scope", "delta", "--task_name", "home", "--adapter", tmp_path / "1"]
+    flags += ["--max_flops_overhead_pct", "1e6"]
+    plain = run(*flags, output="2", host=other_host)
+    refined = run(*flags, "--refine_file", text, "--refine_host", tiny_host, output="3", host=other_host)
+    assert refined["calibration_r2"] != plain["calibration_r2"] and refined["eval_loss"] != plain["eval_loss"]
+    with pytest.raises(HostError, match="not trained on"):
+        run(*flags, "--refine_file", text, "--refine_host", other_host, output="4")
 
 
 @pytest.mark.parametrize("method", ["unihyperlora", "lora"])
