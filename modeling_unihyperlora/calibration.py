@@ -340,11 +340,11 @@ def cache_folder() -> Path:
 
 
 def cached_fit(
-    host_fingerprint: str, vocabulary: list[str], anchors: Anchors, compute: Callable[[], HostFit]
+    host_fingerprint: str, vocabulary: list[str], anchors: Anchors, compute: Callable[[], HostFit], also: str = ""
 ) -> HostFit:
     """The fit of a host, from an earlier calibration of the very same weights, vocabulary and anchors if there is one.
 
-    See ``kept``.
+    ``also`` is what else it depends on. See ``kept``.
     """
     digest = hashlib.sha256(
         f"5 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
@@ -352,6 +352,7 @@ def cached_fit(
     digest.update("\n".join(map(str, vocabulary)).encode())
     for part in (anchors.text, *anchors.coordinates.encode().values()):
         digest.update(part.cpu().numpy().tobytes())
+    digest.update(also.encode())
     path = cache_folder() / f"calibration-{digest.hexdigest()[:24]}.safetensors"
     return kept(path, lambda: _to_tensors(compute()), _from_tensors)
 

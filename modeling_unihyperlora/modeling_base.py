@@ -378,11 +378,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
             MergeError: an update is merged into the host, whose states are then not its own.
         """
-        if self.merged:
-            raise MergeError("A host is lined up as it is, without an update in its weights; call unmerge() first.")
-        if tokenizer is None:
-            tokenizer = load_host_tokenizer(self.host.config.name_or_path)
-        self.stream = Stream(self.adapter, self.host, tokenizer, anchor_states)
+        self.stream = Stream(self.adapter, self.host, self._tokenizer_to_line_up_with(tokenizer), anchor_states)
         self.stream.injection = self.injection
         fit = self.stream.fit.r2
         if sum(fit) / len(fit) < LOW_FIT:
@@ -415,14 +411,14 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             DataError: too little text.
             MergeError: an update is merged into a host, whose states are then not its own.
         """
-        refinement = from_package("refinement", "Refining a map")
-        if self.merged or source.merged:
+        tokenizers = self._tokenizer_to_line_up_with(tokenizer), source._tokenizer_to_line_up_with(source_tokenizer)
+        from_package("refinement", "Refining a map").refine(self, sentences, source, *tokenizers)
+
+    def _tokenizer_to_line_up_with(self, tokenizer):
+        """The one given, or the host's own; ``MergeError`` where the host's states are not its own."""
+        if self.merged:
             raise MergeError("A host is lined up as it is, without an update in its weights; call unmerge() first.")
-        if tokenizer is None:
-            tokenizer = load_host_tokenizer(self.host.config.name_or_path)
-        if source_tokenizer is None:
-            source_tokenizer = load_host_tokenizer(source.host.config.name_or_path)
-        refinement.refine(self, sentences, source, tokenizer, source_tokenizer)
+        return load_host_tokenizer(self.host.config.name_or_path) if tokenizer is None else tokenizer
 
 
 def _keep_layout(config: UniHyperLoraConfig, layout: HostLayout | dict | None, host: nn.Module) -> None:

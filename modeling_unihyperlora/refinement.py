@@ -13,14 +13,13 @@ import torch
 
 from .adapter import knot_layers
 from .anchors import MIN_ANCHORS
-from .calibration import HostFit, HostToKnots, cached_fit, fit_host
+from .calibration import HostFit, cached_fit, fit_host
 from .errors import ConfigError, DataError, HostError
 from .hosts import fingerprint
 from .modeling_base import UniHyperLoraPreTrainedModel
 from .stream import Stream, read_anchor_states
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
-BLOCK = 4096  # words that are mapped at once
 
 
 def refine(
@@ -44,18 +43,16 @@ def refine(
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
     def compute() -> HostFit:
-        by_layer = read_anchor_states(source.host, source_tokenizer, sentences).split(BLOCK, dim=1)
-        to_knots = HostToKnots.of(there.fit)
-        z = torch.cat([to_knots(dict(zip(there.layers, some, strict=True))) for some in by_layer])  # (N, K·D)
-        readable = torch.isfinite(z).all(dim=1)
+        read = read_anchor_states(source.host, source_tokenizer, sentences).unsqueeze(1)  # all words as one row
+        [z] = there.canonical_states(dict(zip(there.layers, read, strict=True)), torch.arange(read.shape[2])[None])
+        readable = torch.isfinite(z).flatten(1).all(dim=1)  # of z (N, K, D)
         anchors = here.adapter.anchors
-        of_text = z[readable].unflatten(1, (anchors.knots, -1)).transpose(0, 1)  # (K, N, D)
-        coordinates = torch.cat([anchors.canonical().detach().cpu(), of_text], dim=1)
+        coordinates = torch.cat([anchors.canonical().detach().cpu(), z[readable].transpose(0, 1)], dim=1)
         states = read_anchor_states(model.host, tokenizer, [*anchors.sentences(), *sentences])
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
-    here.fit = cached_fit(fingerprint(model.host), [*tokens, said], here.adapter.anchors, compute)
+    here.fit = cached_fit(fingerprint(model.host), tokens, here.adapter.anchors, compute, also=said)
 
 
 def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedModel) -> tuple[Stream, Stream]:

@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,12 +130,16 @@ class Stream:
         self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
         self.seconds = time.perf_counter() - start
 
-    def canonical_states(self, hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
-        """P_in of the words' states: L+1 states (B, T, d), positions (B, W) → (B, W, K, D) float32."""
+    def canonical_states(
+        self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], positions: torch.Tensor
+    ) -> torch.Tensor:
+        """P_in of the words' states: by layer (B, T, d), positions (B, W) → (B, W, K, D) float32."""
         cells = positions + torch.arange(len(positions), device=positions.device)[:, None] * hidden_states[0].shape[1]
         return self._at_knots(hidden_states, cells.flatten()).reshape(*positions.shape, len(KNOTS), -1)
 
-    def _at_knots(self, hidden_states: tuple[torch.Tensor, ...], cells: torch.Tensor) -> torch.Tensor:
+    def _at_knots(
+        self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], cells: torch.Tensor
+    ) -> torch.Tensor:
         """The same for tokens by their number in the batch: (N,) of B·T → (N, K·D)."""
         kept = self._to_knots
         if kept is None or kept.fit is not self.fit or kept.offset.device != cells.device:

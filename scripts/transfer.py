@@ -5,11 +5,11 @@
     python scripts/transfer.py --source_hosts A B C D --leave_one_out …       # each is the target of the others once
     python scripts/transfer.py … --only zero_shot probe                       # these columns first, the rest later
 
-Writes transfer_matrix.json and transfer_matrix.png, and in unlabelled.txt the text of the training file, which one of
-the columns lines the targets up on. Every score is that of one run of run_ner.py (or of
-run_classification.py) in its own folder under runs/; a run that is finished for the same flags, data and hosts is not
-done again, so the same command continues a matrix that was interrupted. Flags that are not of this script go to the
-runs; those on learning rates and on how a stream begins do not go to the baselines, which have --baseline_args.
+Writes transfer_matrix.json and transfer_matrix.png, and in unlabelled.txt the text of the training file, which one
+of the columns lines the targets up on. Every score is that of one run of run_ner.py (or of run_classification.py) in
+its own folder under runs/; a run that is finished for the same flags, data and hosts is not done again, so the same
+command continues a matrix that was interrupted. Flags that are not of this script go to the runs; those on learning
+rates and on how a stream begins do not go to the baselines, which have --baseline_args.
 """
 
 import argparse

@@ -27,7 +27,7 @@ from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
 from .interruption import SafeTrainer, is_complete, resumable
 from .launching import whole
-from .reading import check_label_names, read_text
+from .reading import check_label_names, numbered_lines
 from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
@@ -182,7 +182,7 @@ def refine(model: UniHyperLoraPreTrainedModel, args: ModelArguments) -> None:
     Raises:
         ConfigError, DataError, HostError
     """
-    sentences = [line.split() for line in read_text(Path(args.refine_file)).splitlines()]
+    sentences = [line.split() for _, line in numbered_lines(Path(args.refine_file))]
     load = {"revision": args.adapter_revision, **args.hub()}
     source = UniHyperLoraModel.from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
     model.refine(sentences, source)
