@@ -167,6 +167,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
             if not isinstance(task, dict):
                 raise ConfigError(f"Task {name!r} must be a dict with 'type' and 'labels'; got {task!r}.")
             check_task(name, task.get("type"), task.get("labels"))
+            text = task.get("refined", {"words": 0, "sha256": ""})
+            if not isinstance(text, dict) or {key: type(text[key]) for key in text} != {"words": int, "sha256": str}:
+                raise ConfigError(
+                    f"Task {name!r}: refined={text!r} does not describe a text by its 'words' and 'sha256'. Use the "
+                    "config.json that was saved with the adapter."
+                )
         if self.active_task is not None and self.active_task not in self.tasks:
             raise ConfigError(f"active_task={self.active_task!r} is not among the tasks {sorted(self.tasks)}.")
 

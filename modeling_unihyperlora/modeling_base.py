@@ -387,6 +387,14 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
                 "another language, or trained for something else than text?",
                 ", ".join(f"{value:.2f}" for value in fit),
             )
+        for name, task in self.config.tasks.items():
+            if task.get("refined"):
+                logger.warning(
+                    "δθ of task '%s' was tuned on a map that was refined on unlabelled text (%s words), and the file "
+                    "does not hold that map: call refine(sentences, source) with the same text.",
+                    name,
+                    task["refined"]["words"],
+                )
 
     def refine(
         self,

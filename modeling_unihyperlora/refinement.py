@@ -6,6 +6,7 @@ host is lined up with the anchors and with the words of that text at once. Small
 be of the kind that they are to read.
 """
 
+import hashlib
 import json
 import math
 
@@ -53,6 +54,8 @@ def refine(
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
     here.fit = cached_fit(fingerprint(model.host), tokens, here.adapter.anchors, compute, also=said)
+    digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
+    here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 
 
 def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedModel) -> tuple[Stream, Stream]:

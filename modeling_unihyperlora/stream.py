@@ -99,6 +99,7 @@ class Stream:
     Attributes:
         fit: the host's map into the canonical space.
         injection: the update in the host's linear layers, if there is one on top of the stream.
+        refined: which text the map was refined on, its number of words and SHA-256, or None.
         seconds: that finding it took, or reading it from the cache.
         disturbs: whether coordinates are disturbed in training.
     """
@@ -114,6 +115,7 @@ class Stream:
         self.layers = layers_of(self.near)
         self.disturbs = True
         self.injection: Injection | None = None
+        self.refined: dict[str, int | str] | None = None
         self._to_knots: HostToKnots | None = None
         self._host_linear = linear_multiply_adds(host)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

@@ -35,7 +35,7 @@ from transfer_plan import Cell, Runner, flag_name, name_of
 SCRIPTS = {True: "run_ner", False: "run_classification"}  # by whether the metric is seqeval
 SET_HERE = (
     *("run_config", "seed", "output_dir", "adapter", "do_train", "do_eval", "method", "train_scope"),
-    *("model_name_or_path", "train_file", "validation_file", "dataset_name", "learning_rate"),
+    *("model_name_or_path", "refine_host", "train_file", "validation_file", "dataset_name", "learning_rate"),
 )
 FILES = ("train", "validation")  # splits that a run reads
 
@@ -64,6 +64,8 @@ class Local:
         named = host or config.arguments.get("model_name_or_path")
         folder = self.hosts.get(named, host)
         flags = ["--model_name_or_path", folder] if folder else []
+        if (source := config.arguments.get("refine_host")) in self.hosts:
+            flags += ["--refine_host", self.hosts[source]]
         for split, file in self.data.get(config.arguments.get("task_name"), {}).items():
             flags += [f"--{split}_file", file]
         return flags

@@ -77,11 +77,17 @@ class ModelArguments:
     refine_file: str | None = field(
         default=None,
         metadata={
-            "help": "Unlabelled text, one sentence a line, words between blanks: the host of --model_name_or_path is "
-            "lined up with --adapter on this as well, as --refine_host reads it. Of the kind that is to be read."
+            "help": "The text for --refine_host, one sentence a line, words between blanks; that of the training "
+            "split, without its labels, if none. Of the kind that is to be read."
         },
     )
-    refine_host: str | None = field(default=None, metadata={"help": "A host that --adapter was trained on."})
+    refine_host: str | None = field(
+        default=None,
+        metadata={
+            "help": "A host that --adapter was trained on: as it reads unlabelled text, the host of "
+            "--model_name_or_path is lined up on that text as well."
+        },
+    )
     hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host that is not this wide."})
     num_layers: int | None = field(default=None, metadata={"help": "Refuse a host with another number of blocks."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the host."})
@@ -344,15 +350,17 @@ def check_arguments(
             "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "
             "source, or leave it out: an injected update, δθ and the baselines are trained on one host."
         )
-    if (model_args.refine_file is None) != (model_args.refine_host is None):
+    if model_args.refine_host is None and model_args.refine_file is not None:
+        raise ConfigError("--refine_file is read by --refine_host: give a host that the adapter was trained on.")
+    if model_args.refine_host is not None and model_args.refine_file is None and not training_args.do_train:
         raise ConfigError(
-            "--refine_file, the text, and --refine_host, a host that the adapter was trained on, go together: give "
-            "both or neither."
+            "--refine_host reads unlabelled text: give it with --refine_file TEXT, or with --do_train, whose text it "
+            "then reads."
         )
     trained_anew = training_args.do_train and training_args.train_scope != "delta"
-    if model_args.refine_file is not None and (model_args.adapter is None or trained_anew):
+    if model_args.refine_host is not None and (model_args.adapter is None or trained_anew):
         raise ConfigError(
-            "--refine_file lines one more host up with a trained stream: give --adapter FOLDER_OR_HUB_ID with it, and "
+            "--refine_host lines one more host up with a trained stream: give --adapter FOLDER_OR_HUB_ID with it, and "
             "no training but that of --train_scope delta."
         )
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"

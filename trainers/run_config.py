@@ -72,6 +72,7 @@ ADAPTER_KEYS = {
         "atoms": Key(int, "atoms"),
         "anchor_dim": Key(int, "anchor_dim"),
         "router_top_k": Key(int, "router_top_k"),
+        "refine_host": Key(str, "refine_host"),
         "quant_bits": Key(int, allowed=(4,)),  # the mixer's; the file format has no other
         "bias_bits": Key(int, allowed=(4,)),  # of δθ, likewise
         "freeze_base_adapter": Key(bool),  # these two become train_scope, see _train_scope

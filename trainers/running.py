@@ -102,6 +102,8 @@ def run(
             model.add_task(name, labels)
         else:
             model.set_task(name)
+    if model_args.refine_host is not None:
+        refine(task, model, model_args, splits)
     trainer, datasets = make_trainer(task, model, splits, labels, model_args, data_args, training_args)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -163,8 +165,6 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
         )
-    if args.refine_file is not None:
-        refine(model, args)
     if args.pathway == "both":
         model.add_injection()
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
@@ -176,17 +176,20 @@ def load_adapter(
     return model
 
 
-def refine(model: UniHyperLoraPreTrainedModel, args: ModelArguments) -> None:
-    """Line a model's host up on --refine_file as well.
+def refine(task: Task, model: UniHyperLoraPreTrainedModel, args: ModelArguments, splits: dict[str, list]) -> None:
+    """Line a model's host up on the text of --refine_file as well, or on that of the training split.
 
     Raises:
         ConfigError, DataError, HostError
     """
-    sentences = [line.split() for _, line in numbered_lines(Path(args.refine_file))]
+    if args.refine_file is not None:
+        sentences = [line.split() for _, line in numbered_lines(Path(args.refine_file))]
+    else:
+        sentences = [task.words(row) for row in splits["train"]]
     load = {"revision": args.adapter_revision, **args.hub()}
     source = UniHyperLoraModel.from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
     model.refine(sentences, source)
-    logger.info("Lined up on %s as well: %s", args.refine_file, model.describe())
+    logger.info("Lined up on %s as well: %s", args.refine_file or "the training text", model.describe())
 
 
 def make_model(

@@ -67,6 +67,23 @@ def refine(target: Tagger, source: Tagger, sentences: list[list[str]], length: i
     target.refine(sentences, source, TOKENIZER, piece_tokenizer(PIECES, length))
 
 
+def test_a_delta_that_goes_with_a_refined_map_says_so_when_loaded(source, target, tmp_path, caplog):
+    load = {"host": bert(24, 2, seed=1), "tokenizer": TOKENIZER}
+    assert not caplog.records
+    refine(target, source, text(3))
+    assert target.stream.refined["words"] == 480
+    target.config.tasks["people"]["refined"] = target.stream.refined  # as the trainer does
+    target.save_pretrained(tmp_path / "tuned")
+    again = Tagger.from_pretrained(tmp_path / "tuned", **load)
+    [said] = [record.getMessage() for record in caplog.records if "refine(sentences, source)" in record.getMessage()]
+    assert "task 'people'" in said and "480 words" in said
+    assert again.stream.refined is None
+    for damaged in (7, {"words": 480}, target.stream.refined | {"words": "many"}):
+        again.config.tasks["people"]["refined"] = damaged
+        with pytest.raises(ConfigError, match="refined=.* does not describe a text"):
+            again.config.check()
+
+
 @pytest.mark.parametrize(("length", "read"), [(64, 8), (8, 6)], ids=["all words", "words that the source can read"])
 def test_is_the_regression_on_anchors_and_text(source, target, length, read):
     words, stream = text(3), target.stream

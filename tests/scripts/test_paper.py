@@ -154,12 +154,21 @@ def test_where_things_are_on_this_machine(config, done, results, tmp_path):
     line = " ".join(done.lines["lora-iter1-x-s0"])
     for said in ("model_name_or_path {}/hosts", "train_file {}/train.jsonl", "validation_file {}/dev.jsonl"):
         assert f"--{said.format(tmp_path)}" in line
+    assert "--refine_host" not in line
     done.clear()
     benchmark.main(command)
     assert not done
     (tmp_path / "dev.jsonl").write_text("changed\n")
     benchmark.main(command)
     assert done == ["lora-iter1-x-s0"], "other data are another run"
+    source, tuned = config("unihyperlora", "source-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
+    with open(tuned) as file:
+        text = file.read().replace("adapter: {", "adapter: {refine_host: some/host, ")
+    with open(tuned, "w") as file:
+        file.write(text)
+    benchmark.main(["paper", tuned, *command[1:], "--source", source])
+    line = done.lines["unihyperlora-iter1-x-s0"]
+    assert line[line.index("--refine_host") + 1] == str(tmp_path / "hosts")
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,15 @@ def test_a_host_is_lined_up_on_text_as_well(run, tmp_path, write, anchors, other
     assert refined["calibration_r2"] != plain["calibration_r2"] and refined["eval_loss"] != plain["eval_loss"]
     with pytest.raises(HostError, match="not trained on"):
         run(*flags, "--refine_file", text, "--refine_host", other_host, output="4")
+    rows = ROWS[6:] * 4
+    text.write_text("".join(f"{row['sentence']}\n" for row in rows), encoding="utf-8")
+    flags += ["--train_file", write("more.jsonl", rows)]
+    by_file = run(*flags, "--refine_file", text, "--refine_host", tiny_host, output="5", host=other_host)
+    by_training = run(*flags, "--refine_host", tiny_host, output="6", host=other_host)
+    assert by_training["calibration_r2"] == by_file["calibration_r2"] != refined["calibration_r2"]
+    tasks = [json.loads((tmp_path / output / "config.json").read_text())["tasks"] for output in "26"]
+    assert [task["home"].get("refined", {}).get("words") for task in tasks] == [None, len(rows) * 5]
+    assert not any("refined" in own for task in tasks for name, own in task.items() if name != "home")
 
 
 @pytest.mark.parametrize("method", ["unihyperlora", "lora"])

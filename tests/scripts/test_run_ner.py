@@ -302,9 +302,10 @@ def test_a_refusal_is_one_line(tmp_path):
         (["--resume_from_checkpoint", "nowhere"], ConfigError, "no such checkpoint"),
         (["--train_sampling_strategy", "group_by_length", "--do_eval"], ConfigError, "group_by_length"),
         (["--source_hosts", "another", "--pathway", "inject"], ConfigError, "--source_hosts names further hosts"),
-        (["--refine_file", "text.txt"], ConfigError, "go together"),
-        (["--refine_file", "a", "--refine_host", "b"], ConfigError, "--refine_file lines one more host up"),
-        (["--refine_file", "a", "--refine_host", "b", "--adapter", "c"], ConfigError, "no training but"),
+        (["--refine_file", "text.txt"], ConfigError, "--refine_file is read by --refine_host"),
+        (["--refine_host", "a"], ConfigError, "--refine_host lines one more host up"),
+        (["--refine_host", "a", "--adapter", "b"], ConfigError, "no training but"),
+        (["--refine_host", "a", "--do_train", "false", "--do_eval"], ConfigError, "give it with --refine_file TEXT"),
         (["--warmup_steps", "x"], SystemExit, "2"),
     ],
 )
