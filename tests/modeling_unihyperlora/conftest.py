@@ -256,3 +256,11 @@ class _Linear(nn.Module):
             deltas.append(delta)
         update = torch.stack([delta @ token for delta, token in zip(deltas, x.flatten(0, 1), strict=True)])
         return run.tokens_last(plain + update.view_as(plain))
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """A model and the folder that it was saved to."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"

@@ -1,0 +1,79 @@
+"""Hosts that cannot carry an injected update are refused untouched, and how one is told from another."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_unihyperlora import HostError, UniHyperLoraForTokenClassification, UniHyperLoraModel
+from modeling_unihyperlora.hosts import fingerprint, load_host
+from tests.modeling_unihyperlora.test_injection import LABELS, hooks_in
+
+
+def test_unknown_family_names_the_known_ones_and_touches_nothing(make_host):
+    host = make_host("convbert")
+    with pytest.raises(HostError, match="convbert.*albert, bert.*xlm-roberta.*layout=.*pathway='stream'"):
+        UniHyperLoraForTokenClassification.from_host(host, labels=LABELS)
+    assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
+
+
+def test_a_linear_layer_that_is_none_is_named(make_host):
+    host = make_host("bert")
+    host.encoder.layer[1].intermediate.dense = nn.Identity()
+    with pytest.raises(HostError, match="Block 1: 'intermediate.dense' is a Identity"):
+        UniHyperLoraModel.from_host(host)
+    del host.encoder.layer[1].intermediate.dense
+    with pytest.raises(HostError, match="No 'intermediate.dense' in block 1"):
+        UniHyperLoraModel.from_host(host)
+    assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
+
+
+def test_feed_forward_in_chunks_is_refused(make_host):
+    host = make_host()
+    host.config.chunk_size_feed_forward = 2
+    with pytest.raises(HostError, match="chunk_size_feed_forward=0"):
+        UniHyperLoraModel.from_host(host)
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(HostError, match="Linear"):
+        UniHyperLoraModel.from_host(nn.Linear(2, 2))
+
+
+def test_an_adapter_is_no_host(make_model):
+    with pytest.raises(HostError, match="give the encoder"):
+        UniHyperLoraModel.from_host(make_model())
+
+
+def test_bad_labels_leave_the_host_as_it_was(make_host):
+    host = make_host()
+    with pytest.raises(ValueError, match="twice"):
+        UniHyperLoraForTokenClassification.from_host(host, labels=["O", "O"])
+    assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
+
+
+def test_fingerprint_tells_weights_apart_and_nothing_else(make_host, tmp_path):
+    host, other = make_host(), make_host(seed=1)
+    host.save_pretrained(tmp_path)  # without a pooler, which AutoModel then draws at random
+    loads = [fingerprint(load_host(str(tmp_path))) for _ in range(2)]
+    assert loads == [fingerprint(host)] * 2
+    assert fingerprint(other) != fingerprint(host) != fingerprint(make_host(layers=2))
+    with torch.no_grad():
+        host.encoder.layer[2].output.dense.weight[0, 0] += 1
+    assert fingerprint(host) != loads[0]
+
+
+def test_encoder_of_a_task_model_is_used(make_model, make_batch):
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    whole = BertForMaskedLM(config).eval()
+    batch = make_batch()
+    with torch.no_grad():
+        before = whole(**batch).logits
+        model = make_model(host=whole)
+        assert model.host is whole.bert
+        model(**batch)
+        assert torch.equal(whole(**batch).logits, before)
