@@ -126,6 +126,13 @@ class HostToKnots(NamedTuple):
         return made[:, :coordinates] + self.landmarks(made[:, coordinates:])
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Without autocast: a map sums nearness times weights of up to 20, which cancel; bfloat16 is too coarse."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
     """The same map with its tensors on a device."""
     moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in (*fit.knots, fit.landmarks)]

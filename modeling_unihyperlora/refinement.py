@@ -14,7 +14,7 @@ import torch
 
 from .adapter import knot_layers
 from .anchors import MIN_ANCHORS
-from .calibration import HostFit, cached_fit, fit_host
+from .calibration import HostFit, cached_fit, fit_host, full_precision
 from .errors import ConfigError, DataError, HostError
 from .hosts import fingerprint
 from .modeling_base import UniHyperLoraPreTrainedModel
@@ -53,7 +53,8 @@ def refine(
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
-    here.fit = cached_fit(fingerprint(model.host), tokens, here.adapter.anchors, compute, also=said)
+    with full_precision(model.host.device):
+        here.fit = cached_fit(fingerprint(model.host), tokens, here.adapter.anchors, compute, also=said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 

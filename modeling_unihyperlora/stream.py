@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, near_layers
 from .anchors import word_states
-from .calibration import HostFit, HostToKnots, cache_folder, cached_fit, fit_host, kept, layers_of
+from .calibration import HostFit, HostToKnots, cache_folder, cached_fit, fit_host, full_precision, kept, layers_of
 from .errors import ConfigError, HostError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .injection import Injection
@@ -129,7 +129,8 @@ class Stream:
             return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
-        self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
+        with full_precision(host.device):
+            self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
         self.seconds = time.perf_counter() - start
 
     def canonical_states(
@@ -148,7 +149,10 @@ class Stream:
             kept = self._to_knots = HostToKnots.of(self.fit, cells.device)
         flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in kept.layers}
         several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
-        return torch.cat([kept({at: every.index_select(0, some) for at, every in flat.items()}) for some in several])
+        with full_precision(cells.device):
+            return torch.cat(
+                [kept({at: every.index_select(0, some) for at, every in flat.items()}) for some in several]
+            )
 
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
@@ -322,7 +326,8 @@ def disturb(z: torch.Tensor, sentence: torch.Tensor, sentences: int, fidelity: f
 def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
     """The host's states of the anchors in every layer that a knot uses: (layers, N, d), see ``word_states``."""
     layers = layers_of(near_layers(num_layers_of(host)))
-    with hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False) as bar:
+    progress = hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False)
+    with progress as bar, full_precision(host.device):
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
 
 

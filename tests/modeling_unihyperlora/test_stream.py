@@ -257,6 +257,23 @@ class TestStream:
             for word in range(counts[row]):
                 torch.testing.assert_close(words[row, word], tokens[row, positions[row, word]])
 
+    def test_under_autocast_the_map_is_as_fine_as_ever(self, model, tokenizer, own_cache):
+        inputs, first = batch(tokenizer), model.stream.fit
+        with torch.no_grad():
+            hidden = model.host(**inputs, output_hidden_states=True).hidden_states
+            positions, _, _ = word_positions(model.stream.begins_word, inputs["input_ids"], inputs["attention_mask"])
+            expected, logits = model.stream.canonical_states(hidden, positions), model(**inputs).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                got, coarse = model.stream.canonical_states(hidden, positions), model(**inputs).logits
+        assert torch.equal(got, expected)
+        assert coarse.dtype == torch.bfloat16, "the rest is left to autocast"
+        torch.testing.assert_close(coarse.float(), logits, atol=2e-2 * float(logits.abs().max()), rtol=0)
+        for kept in own_cache.glob("*.safetensors"):
+            kept.unlink()
+        with torch.autocast("cpu", torch.bfloat16):
+            model.calibrate(tokenizer)
+        assert same_fit(model.stream.fit, first)
+
     def test_disturbance_keeps_the_variance(self):
         z, sentence = torch.randn(4000, 5, D), torch.arange(400).repeat_interleave(10)
         disturbed = disturb(z, sentence, 400, 0.5)
