@@ -14,10 +14,11 @@ import torch
 
 from .adapter import knot_layers
 from .anchors import MIN_ANCHORS
-from .calibration import HostFit, cached_fit, fit_host, full_precision
+from .calibration import HostFit, cache_folder, cached_fit, fit_host, full_precision, kept
 from .errors import ConfigError, DataError, HostError
 from .hosts import fingerprint
 from .modeling_base import UniHyperLoraPreTrainedModel
+from .storage import content_digest
 from .stream import Stream, read_anchor_states
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
@@ -40,21 +41,28 @@ def refine(
     """
     here, there = _checked(model, source)
     sentences = _as_many_as_are_read(sentences)
-    said = json.dumps([fingerprint(source.host), there.fit.r2, sentences])
+    anchors = here.adapter.anchors
+    backend = getattr(source_tokenizer, "backend_tokenizer", None)  # reading says what is wrong with one without it
+    how = [backend and backend.to_str(), source_tokenizer.model_max_length]
+    said = json.dumps([fingerprint(source.host), *how, there.fit.r2, sentences])
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
-    def compute() -> HostFit:
+    def read_source() -> dict[str, torch.Tensor]:
         read = read_anchor_states(source.host, source_tokenizer, sentences).unsqueeze(1)  # all words as one row
         [z] = there.canonical_states(dict(zip(there.layers, read, strict=True)), torch.arange(read.shape[2])[None])
-        readable = torch.isfinite(z).flatten(1).all(dim=1)  # of z (N, K, D)
-        anchors = here.adapter.anchors
+        return {"coordinates": z}  # (N, K, D), not a number where a word cannot be read
+
+    def compute() -> HostFit:
+        stored = content_digest({"text": anchors.text, **anchors.coordinates.encode()}, {"said": said})
+        z = kept(cache_folder() / f"text-{stored[:24]}.safetensors", read_source, lambda made: made["coordinates"])
+        readable = torch.isfinite(z).flatten(1).all(dim=1)
         coordinates = torch.cat([anchors.canonical().detach().cpu(), z[readable].transpose(0, 1)], dim=1)
         states = read_anchor_states(model.host, tokenizer, [*anchors.sentences(), *sentences])
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
     with full_precision(model.host.device):
-        here.fit = cached_fit(fingerprint(model.host), tokens, here.adapter.anchors, compute, also=said)
+        here.fit = cached_fit(fingerprint(model.host), tokens, anchors, compute, also=said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 

@@ -8,6 +8,7 @@ from modeling_unihyperlora import ConfigError, DataError, HostError, UniHyperLor
 from modeling_unihyperlora import UniHyperLoraForTokenClassification as Tagger
 from modeling_unihyperlora.adapter import KNOTS, knot_layers
 from modeling_unihyperlora.calibration import fit_host
+from modeling_unihyperlora.stream import read_anchor_states
 from tests.conftest import mapped, piece_tokenizer
 from tests.modeling_unihyperlora.test_calibration import fit_tensors
 from tests.modeling_unihyperlora.test_stream import LABELS, WORDS, D, bert
@@ -117,6 +118,24 @@ def test_is_computed_once_for_a_text(source, target, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(fit_tensors(target.stream.fit), first, strict=True))
     with pytest.raises(TypeError):
         refine(target, source, text(5))
+
+
+def test_the_source_reads_a_text_once_for_all_hosts(source, target, tmp_path, monkeypatch):
+    third = Tagger.from_pretrained(tmp_path / "adapter", host=bert(20, 3, seed=2), tokenizer=TOKENIZER)
+    refine(third, source, text(3))
+    expected = fit_tensors(third.stream.fit)
+    for kept in (tmp_path / "cache").glob("*.safetensors"):
+        kept.unlink()
+    third.calibrate(TOKENIZER)
+    refine(target, source, text(3))
+    read = []
+    reading = "modeling_unihyperlora.refinement.read_anchor_states"
+    monkeypatch.setattr(reading, lambda host, *given: read.append(host) or read_anchor_states(host, *given))
+    refine(third, source, text(3))
+    assert read == [third.host]
+    assert all(torch.equal(*pair) for pair in zip(fit_tensors(third.stream.fit), expected, strict=True))
+    refine(third, source, text(3), length=8)  # a source that reads less of a sentence
+    assert read == [third.host, source.host, third.host]
 
 
 def test_a_long_text_is_read_in_part(source, target, monkeypatch):
