@@ -99,9 +99,15 @@ def atom_width(config: UniHyperLoraConfig) -> int:
     return config.anchor_dim if config.pathway == "inject" else config.stream_dim
 
 
-def head_inputs(config: UniHyperLoraConfig) -> int:
-    """Numbers that a head reads: the states of all knots in those coordinates, or the features of the stream."""
-    return len(KNOTS) * atom_width(config) if config.pathway == "inject" else 2 * config.stream_hidden
+def head_inputs(config: UniHyperLoraConfig, window: int | None = None) -> int:
+    """Numbers that a head reads: the states of all knots in those coordinates, or the features of the stream.
+
+    With a window the coordinates of a word come after its features, and those of so many words on both sides of it.
+    """
+    coordinates = len(KNOTS) * atom_width(config)
+    if config.pathway == "inject":
+        return coordinates
+    return 2 * config.stream_hidden + (0 if window is None else (2 * window + 1) * coordinates)
 
 
 class TaskParameters(nn.Module):
@@ -110,7 +116,7 @@ class TaskParameters(nn.Module):
     With pathway "both" there is a second δθ, ``delta_injected`` (8, M), of the update in the host's linear layers.
     """
 
-    def __init__(self, config: UniHyperLoraConfig, labels: int):
+    def __init__(self, config: UniHyperLoraConfig, labels: int, window: int | None = None):
         super().__init__()
         width = atom_width(config)
         self.delta = _zero_delta(config)
@@ -118,7 +124,7 @@ class TaskParameters(nn.Module):
         if config.pathway == "both":
             self.begin_injection(config)
         self.embedding = StoredTensor(torch.zeros(width), Half())
-        self.head_weight = StoredTensor(torch.zeros(labels, head_inputs(config)), RowInteger(HEAD_BITS))
+        self.head_weight = StoredTensor(torch.zeros(labels, head_inputs(config, window)), RowInteger(HEAD_BITS))
         self.head_bias = StoredTensor(torch.zeros(labels), Half())
         self.register_buffer("mean_gate", torch.full((config.atoms,), config.router_top_k / config.atoms))
 
@@ -150,7 +156,7 @@ class UniHyperLoraAdapter(nn.Module):
         self.config = config
         self._make_parts(config)
         self.tasks = nn.ModuleDict(
-            {name: TaskParameters(config, len(t["labels"])) for name, t in config.tasks.items()}
+            {name: TaskParameters(config, len(t["labels"]), t.get("window")) for name, t in config.tasks.items()}
         )
         self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
 

@@ -14,6 +14,7 @@ from .untrusted import MAX_WEIGHTS_BYTES
 
 FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
+WINDOWS = {"token_classification": 1, "sequence_classification": 0}  # of the head of a task that is added later
 
 _ALLOWED = {
     "pathway": ("inject", "stream", "both"),
@@ -58,7 +59,9 @@ class UniHyperLoraConfig(PreTrainedConfig):
         anchor_text_bytes: its length.
         delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps. A larger step than twice the way
             that the optimiser goes (at most learning rate × steps) would never be taken.
-        tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}.
+        tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}. "trained" says that its head is,
+            "window" that the head reads coordinates of a word and of so many on both sides of it as well, "refined"
+            which text the map of its δθ was refined on.
         active_task: the task that a forward pass uses unless told otherwise.
         base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
         base_model_revision: commit, tag or branch of that host.
@@ -167,6 +170,11 @@ class UniHyperLoraConfig(PreTrainedConfig):
             if not isinstance(task, dict):
                 raise ConfigError(f"Task {name!r} must be a dict with 'type' and 'labels'; got {task!r}.")
             check_task(name, task.get("type"), task.get("labels"))
+            window = task.get("window")
+            if window is not None and (type(window) is not int or not 0 <= window <= 4 or self.pathway == "inject"):
+                raise ConfigError(
+                    f"Task {name!r}: window={window!r} is not allowed; an integer from 0 to 4, for a stream alone."
+                )
             text = task.get("refined", {"words": 0, "sha256": ""})
             if not isinstance(text, dict) or {key: type(text[key]) for key in text} != {"words": int, "sha256": str}:
                 raise ConfigError(

@@ -18,7 +18,7 @@ from .errors import ExportError, first_line
 from .routing import Routing, route
 from .storage import replacing
 from .stream import begins_of
-from .token_mixer import TokenMixer
+from .token_mixer import TokenMixer, with_neighbours
 
 OPSET = 18
 
@@ -167,7 +167,11 @@ class _StreamGraph(_Graph):
         query = F.linear(self.of_words(self.asked, states, positions), self.query, self.query_offset)
         near = nearness(query.flatten(0, 1), self.landmarks).view(*positions.shape, -1)  # (B, W, R)
         moved = [self.move(k, states, positions, near) for k in range(len(KNOTS))]
-        features = self.mixer(torch.cat(moved, dim=-1), lengths)  # (B, W, F)
+        coordinates = torch.cat(moved, dim=-1)
+        features = self.mixer(coordinates, lengths)
+        more = self.head_weight.shape[1] - features.shape[2]
+        beside = with_neighbours(coordinates, number, lengths[:, None], more, dim=1)
+        features = torch.cat([features, *beside], dim=-1)  # (B, W, F)
         inside = (number < lengths[:, None])[:, :, None]
         features = torch.where(inside, features, torch.zeros_like(features))
         if self.sentence:

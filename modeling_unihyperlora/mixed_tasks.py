@@ -88,8 +88,10 @@ class StackedTasks:
         return torch.stack([own.embedding for own in self._values])
 
     def head_weight(self) -> torch.Tensor:
-        """(Q, C, F), 0 for labels that a task does not have."""
-        return nn.utils.rnn.pad_sequence([own.head_weight for own in self._values], batch_first=True)
+        """(Q, C, F), 0 for labels that a task does not have, and for what its head does not read."""
+        most = max(own.head_weight.shape[1] for own in self._values)
+        wide = [nn.functional.pad(own.head_weight, (0, most - own.head_weight.shape[1])) for own in self._values]
+        return nn.utils.rnn.pad_sequence(wide, batch_first=True)
 
     def head_bias(self) -> torch.Tensor:
         """(Q, C), -inf for labels that a task does not have."""

@@ -18,7 +18,7 @@ from transformers.utils.hub import extract_commit_hash
 from .adapter import TaskParameters
 from .anchors import join_anchors, read_anchors
 from .calibration import LOW_FIT, canonical_coordinates
-from .configuration_unihyperlora import UniHyperLoraConfig, check_task
+from .configuration_unihyperlora import WINDOWS, UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
@@ -246,6 +246,8 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
     def add_task(self, name: str, labels: list[str]) -> None:
         """Add a task with its own δθ (zero), router embedding and head, and make it the active one.
 
+        In a stream that was trained before on another task, the head reads the words' coordinates as well.
+
         Raises:
             ConfigError: the name is taken or not allowed, or the labels are not usable.
         """
@@ -258,9 +260,12 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
         if self.merged:
             raise MergeError("The update of another task is merged into the host; call unmerge() first.")
         check_task(name, self.task_type, labels)
-        parameters = TaskParameters(self.config, len(labels))
+        task = {"type": self.task_type, "labels": list(labels)}
+        if self.config.pathway != "inject" and any(other.get("trained") for other in self.config.tasks.values()):
+            task["window"] = WINDOWS[self.task_type]
+        parameters = TaskParameters(self.config, len(labels), task.get("window"))
         self.adapter.tasks[name] = parameters.to(self.adapter.router_bias.latent.device)
-        self.config.tasks[name] = {"type": self.task_type, "labels": list(labels)}
+        self.config.tasks[name] = task
         self.config.activate(name)
 
     def set_task(self, name: str) -> None:

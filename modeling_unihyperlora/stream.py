@@ -10,8 +10,9 @@ that map in the directions of all atoms. Then z is routed as a token is in the i
     z ← z + Σ_{j in top-k} gate_j · g_θ(τ)_j · u_j (v_jᵀ z)
 
 where τ names the knot instead of a module type. The knots side by side feed a bidirectional recurrent layer over the
-words of the sentence, whose outputs the head reads. Nothing of this depends on the host's width, depth or tokenizer,
-and the host is never modified.
+words of the sentence, whose outputs the head reads. A task that comes to a trained stream finds that layer made for
+another one; its head reads the coordinates of the word and of its neighbours as well. Nothing of this depends on the
+host's width, depth or tokenizer, and the host is never modified.
 
 With pathway "both" the host's pass has an injected update in it, on the one host that it was tuned on: the map of that
 host stays what it was without the update, and the states that it reads are moved.
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from .adapter import KNOTS, UniHyperLoraAdapter, knot_features, knot_layers, near_layers
+from .adapter import KNOTS, UniHyperLoraAdapter, head_inputs, knot_features, knot_layers, near_layers
 from .anchors import word_states
 from .calibration import HostFit, HostToKnots, cache_folder, cached_fit, fit_host, full_precision, kept, layers_of
 from .errors import ConfigError, HostError
@@ -38,7 +39,7 @@ from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .injection import Injection
 from .mixed_tasks import MixedTasks, StackedTasks
 from .routing import AT_ONCE, read_atoms, route, write_atoms
-from .token_mixer import Words
+from .token_mixer import Words, with_neighbours
 
 
 @dataclass
@@ -222,7 +223,12 @@ class Stream:
         weights = routing.gates * tables.coefficients.gather(1, own).view_as(routing.gates)
         dots = read_atoms(at_knots, tables.rows_in, routing)
         moved = at_knots + write_atoms(dots, tables.rows_out, routing, weights)
-        features = adapter.token_mixer(moved.view(knots, -1, dim).transpose(0, 1).flatten(1), words, tables.mixer)
+        coordinates = moved.view(knots, -1, dim).transpose(0, 1).flatten(1)  # (N, K·D)
+        features = adapter.token_mixer(coordinates, words, tables.mixer)
+        more = (tables.head_weight if mixed is None else mixed.head_weight()).shape[-1] - features.shape[-1]
+        if more:
+            beside = with_neighbours(coordinates, words.place, words.lengths[words.sentence], more)
+            features = torch.cat([features, *beside], dim=-1)
         counts = (routing.probabilities, (routing.gates > 0).float())
         expected, active = (count.sum(dim=-1).view(knots, -1).mean(dim=0) for count in counts)
         values = (features, expected, active)
@@ -280,7 +286,8 @@ class Stream:
         inward = knots * config.stream_dim * config.stream_width
         recurrent = 2 * 4 * config.stream_hidden * (config.stream_width + config.stream_hidden)
         update = 0 if self.injection is None else self.injection.update_multiply_adds()
-        return project + landmarks + atoms + inward + recurrent + labels * 2 * config.stream_hidden + update
+        window = config.tasks.get(config.active_task, {}).get("window")
+        return project + landmarks + atoms + inward + recurrent + labels * head_inputs(config, window) + update
 
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host, by knot and by layer, its table of word beginnings, the values of the file, and the

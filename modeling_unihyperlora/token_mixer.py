@@ -42,6 +42,24 @@ class Words(NamedTuple):
         return cls(cells[::width], lengths, cells // width, cells % width)
 
 
+def with_neighbours(
+    z: torch.Tensor, place: torch.Tensor, length: torch.Tensor, total: int, dim: int = 0
+) -> list[torch.Tensor]:
+    """Rows of words, then of the word before each, of the one after it, of the second before it, and so on.
+
+    Args:
+        z: (…, w) whose words lie along ``dim``, those of a sentence one after the other.
+        place, length: (…) of each row how many words of its sentence come before it, and how many there are in all.
+        total: numbers a word in all that is returned, a multiple of w; rows of words that are not there are 0.
+    """
+    parts = []
+    for number in range(total // z.shape[-1]):
+        step = (number + 1) // 2 * (1 if number % 2 == 0 else -1)
+        inside = (place + step >= 0) & (place + step < length)
+        parts.append(z.roll(-step, dim) * inside.unsqueeze(-1) if step else z)
+    return parts
+
+
 class TokenMixer(nn.Module):
     """Linear map, GELU, bidirectional LSTM over words; all matrices in 8 bits.
 

@@ -245,6 +245,47 @@ class TestStream:
         reference = torch.nn.functional.cross_entropy(expected, torch.tensor([0, 1]))
         torch.testing.assert_close(together.loss, reference)
 
+    @pytest.mark.parametrize("kind", [UniHyperLoraForTokenClassification, UniHyperLoraForSequenceClassification])
+    def test_the_head_of_a_later_task_reads_coordinates_too(self, kind, model, tokenizer, tmp_path):
+        model.config.tasks["people"]["trained"] = True
+        model.save_pretrained(tmp_path)
+        config = UniHyperLoraConfig.from_pretrained(tmp_path)
+        config.active_task = None
+        later = kind.from_pretrained(tmp_path, config=config, host=model.detach(), tokenizer=tokenizer)
+        later.add_task("later", ["x", "y", "z"])
+        own, seen, inputs = later.adapter.tasks["later"], {}, batch(tokenizer)
+        for stored in (own.head_weight, own.head_bias, own.delta):
+            stored.latent.data.normal_()
+        later.adapter.token_mixer.register_forward_hook(
+            lambda _, args, out: seen.update(z=args[0].double(), features=out.double())
+        )
+        with torch.no_grad():
+            logits = later(**inputs).logits
+        weight, bias = own.head_weight().double(), own.head_bias().double()
+        words = {0: (0, 3), 1: (3, 5)}  # first row of a sentence and the one after its last
+        for row, (start, end) in words.items():
+            reads = []
+            for at in range(start, end):
+                beside = [seen["z"][at]]
+                if kind is UniHyperLoraForTokenClassification:
+                    nothing = torch.zeros_like(beside[0])
+                    beside += [seen["z"][at - 1] if at > start else nothing]
+                    beside += [seen["z"][at + 1] if at + 1 < end else nothing]
+                reads.append(torch.cat([seen["features"][at], *beside]))
+            expected = torch.stack(reads) @ weight.T + bias
+            if kind is UniHyperLoraForTokenClassification:
+                _, _, word_of = word_positions(later.stream.begins_word, inputs["input_ids"], inputs["attention_mask"])
+                got = torch.stack([logits[row, word_of[row] == word][-1] for word in range(end - start)])
+            else:
+                got, expected = logits[row], expected.mean(dim=0)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+        later.save_pretrained(tmp_path / "2")
+        again = kind.from_pretrained(tmp_path / "2", host=later.detach(), tokenizer=tokenizer)
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, logits)
+            again.adapter.tasks["later"].head_weight.latent[:, 12:] = 0
+            assert not torch.allclose(again(**inputs).logits, logits, atol=0.1)
+
     def test_cached_states_give_the_same_scores(self, model, tokenizer):
         inputs = batch(tokenizer)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -28,11 +28,16 @@ def test_it_says_that_it_cannot_be_merged(make_adapter, tmp_path, export):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["its task", "a task that came later"])
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_what_is_exported_computes_the_same(make_adapter, kind):
+def test_what_is_exported_computes_the_same(make_adapter, kind, later):
     """Before ONNX: without packing, with as many places for words as tokens."""
-    model = make_adapter(kind)
-    graph = _StreamGraph(model, kind, kind == "sequence").eval()
+    model, task = make_adapter(kind), kind
+    if later:
+        model.config.tasks[kind]["trained"], task = True, "later"
+        model.add_task(task, ["x", "y", "z"])
+        model.adapter.tasks[task].head_weight.latent.data.normal_()
+    graph = _StreamGraph(model, task, kind == "sequence").eval()
     for sentences in BATCHES:
         ids, mask = inputs_of(sentences)
         with torch.no_grad():
