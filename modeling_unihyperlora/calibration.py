@@ -121,9 +121,10 @@ class HostToKnots(NamedTuple):
         coordinates, _ = self.landmarks.weights.shape
         states = {layer: states[layer].float() for layer, *_ in self.layers}
         made = self.offset.repeat(len(states[self.layers[0][0]]), 1)
-        for layer, start, end, matrix in self.layers:
-            made[:, start:end].addmm_(states[layer], matrix.T)
-        return made[:, :coordinates] + self.landmarks(made[:, coordinates:])
+        with full_precision(made.device):
+            for layer, start, end, matrix in self.layers:
+                made[:, start:end].addmm_(states[layer], matrix.T)
+            return made[:, :coordinates] + self.landmarks(made[:, coordinates:])
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -195,16 +196,17 @@ def fit_host(
         return torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)
 
     own = sorted({*knot_layers})
-    matrix, offset, query = _query(beside(own))
-    landmarks = _means(query, LANDMARKS)
-    features_of = _nystroem(nearness(landmarks, landmarks))
-    by_nearness = nearness(query, landmarks) @ features_of
     knots, weights, ridge = [], [], RIDGES[len(RIDGES) // 2]
-    for layers, target in zip(near, coordinates, strict=True):
-        knot = _fit_knot(beside(layers), by_nearness, target[usable].to(query.device), ridge)
-        ridge = knot.ridge  # where the search for the next one starts
-        knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
-        weights.append((features_of @ knot.weights).T)
+    with full_precision(states.device):
+        matrix, offset, query = _query(beside(own))
+        landmarks = _means(query, LANDMARKS)
+        features_of = _nystroem(nearness(landmarks, landmarks))
+        by_nearness = nearness(query, landmarks) @ features_of
+        for layers, target in zip(near, coordinates, strict=True):
+            knot = _fit_knot(beside(layers), by_nearness, target[usable].to(query.device), ridge)
+            ridge = knot.ridge  # where the search for the next one starts
+            knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
+            weights.append((features_of @ knot.weights).T)
     return HostFit(knots, Landmarks(own, matrix, offset, landmarks, torch.cat(weights).contiguous()))
 
 

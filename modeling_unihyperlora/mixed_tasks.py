@@ -87,10 +87,15 @@ class StackedTasks:
         """(Q, D)."""
         return torch.stack([own.embedding for own in self._values])
 
+    @property
+    def head_inputs(self) -> int:
+        """F of the head that reads most."""
+        return max(own.head_weight.shape[1] for own in self._values)
+
     def head_weight(self) -> torch.Tensor:
         """(Q, C, F), 0 for labels that a task does not have, and for what its head does not read."""
-        most = max(own.head_weight.shape[1] for own in self._values)
-        wide = [nn.functional.pad(own.head_weight, (0, most - own.head_weight.shape[1])) for own in self._values]
+        weights, most = [own.head_weight for own in self._values], self.head_inputs
+        wide = [nn.functional.pad(weight, (0, most - weight.shape[1])) for weight in weights]
         return nn.utils.rnn.pad_sequence(wide, batch_first=True)
 
     def head_bias(self) -> torch.Tensor:

@@ -14,12 +14,12 @@ import torch
 
 from .adapter import knot_layers
 from .anchors import MIN_ANCHORS
-from .calibration import HostFit, cache_folder, cached_fit, fit_host, full_precision, kept
+from .calibration import HostFit, cache_folder, cached_fit, fit_host, kept
 from .errors import ConfigError, DataError, HostError
 from .hosts import fingerprint
 from .modeling_base import UniHyperLoraPreTrainedModel
 from .storage import content_digest
-from .stream import Stream, read_anchor_states
+from .stream import Stream, read_anchor_states, what_is_read
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
 
@@ -42,9 +42,7 @@ def refine(
     here, there = _checked(model, source)
     sentences = _as_many_as_are_read(sentences)
     anchors = here.adapter.anchors
-    backend = getattr(source_tokenizer, "backend_tokenizer", None)  # reading says what is wrong with one without it
-    how = [backend and backend.to_str(), source_tokenizer.model_max_length]
-    said = json.dumps([fingerprint(source.host), *how, there.fit.r2, sentences])
+    said = json.dumps([what_is_read(source.host, source_tokenizer, sentences), there.fit.r2])
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
     def read_source() -> dict[str, torch.Tensor]:
@@ -61,8 +59,7 @@ def refine(
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
-    with full_precision(model.host.device):
-        here.fit = cached_fit(fingerprint(model.host), tokens, anchors, compute, also=said)
+    here.fit = cached_fit(fingerprint(model.host), tokens, anchors, compute, also=said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 

@@ -130,8 +130,7 @@ class Stream:
             return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
-        with full_precision(host.device):
-            self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
+        self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
         self.seconds = time.perf_counter() - start
 
     def canonical_states(
@@ -150,10 +149,7 @@ class Stream:
             kept = self._to_knots = HostToKnots.of(self.fit, cells.device)
         flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in kept.layers}
         several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
-        with full_precision(cells.device):
-            return torch.cat(
-                [kept({at: every.index_select(0, some) for at, every in flat.items()}) for some in several]
-            )
+        return torch.cat([kept({at: every.index_select(0, some) for at, every in flat.items()}) for some in several])
 
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
@@ -225,8 +221,7 @@ class Stream:
         moved = at_knots + write_atoms(dots, tables.rows_out, routing, weights)
         coordinates = moved.view(knots, -1, dim).transpose(0, 1).flatten(1)  # (N, K·D)
         features = adapter.token_mixer(coordinates, words, tables.mixer)
-        more = (tables.head_weight if mixed is None else mixed.head_weight()).shape[-1] - features.shape[-1]
-        if more:
+        if more := (tables.head_weight.shape[1] if mixed is None else mixed.head_inputs) - features.shape[1]:
             beside = with_neighbours(coordinates, words.place, words.lengths[words.sentence], more)
             features = torch.cat([features, *beside], dim=-1)
         counts = (routing.probabilities, (routing.gates > 0).float())
@@ -338,12 +333,15 @@ def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -
         return word_states(host, tokenizer, sentences, layers, progress=bar.update)
 
 
+def what_is_read(host: nn.Module, tokenizer, sentences: list[list[str]]) -> str:
+    """All that the host's states of the sentences depend on; of a tokenizer without a backend reading says more."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.dumps([fingerprint(host), backend and backend.to_str(), tokenizer.model_max_length, sentences])
+
+
 def kept_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
     """``read_anchor_states``, read once and kept in the cache, 4·layers·N·d bytes; training asks for it often."""
-    layers, backend = layers_of(near_layers(num_layers_of(host))), getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return read_anchor_states(host, tokenizer, sentences)  # which says what is wrong with it
-    said = json.dumps([fingerprint(host), backend.to_str(), tokenizer.model_max_length, sentences])
+    layers, said = layers_of(near_layers(num_layers_of(host))), what_is_read(host, tokenizer, sentences)
     path = cache_folder() / f"anchors-{hashlib.sha256(f'{layers} {said}'.encode()).hexdigest()[:24]}.safetensors"
     return kept(
         path,

@@ -194,10 +194,11 @@ class UniHyperLoraTrainer(SearchableTrainer):
         if self.model_init is None:
             config = self.unwrapped.config
             is_new = not any(task.get("trained", False) for task in config.tasks.values())
-            config.tasks[config.active_task]["trained"] = True  # from now on its head is no longer new
-            stream = self.unwrapped.stream
-            if self.args.train_scope == "delta" and stream is not None and stream.refined is not None:
-                config.tasks[config.active_task]["refined"] = stream.refined  # δθ is of use with this map
+            task, stream = config.tasks[config.active_task], self.unwrapped.stream
+            task["trained"] = True  # from now on its head is no longer new
+            if self.args.train_scope == "delta" and stream is not None:
+                task.pop("refined", None)
+                task |= {"refined": stream.refined} if stream.refined else {}  # the map that δθ is of use with
         if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
             seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
         if self.is_deepspeed_enabled:

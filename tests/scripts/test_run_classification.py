@@ -229,6 +229,8 @@ def test_a_host_is_lined_up_on_text_as_well(run, tmp_path, write, anchors, other
     tasks = [json.loads((tmp_path / output / "config.json").read_text())["tasks"] for output in "26"]
     assert [task["home"].get("refined", {}).get("words") for task in tasks] == [None, len(rows) * 5]
     assert not any("refined" in own for task in tasks for name, own in task.items() if name != "home")
+    run(*flags, "--adapter", tmp_path / "6", output="7", host=other_host)  # tuned on, and now on the anchors' map
+    assert "refined" not in json.loads((tmp_path / "7" / "config.json").read_text())["tasks"]["home"]
 
 
 @pytest.mark.parametrize("method", ["unihyperlora", "lora"])
