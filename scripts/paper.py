@@ -174,6 +174,8 @@ def check(args: argparse.Namespace, configs: dict[str, RunConfig], passed: list[
     Raises:
         ConfigError
     """
+    if passed and not passed[0].startswith("-"):
+        raise ConfigError(f"{passed[0]} stands behind a flag; run configs come first, before every flag.")
     for part in passed:
         if part.startswith("--") and flag_name(part) in SET_HERE:
             raise ConfigError(f"{part} is chosen by this command for each run; leave it out.")

@@ -260,6 +260,8 @@ def test_what_is_refused_before_the_first_run(config, done, results, tmp_path):
         benchmark.main(["paper", lora, *where, "--seed", "1"])
     with pytest.raises(ConfigError, match="trains no universal adapter"):
         benchmark.main(["paper", tuned, *where, "--source", lora])
+    with pytest.raises(ConfigError, match="unihyperlora-iter1-x.yaml stands behind a flag"):
+        benchmark.main(["paper", lora, *where, tuned])
     (tmp_path / "copy.yaml").write_text((tmp_path / "lora-iter1-x.yaml").read_text())
     with pytest.raises(ConfigError, match="have the same run_id lora-iter1-x"):
         benchmark.main(["paper", lora, str(tmp_path / "copy.yaml"), *where])
