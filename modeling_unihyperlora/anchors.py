@@ -1,7 +1,7 @@
 """Anchors: words of unlabelled text on which the states of different hosts are lined up with each other.
 
-An anchor is a blank-separated word or mark in a sentence; its state is that of its first sub-token, so that hosts with
-different tokenizers have states for the very same anchors.
+An anchor is a blank-separated word or mark in a sentence, so that hosts with different tokenizers have states for the
+very same anchors.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
-from .errors import DataError, HostError
+from .errors import DataError
 from .hosts import call_host, check_states
 from .quantization import StoredTensor, TwoBit
+from .words import NO_WORD, WordReader
 
 COORDINATE_STEP = 1.0  # of coordinates of unit variance: -1.5, -0.5, 0.5 and 1.5
 PACKAGE_ANCHORS = Path(__file__).with_name("anchors.txt")
@@ -87,17 +88,17 @@ def split_anchors(text: str, source: str) -> list[list[str]]:
 @torch.no_grad()
 def word_states(
     host: nn.Module,
-    tokenizer,
+    words: WordReader,
     sentences: list[list[str]],
     layers: list[int],
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """States of the first sub-token of every word.
+    """States of every word.
 
     Args:
-        host: the encoder.
-        tokenizer: its fast tokenizer.
+        host: the encoder or decoder.
+        words: how its words are read.
         sentences: S lists of words, N words in all.
         layers: which of the L+1 hidden states to take.
         progress: called with the number of sentences done.
@@ -105,15 +106,7 @@ def word_states(
     Returns:
         (len(layers), N, d) float32 on the CPU, words in the order of the text. A word beyond the host's window, or
         one that its tokenizer gives no sub-token, has NaN.
-
-    Raises:
-        HostError: the tokenizer cannot say which sub-token begins a word.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise HostError(
-            f"{type(tokenizer).__name__} cannot say where words begin; a fast tokenizer (with a tokenizer.json) is "
-            "needed to line up this host."
-        )
     was_training = host.training
     host.eval()
     offsets = [0]
@@ -121,30 +114,29 @@ def word_states(
         offsets.append(offsets[-1] + len(sentence))
     states = torch.full((len(layers), offsets[-1], host.config.hidden_size), torch.nan)
     positions = getattr(host.config, "max_position_embeddings", 0)
-    limit = min(tokenizer.model_max_length, (positions if positions > 0 else 512) - 2)
+    limit = min(words.tokenizer.model_max_length, (positions if positions > 0 else 512) - 2)
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            encoded = tokenizer(
+            encoded = words.tokenizer(
                 [sentences[index] for index in chosen],
                 is_split_into_words=True,
                 padding=True,
                 truncation=True,
                 max_length=limit,
                 return_tensors="pt",
-            )
-            ids, mask = encoded["input_ids"].to(host.device), encoded["attention_mask"].to(host.device)
+            ).to(host.device)
+            ids, mask, index = (encoded[name] for name in ("input_ids", "attention_mask", "word_index"))
             hidden = call_host(host, mask, input_ids=ids, output_hidden_states=True).hidden_states
             check_states(host, hidden, ids)
-            for row, index in enumerate(chosen):
-                words = encoded.word_ids(row)
-                first = {word: position for position, word in reversed(list(enumerate(words))) if word is not None}
-                if first:
-                    target = offsets[index] + torch.tensor(list(first.keys()))
-                    source = torch.tensor(list(first.values()), device=host.device)
-                    for k, layer in enumerate(layers):
-                        states[k, target] = hidden[layer][row, source].float().cpu()
+            places = words.places(ids, mask, index)
+            number, at = index.gather(1, places.first), words.read_at(places)  # (B, W)
+            there = (torch.arange(at.shape[1], device=at.device) < places.lengths[:, None]) & (number != NO_WORD)
+            row, column = there.nonzero(as_tuple=True)
+            target = torch.tensor([offsets[index] for index in chosen])[row.cpu()] + number[row, column].cpu()
+            for k, layer in enumerate(layers):
+                states[k, target] = hidden[layer][row, at[row, column]].float().cpu()
             if progress is not None:
                 progress(len(chosen))
     finally:

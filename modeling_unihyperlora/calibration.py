@@ -349,16 +349,17 @@ def cache_folder() -> Path:
 
 
 def cached_fit(
-    host_fingerprint: str, vocabulary: list[str], anchors: Anchors, compute: Callable[[], HostFit], also: str = ""
+    host_fingerprint: str, reading: str, anchors: Anchors, compute: Callable[[], HostFit], also: str = ""
 ) -> HostFit:
-    """The fit of a host, from an earlier calibration of the very same weights, vocabulary and anchors if there is one.
+    """The fit of a host, from an earlier calibration of the very same weights, tokenizer and anchors if there is one.
 
-    ``also`` is what else it depends on. See ``kept``.
+    ``reading`` says how the host's words are read (``WordReader.key``), ``also`` what else the map depends on. See
+    ``kept``.
     """
     digest = hashlib.sha256(
-        f"5 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
+        f"6 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
     )
-    digest.update("\n".join(map(str, vocabulary)).encode())
+    digest.update(reading.encode())
     for part in (anchors.text, *anchors.coordinates.encode().values()):
         digest.update(part.cpu().numpy().tobytes())
     digest.update(also.encode())

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .errors import ConfigError
-from .host_tokenizer import HostTokenizer
 from .layouts import MODULE_TYPES, layout_from
 from .untrusted import MAX_WEIGHTS_BYTES
+from .words import HostTokenizer
 
 FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")

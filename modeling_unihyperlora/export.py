@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from .adapter import KNOTS
 from .errors import ExportError, MergeError
-from .hosts import load_host_tokenizer
 from .storage import replacing, write_json
+from .words import load_tokenizer
 
 HEAD_NAME = "unihyperlora_head.safetensors"
 HOW_TO_USE_THE_HEAD = """# {title}
@@ -58,9 +58,7 @@ def merge_and_save(model, folder: str | Path, tokenizer=None) -> None:
     """
     require_fixed_update(model)
     if tokenizer is None:
-        tokenizer = load_host_tokenizer(
-            model.host.config.name_or_path, revision=model.config.base_model_revision or "main"
-        )
+        tokenizer = load_tokenizer(model.host.config.name_or_path, revision=model.config.base_model_revision or "main")
     was_merged = model.merged
     model.merge()
     try:

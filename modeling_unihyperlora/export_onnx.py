@@ -17,8 +17,8 @@ from .calibration import nearness
 from .errors import ExportError, first_line
 from .routing import Routing, route
 from .storage import replacing
-from .stream import begins_of
 from .token_mixer import TokenMixer, with_neighbours
+from .words import Continuation, begins_of, word_places
 
 OPSET = 18
 
@@ -134,7 +134,7 @@ class _StreamGraph(_Graph):
         places = knot_features(torch.tensor(KNOTS))
         router = adapter.router_weight()
         values = {
-            "begins_word": stream.begins_word.cpu(),
+            "flags": stream.words.flags.cpu(),
             "query": landmarks.matrix.cpu(),
             "query_offset": landmarks.offset.cpu(),
             "landmarks": landmarks.at.cpu(),
@@ -154,16 +154,17 @@ class _StreamGraph(_Graph):
         for name, value in values.items():
             self.register_buffer(name, value.detach().clone())
         self.mixer = _MixerGraph(adapter.token_mixer)
+        self.causal = stream.words.causal
+        for name, part in Continuation.of(config.tasks[task]["labels"])._asdict().items():
+            self.register_buffer(name, part)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         states = self.states(input_ids, attention_mask)
-        begins = begins_of(self.begins_word, input_ids, attention_mask)
+        begins, inside = begins_of(self.flags, input_ids, attention_mask)
         number = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
-        lengths = begins.long().sum(dim=1)  # (B,)
-        word_of = (begins.long().cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
-        tokens = input_ids.shape[1]
-        order = torch.where(begins, number, number + tokens).sort(dim=1).values
-        positions = torch.where(order < tokens, order, order - tokens)  # (B, W): where words begin, then the rest
+        places = word_places(begins, inside, input_ids.shape[1])
+        lengths, word_of = places.lengths, places.word_of
+        positions = places.last if self.causal else places.first  # (B, W), 0 beyond a sentence's words
         query = F.linear(self.of_words(self.asked, states, positions), self.query, self.query_offset)
         near = nearness(query.flatten(0, 1), self.landmarks).view(*positions.shape, -1)  # (B, W, R)
         moved = [self.move(k, states, positions, near) for k in range(len(KNOTS))]
@@ -177,7 +178,8 @@ class _StreamGraph(_Graph):
         if self.sentence:
             return F.linear(features.sum(dim=1) / lengths[:, None], self.head_weight, self.head_bias)
         logits = F.linear(features, self.head_weight, self.head_bias)
-        return logits.gather(1, word_of[:, :, None].expand(-1, -1, logits.shape[2]))
+        logits = logits.gather(1, word_of[:, :, None].expand(-1, -1, logits.shape[2]))
+        return Continuation(self.partner, self.inner)(logits, begins)
 
     def of_words(self, layers: list[int], states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
         """States of some layers side by side, where words begin: (B, W, len(layers)·d)."""

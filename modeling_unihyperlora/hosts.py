@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.integrations import deepspeed
 
 from .errors import HostError, first_line
@@ -223,7 +223,7 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
     try:
         with _whole():
             return AutoModel.from_pretrained(
-                _transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
+                transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HostError(
@@ -250,7 +250,7 @@ def _whole() -> Iterator[None]:
         deepspeed.set_hf_deepspeed_config(asked)
 
 
-def _transformers_folder(name_or_path: str) -> str:
+def transformers_folder(name_or_path: str) -> str:
     """Where in a folder of sentence-transformers its transformers model lies; any other name as it is."""
     try:
         modules = json.loads((Path(name_or_path) / "modules.json").read_text(encoding="utf-8"))
@@ -260,36 +260,18 @@ def _transformers_folder(name_or_path: str) -> str:
     return str(inner) if (inner / "config.json").is_file() else str(name_or_path)
 
 
-def load_host_tokenizer(name_or_path: str | None, **kwargs):
-    """The fast tokenizer in a host's folder or repository; its own code is never run.
-
-    Args:
-        name_or_path: a Hub id or a folder.
-        **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
-
-    Raises:
-        HostError: it cannot be loaded.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(
-            _transformers_folder(name_or_path or ""), trust_remote_code=False, **kwargs
-        )
-    except (OSError, ValueError) as error:
-        raise HostError(
-            f"The tokenizer of the host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass tokenizer=."
-        ) from error
-
-
 @functools.cache  # a signature takes as long as a small layer
-def _takes_mask(host: type[nn.Module]) -> bool:
-    return "attention_mask" in inspect.signature(host.forward).parameters
+def _arguments(host: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(host.forward).parameters)
 
 
 def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
-    """The host's forward; the mask is left out where there is none, or where the host takes none (FNet)."""
-    takes_mask = _takes_mask.__wrapped__ if torch.compiler.is_compiling() else _takes_mask
-    if attention_mask is not None and takes_mask(type(host)):
+    """The host's forward, without what it does not take (FNet has no mask); a decoder keeps no keys and values."""
+    known = (_arguments.__wrapped__ if torch.compiler.is_compiling() else _arguments)(type(host))
+    if attention_mask is not None and "attention_mask" in known:
         inputs["attention_mask"] = attention_mask
+    if "use_cache" in known:
+        inputs["use_cache"] = False
     return host(return_dict=True, **inputs)
 
 

@@ -22,7 +22,7 @@ from .configuration_unihyperlora import WINDOWS, UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
-from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
+from .hosts import describe_host, encoder_of, load_host, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
@@ -30,6 +30,7 @@ from .publishing import Publishing, from_package
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
 from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 from .tuning import Tuning
+from .words import WordReader, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +135,14 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
         if config.pathway == "stream":
             if tokenizer is None:
                 own = {key: value for key, value in host_kwargs.items() if key != "dtype"}
-                tokenizer = load_host_tokenizer(name, revision=revision or "main", **own)
+                tokenizer = load_tokenizer(name, revision=revision or "main", **own)
             sentences = read_anchors(anchor_file)
             config.anchor_words = sum(map(len, sentences))
             config.anchor_text_bytes = len(join_anchors(sentences))
         model = cls(config, host=host)
         config.source_hosts = [describe_host(model.host, name or None)]
         if config.pathway == "stream":
-            states = kept_anchor_states(model.host, tokenizer, sentences)
+            states = kept_anchor_states(model.host, WordReader(model.host, tokenizer), sentences)
             model.adapter.anchors.set(
                 sentences,
                 canonical_coordinates(at_knots(states, num_layers_of(model.host)), config.stream_dim),
@@ -220,7 +221,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             own |= {key: value for key, value in hub.items() if key not in ("subfolder", "force_download")}
             host = load_host(name, **_given(dtype=dtype), **own)
             if config.pathway != "inject" and tokenizer is None:
-                tokenizer = load_host_tokenizer(name, **own)
+                tokenizer = load_tokenizer(name, **own)
         _keep_layout(config, layout, host)
         adapter = make_adapter(config)  # before the host is touched: a bad file leaves it as it was
         load_adapter(adapter, weights)
@@ -343,7 +344,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
         ``list(config.tasks)``. Inputs that the host does not know are left out (a tokenizer may give token types to a
         host without them).
         """
-        known = self._host_arguments | {"canonical_states"}
+        known = self._host_arguments | {"canonical_states", "word_index"}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         reads = {self.host.main_input_name, "inputs_embeds", "canonical_states"}
         if not inputs.keys() & known & reads:
@@ -431,7 +432,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
         """The one given, or the host's own; ``MergeError`` where the host's states are not its own."""
         if self.merged:
             raise MergeError("A host is lined up as it is, without an update in its weights; call unmerge() first.")
-        return load_host_tokenizer(self.host.config.name_or_path) if tokenizer is None else tokenizer
+        return load_tokenizer(self.host.config.name_or_path) if tokenizer is None else tokenizer
 
 
 def _keep_layout(config: UniHyperLoraConfig, layout: HostLayout | dict | None, host: nn.Module) -> None:

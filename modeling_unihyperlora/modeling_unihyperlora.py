@@ -47,6 +47,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        word_index: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         task: str | None = None,
         task_ids: torch.Tensor | Sequence[str] | None = None,
@@ -62,6 +63,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            word_index=word_index,
         )
         return UniHyperLoraOutput(last_hidden_state=run.last_hidden_state, **_shared(run))
 
@@ -79,6 +81,7 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        word_index: torch.Tensor | None = None,
         canonical_states: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
@@ -86,6 +89,10 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         task_ids: torch.Tensor | Sequence[str] | None = None,
     ) -> UniHyperLoraTokenClassifierOutput:
         """(B, T) ids, labels (B, T) with -100 where none → logits (B, T, C), mean cross-entropy.
+
+        ``word_index`` (B, T) says which word a token belongs to (``words.NO_WORD``: to none), as a prepared tokenizer
+        gives it for words; a stream tells words by the ids where it is not given. On the further tokens of a word B-X
+        is I-X where there is such a label.
 
         With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. The stream
         may be given cached ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are
@@ -103,6 +110,7 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            word_index=word_index,
             canonical_states=canonical_states,
         )
         logits = run.token_logits()
@@ -123,6 +131,7 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        word_index: torch.Tensor | None = None,
         canonical_states: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -144,6 +153,7 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            word_index=word_index,
             canonical_states=canonical_states,
         )
         logits = run.sentence_logits()

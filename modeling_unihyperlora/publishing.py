@@ -18,7 +18,7 @@ from .storage import replacing, save_adapter
 CODE_FILES = (
     "errors.py",
     "configuration_unihyperlora.py",
-    "host_tokenizer.py",
+    "words.py",
     "modeling_unihyperlora.py",
     "modeling_base.py",
     "tuning.py",

@@ -20,6 +20,7 @@ from .hosts import fingerprint
 from .modeling_base import UniHyperLoraPreTrainedModel
 from .storage import content_digest
 from .stream import Stream, read_anchor_states, what_is_read
+from .words import WordReader
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
 
@@ -42,11 +43,11 @@ def refine(
     here, there = _checked(model, source)
     sentences = _as_many_as_are_read(sentences)
     anchors = here.adapter.anchors
-    said = json.dumps([what_is_read(source.host, source_tokenizer, sentences), there.fit.r2])
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words, source_words = WordReader(model.host, tokenizer), WordReader(source.host, source_tokenizer)
+    said = json.dumps([what_is_read(source.host, source_words, sentences), there.fit.r2])
 
     def read_source() -> dict[str, torch.Tensor]:
-        read = read_anchor_states(source.host, source_tokenizer, sentences).unsqueeze(1)  # all words as one row
+        read = read_anchor_states(source.host, source_words, sentences).unsqueeze(1)  # all words as one row
         [z] = there.canonical_states(dict(zip(there.layers, read, strict=True)), torch.arange(read.shape[2])[None])
         return {"coordinates": z}  # (N, K, D), not a number where a word cannot be read
 
@@ -55,11 +56,11 @@ def refine(
         z = kept(cache_folder() / f"text-{stored[:24]}.safetensors", read_source, lambda made: made["coordinates"])
         readable = torch.isfinite(z).flatten(1).all(dim=1)
         coordinates = torch.cat([anchors.canonical().detach().cpu(), z[readable].transpose(0, 1)], dim=1)
-        states = read_anchor_states(model.host, tokenizer, [*anchors.sentences(), *sentences])
+        states = read_anchor_states(model.host, words, [*anchors.sentences(), *sentences])
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
         return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
 
-    here.fit = cached_fit(fingerprint(model.host), tokens, anchors, compute, also=said)
+    here.fit = cached_fit(fingerprint(model.host), words.key(), anchors, compute, also=said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 

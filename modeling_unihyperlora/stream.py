@@ -2,7 +2,7 @@
 
 Letters: B batch, T tokens, W words, K knots, D canonical width of the stream, M atoms, F features of a word.
 
-A word is a sub-token that begins one, by the host's vocabulary. At each knot the host's states of a word, those of
+What a word is, ``words`` says. At each knot the host's states of a word, those of
 neighbouring layers side by side, become z = P_in(h), by the host's calibration. δθ, which is tuned on one host, amends
 that map in the directions of all atoms. Then z is routed as a token is in the injected update, and its own atoms act:
 
@@ -34,12 +34,13 @@ from transformers.utils import logging as hf_logging
 from .adapter import KNOTS, UniHyperLoraAdapter, head_inputs, knot_features, knot_layers, near_layers
 from .anchors import word_states
 from .calibration import HostFit, HostToKnots, cache_folder, cached_fit, fit_host, full_precision, kept, layers_of
-from .errors import ConfigError, HostError
+from .errors import ConfigError
 from .hosts import call_host, fingerprint, linear_multiply_adds, num_layers_of
 from .injection import Injection
 from .mixed_tasks import MixedTasks, StackedTasks
 from .routing import AT_ONCE, read_atoms, route, write_atoms
 from .token_mixer import Words, with_neighbours
+from .words import Continuation, WordPlaces, WordReader
 
 
 @dataclass
@@ -51,17 +52,19 @@ class StreamRun:
 
     tables: "Tables"
     features: torch.Tensor  # (B, W, F)
+    continuation: Continuation  # of the task's labels, or of those of each sentence's task
     lengths: torch.Tensor  # (B,) words a sentence
     expected_atoms: torch.Tensor  # (B, T) mean over the knots
     active_atoms: torch.Tensor  # (B, T)
-    word_of: torch.Tensor | None = None  # (B, T) the word that each token belongs to
+    places: WordPlaces | None = None  # of the words among the tokens
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     mixed: StackedTasks | None = None  # whose heads these are, where sentences are of several tasks
 
     def token_logits(self) -> torch.Tensor:
-        """(B, T, C): a token has the scores of its word."""
-        return _spread(self._logits(self.features), self.word_of)
+        """(B, T, C): a token has its word's scores, with I-X for B-X on further tokens. Of cached states (B, W, C)."""
+        logits = _spread(self._logits(self.features), self.places)
+        return logits if self.places is None else self.continuation(logits, self.places.begins)
 
     def sentence_logits(self) -> torch.Tensor:
         """(B, C) from the mean of a sentence's features."""
@@ -119,18 +122,17 @@ class Stream:
         self.refined: dict[str, int | str] | None = None
         self._to_knots: HostToKnots | None = None
         self._host_linear = linear_multiply_adds(host)
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.begins_word = word_beginnings(tokenizer, tokens)
+        self.words = WordReader(host, tokenizer)
 
         def compute() -> HostFit:
             states = anchor_states
             if states is None:
-                states = read_anchor_states(host, tokenizer, adapter.anchors.sentences())
+                states = read_anchor_states(host, self.words, adapter.anchors.sentences())
             coordinates = adapter.anchors.canonical().detach().cpu()
             return fit_host(states, self.near, knot_layers(self.num_layers), coordinates)
 
         start = time.perf_counter()
-        self.fit = cached_fit(fingerprint(host), tokens, adapter.anchors, compute)
+        self.fit = cached_fit(fingerprint(host), self.words.key(), adapter.anchors, compute)
         self.seconds = time.perf_counter() - start
 
     def canonical_states(
@@ -172,27 +174,38 @@ class Stream:
                     "injected update. Give input_ids."
                 )
             return self.follow(inputs["canonical_states"], attention_mask.sum(dim=1), task)
-        z, lengths, word_of, hidden = self.read_host(attention_mask, inputs, task)
-        run = self.follow(z, lengths, task)
-        run.expected_atoms, run.active_atoms = _spread(run.expected_atoms, word_of), _spread(run.active_atoms, word_of)
-        run.word_of, run.last_hidden_state = word_of, hidden[-1]
+        z, places, hidden = self.read_host(attention_mask, inputs, task)
+        run = self.follow(z, places.lengths, task)
+        run.expected_atoms, run.active_atoms = (
+            _spread(count, places) for count in (run.expected_atoms, run.active_atoms)
+        )
+        run.places, run.last_hidden_state = places, hidden[-1]
         run.hidden_states = hidden if output_hidden_states else None
         return run
 
     def read_host(self, attention_mask: torch.Tensor | None, inputs: dict, task: str | None = None) -> tuple:
-        """Canonical states of words (B, W, K, D), words a sentence (B,), word of each token (B, T), host states.
+        """Canonical states of words (B, W, K, D), where the words are, host states.
 
         With an injected update the host computes with that of ``task`` in it, and gradients go through the host.
         """
+        inputs = inputs.copy()
+        word_index = inputs.pop("word_index", None)
+        if inputs.get("input_ids") is None:
+            raise ConfigError(
+                f"The stream tells words by their token ids, and the call gave {sorted(inputs)} without input_ids. "
+                "Give input_ids, or canonical_states."
+            )
+        if inputs["input_ids"].shape[1] == 0:
+            raise ConfigError("The text is empty: it has no token for the host to read. Leave empty texts out.")
         updating = contextlib.nullcontext()
         if self.injection is not None and task is not None:
             updating = self.injection.running(task, attention_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.injection is not None):
             with updating:
                 out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
-            self.begins_word = self.begins_word.to(inputs["input_ids"].device)
-            positions, lengths, word_of = word_positions(self.begins_word, inputs["input_ids"], attention_mask)
-            return self.canonical_states(out.hidden_states, positions), lengths, word_of, out.hidden_states
+            places = self.words.places(inputs["input_ids"], attention_mask, word_index)
+            z = self.canonical_states(out.hidden_states, self.words.read_at(places))
+            return z, places, out.hidden_states
 
     def follow(self, z: torch.Tensor, lengths: torch.Tensor, task: str | MixedTasks) -> StreamRun:
         """The way of words with canonical states (B, W, K, D), ``lengths`` (B,) of them in each sentence."""
@@ -233,7 +246,15 @@ class Stream:
         else:
             values = (unpack(x, cells, (batch, width)) for x in values)
         features, expected, active = values
-        return StreamRun(tables, features, lengths, expected, active, mixed=mixed)
+        return StreamRun(tables, features, self._continuation(task, mixed), lengths, expected, active, mixed=mixed)
+
+    def _continuation(self, task: str | MixedTasks, mixed: StackedTasks | None) -> Continuation:
+        labels = {name: own["labels"] for name, own in self.adapter.config.tasks.items()}
+        if mixed is None:
+            return Continuation.of(labels[task])
+        most = max(len(labels[name]) for name in task.names)
+        parts = zip(*(Continuation.of(labels[name], most) for name in task.names), strict=True)
+        return Continuation(*(torch.stack(part).to(mixed.rows.device)[mixed.rows] for part in parts))
 
     def _amend_each(
         self, at_knots: torch.Tensor, own: StackedTasks, tables: Tables, cells: torch.Tensor | None, width: int
@@ -287,13 +308,13 @@ class Stream:
     def held_tensors(self, task: str) -> list[torch.Tensor]:
         """The map of this host, by knot and by layer, its table of word beginnings, the values of the file, and the
         atoms of an injected update."""
-        made = HostToKnots.of(self.fit, self.begins_word.device)
+        made = HostToKnots.of(self.fit, self.words.flags.device)
         by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
         *tables, mixer, head_weight, head_bias = self._tables(task)
         parts = (*self.fit.knots, self.fit.landmarks)
         by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
         update = [] if self.injection is None else self.injection.held_tensors(task)
-        return [*by_knot, *by_layer, self.begins_word, *tables, *mixer, head_weight, head_bias, *update]
+        return [*by_knot, *by_layer, self.words.flags, *tables, *mixer, head_weight, head_bias, *update]
 
 
 def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -302,10 +323,11 @@ def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> 
     return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])
 
 
-def _spread(words: torch.Tensor, word_of: torch.Tensor | None) -> torch.Tensor:
+def _spread(words: torch.Tensor, places: WordPlaces | None) -> torch.Tensor:
     """Values of words (B, W, …) → of tokens (B, T, …)."""
-    if word_of is None:
+    if places is None:
         return words
+    word_of = places.word_of
     index = word_of.reshape(*word_of.shape, *[1] * (words.dim() - 2)).expand(*word_of.shape, *words.shape[2:])
     return words.gather(1, index)
 
@@ -325,27 +347,26 @@ def disturb(z: torch.Tensor, sentence: torch.Tensor, sentences: int, fidelity: f
     return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
 
 
-def read_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
+def read_anchor_states(host: nn.Module, words: WordReader, sentences: list[list[str]]) -> torch.Tensor:
     """The host's states of the anchors in every layer that a knot uses: (layers, N, d), see ``word_states``."""
     layers = layers_of(near_layers(num_layers_of(host)))
     progress = hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False)
     with progress as bar, full_precision(host.device):
-        return word_states(host, tokenizer, sentences, layers, progress=bar.update)
+        return word_states(host, words, sentences, layers, progress=bar.update)
 
 
-def what_is_read(host: nn.Module, tokenizer, sentences: list[list[str]]) -> str:
-    """All that the host's states of the sentences depend on; of a tokenizer without a backend reading says more."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return json.dumps([fingerprint(host), backend and backend.to_str(), tokenizer.model_max_length, sentences])
+def what_is_read(host: nn.Module, words: WordReader, sentences: list[list[str]]) -> str:
+    """All that the host's states of the sentences depend on."""
+    return json.dumps([fingerprint(host), words.key(), sentences])
 
 
-def kept_anchor_states(host: nn.Module, tokenizer, sentences: list[list[str]]) -> torch.Tensor:
+def kept_anchor_states(host: nn.Module, words: WordReader, sentences: list[list[str]]) -> torch.Tensor:
     """``read_anchor_states``, read once and kept in the cache, 4·layers·N·d bytes; training asks for it often."""
-    layers, said = layers_of(near_layers(num_layers_of(host))), what_is_read(host, tokenizer, sentences)
+    layers, said = layers_of(near_layers(num_layers_of(host))), what_is_read(host, words, sentences)
     path = cache_folder() / f"anchors-{hashlib.sha256(f'{layers} {said}'.encode()).hexdigest()[:24]}.safetensors"
     return kept(
         path,
-        lambda: {"states": read_anchor_states(host, tokenizer, sentences)},
+        lambda: {"states": read_anchor_states(host, words, sentences)},
         lambda tensors: tensors["states"],
     )
 
@@ -359,60 +380,6 @@ def at_knots(anchor_states: torch.Tensor, num_layers: int) -> torch.Tensor:
 def states_of_words(
     hidden_states: tuple[torch.Tensor, ...], layers: list[int], positions: torch.Tensor
 ) -> torch.Tensor:
-    """L+1 states (B, T, d) and where words begin (B, W) → (B, W, layers, d)."""
+    """L+1 states (B, T, d) and the token to read of each word (B, W) → (B, W, layers, d)."""
     rows = torch.arange(len(positions), device=positions.device)[:, None]
     return torch.stack([hidden_states[layer][rows, positions] for layer in layers], dim=2)
-
-
-def begins_of(
-    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Which tokens begin a word, (B, T) bool; where none of a sentence does, its first token counts as one."""
-    begins = begins_word[input_ids]
-    if attention_mask is not None:
-        begins = begins & (attention_mask > 0)
-    first = torch.arange(begins.shape[1], device=begins.device) == 0
-    return begins | (first & ~begins.any(dim=1, keepdim=True))
-
-
-def word_positions(
-    begins_word: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where words begin: positions (B, W) padded with 0, words a sentence (B,), word of each token (B, T)."""
-    begins = begins_of(begins_word, input_ids, attention_mask)
-    lengths = begins.sum(dim=1)
-    word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
-    most = begins.shape[1] if torch.compiler.is_compiling() else int(lengths.max())
-    order = begins.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    inside = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
-    return order * inside, lengths, word_of
-
-
-def word_beginnings(tokenizer, tokens: list[str | None]) -> torch.Tensor:
-    """(V,) bool: which entries of the vocabulary begin a word; special tokens do not, the unknown token does.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        tokens: its vocabulary by id.
-
-    Raises:
-        HostError: the vocabulary does not mark word boundaries.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise HostError(f"{type(tokenizer).__name__} is a slow tokenizer; the stream needs a fast one.")
-    model = json.loads(backend.to_str())["model"]
-    if model.get("type") == "WordPiece":
-        prefix = model["continuing_subword_prefix"]
-        begins = [token is not None and not token.startswith(prefix) for token in tokens]
-    elif any(token and token[0] in "▁Ġ" for token in tokens):
-        begins = [token is not None and token[0:1] in ("▁", "Ġ") for token in tokens]
-    else:
-        raise HostError(
-            f"The vocabulary of {type(tokenizer).__name__} does not mark where words begin ('##', '▁' or 'Ġ'), so its "
-            "words cannot be lined up with those of other hosts."
-        )
-    begins = torch.tensor(begins)
-    special = [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id and i < len(begins)]
-    begins[special] = False
-    return begins

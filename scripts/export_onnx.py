@@ -17,8 +17,8 @@ import torch
 from transformers import DataCollatorForTokenClassification, EvalPrediction
 
 from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.hosts import load_host_tokenizer
 from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.words import load_tokenizer
 from trainers.decoding import IGNORED, best_labels
 from trainers.ner_data import read_file
 from trainers.ner_windows import SentenceWindows, entity_scores
@@ -68,7 +68,7 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
     """F1 of both on the same sentences, the largest difference of a logit, and the share of equal tags."""
     import onnxruntime
 
-    tokenizer = load_host_tokenizer(model.config.base_model_name_or_path)
+    tokenizer = load_tokenizer(model.config.base_model_name_or_path)
     windows = SentenceWindows(read_file(file, label_names=model.labels)[:limit], tokenizer, model.labels, 128)
     collate = DataCollatorForTokenClassification(tokenizer, padding="max_length", max_length=128)
     session = onnxruntime.InferenceSession(path)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.hosts import load_host_tokenizer
 from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.words import load_tokenizer
 
 LABELS = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for prefix in "BI")]
 
@@ -70,7 +70,7 @@ def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, ob
     """A row for each number of tasks."""
     one = make_model(args.model_name_or_path, pathway, 1)
     models = {n: make_model(args.model_name_or_path, pathway, n) for n in args.tasks}
-    tokenizer = load_host_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path)
     words = [word for word, number in tokenizer.get_vocab().items() if word.isascii() and word.isalpha()]
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(words), (args.batch_size, args.tokens), generator=draw)

@@ -20,8 +20,9 @@ from torch import nn
 
 from benchmark import record_of
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
-from modeling_unihyperlora.hosts import describe_host, fingerprint, layout_of, load_host, load_host_tokenizer
+from modeling_unihyperlora.hosts import describe_host, fingerprint, layout_of, load_host
 from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing, write_json
+from modeling_unihyperlora.words import load_tokenizer
 from trainers.results import require_writable
 from transfer import digest_of
 from transfer_picture import INK, require_matplotlib
@@ -120,7 +121,7 @@ def prune(name: str, layers: int, folder: Path) -> Path:
     host.set_submodule(path.removesuffix(".{}"), nn.ModuleList(blocks[:layers]))
     host.config.num_hidden_layers = layers
     host.save_pretrained(folder)
-    load_host_tokenizer(name).save_pretrained(folder)
+    load_tokenizer(name).save_pretrained(folder)
     return folder
 
 

@@ -23,9 +23,10 @@ from torch import nn
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.adapter import knot_layers
 from modeling_unihyperlora.calibration import fit_host
-from modeling_unihyperlora.hosts import linear_multiply_adds, load_host, load_host_tokenizer
+from modeling_unihyperlora.hosts import linear_multiply_adds, load_host
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.stream import read_anchor_states
+from modeling_unihyperlora.words import WordReader, load_tokenizer
 from trainers.state_cache import WordStates
 
 LABELS = ["O", "B-X", "I-X"]
@@ -127,7 +128,8 @@ def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
 
 def states(args: argparse.Namespace) -> list[tuple]:
     """The states of a training text, read once a host, over its sentences."""
-    host, tokenizer = load_host(args.model_name_or_path).eval(), load_host_tokenizer(args.model_name_or_path)
+    host = load_host(args.model_name_or_path).eval()
+    words = WordReader(host, load_tokenizer(args.model_name_or_path))
     ids = torch.randint(1000, host.config.vocab_size, (max(args.sentences), WORDS)).tolist()
     windows = [{"input_ids": row, "attention_mask": [1] * WORDS, "labels": [0] * WORDS} for row in ids]
 
@@ -135,7 +137,7 @@ def states(args: argparse.Namespace) -> list[tuple]:
         kept = os.environ.get("UNIHYPERLORA_CACHE")
         with tempfile.TemporaryDirectory() as empty:
             os.environ["UNIHYPERLORA_CACHE"] = empty
-            WordStates(host, tokenizer, windows[:sentences])
+            WordStates(host, words, windows[:sentences])
         os.environ.pop("UNIHYPERLORA_CACHE")
         if kept is not None:
             os.environ["UNIHYPERLORA_CACHE"] = kept
@@ -149,9 +151,9 @@ def calibrate(hosts: list[str]) -> list[dict[str, object]]:
     rows = []
     for name in hosts:
         model = UniHyperLoraForTokenClassification.from_host(name, LABELS, "t", UniHyperLoraConfig(pathway="stream"))
-        anchors, tokenizer = model.adapter.anchors, load_host_tokenizer(name)
+        anchors = model.adapter.anchors
         start = time.perf_counter()
-        read = read_anchor_states(model.host, tokenizer, anchors.sentences())
+        read = read_anchor_states(model.host, model.stream.words, anchors.sentences())
         stream = model.stream
         fit_host(read, stream.near, knot_layers(stream.num_layers), anchors.canonical().detach())
         seconds = time.perf_counter() - start

@@ -16,9 +16,9 @@ from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassi
 from modeling_unihyperlora.anchors import read_anchors
 from modeling_unihyperlora.hosts import HostMap, load_host
 from modeling_unihyperlora.storage import read_config
+from modeling_unihyperlora.words import load_tokenizer
 from trainers.baselines import make_baseline, require_peft
 from trainers.state_cache import CanonicalStates, StreamCollator, WordStates
-from trainers.tokenization import load_tokenizer
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
 PATHWAYS = ("stream", "inject", "inject_merged")
@@ -143,7 +143,7 @@ class Ground:
         data = windows
         if name.startswith("stream"):
             model.stream.disturbs = name == "stream"
-            data = CanonicalStates(WordStates(model.host, self.tokenizer, windows), lambda: [model.stream.fit])
+            data = CanonicalStates(WordStates(model.host, model.stream.words, windows), lambda: [model.stream.fit])
         collate = StreamCollator(self._pad)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 

@@ -16,8 +16,9 @@ from modeling_unihyperlora.adapter import UniHyperLoraAdapter, knot_layers
 from modeling_unihyperlora.anchors import word_states
 from modeling_unihyperlora.calibration import standardise
 from modeling_unihyperlora.errors import ConfigError
-from modeling_unihyperlora.hosts import load_host, load_host_tokenizer, num_layers_of
+from modeling_unihyperlora.hosts import load_host, num_layers_of
 from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
+from modeling_unihyperlora.words import WordReader, load_tokenizer
 
 
 def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> Path:
@@ -56,11 +57,11 @@ def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, t
     """
     loaded = _load(adapter)
     if not isinstance(host, nn.Module):
-        tokenizer = tokenizer or load_host_tokenizer(str(host))
+        tokenizer = tokenizer or load_tokenizer(str(host))
         host = load_host(str(host))
-    tokenizer = tokenizer or load_host_tokenizer(host.config.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(host.config.name_or_path)
     layers = knot_layers(num_layers_of(host))
-    states = word_states(host, tokenizer, loaded.anchors.sentences(), layers)
+    states = word_states(host, WordReader(host, tokenizer), loaded.anchors.sentences(), layers)
     return _save(loaded, random_coordinates(states, loaded.config.stream_dim, seed), folder)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from modeling_unihyperlora.errors import ConfigError, DataError
+from modeling_unihyperlora.words import NO_WORD
 
 from .decoding import IGNORED
 from .ner_data import Sentence, split_tag
@@ -29,6 +30,14 @@ class Window:
     first_word: int
     input_ids: list[int]
     starts: list[int]  # position in ``input_ids`` of each word's first sub-token, in order
+    end: int  # position after the last word's sub-tokens
+
+    def word_index(self) -> list[int]:
+        """For each sub-token the number of its word in the window, or ``NO_WORD``."""
+        index = [NO_WORD] * len(self.input_ids)
+        for number, (start, end) in enumerate(zip(self.starts, [*self.starts[1:], self.end], strict=True)):
+            index[start:end] = [number] * (end - start)
+        return index
 
 
 class SentenceWindows(Dataset):
@@ -36,7 +45,7 @@ class SentenceWindows(Dataset):
 
     Args:
         sentences: words and tags.
-        tokenizer: a fast tokenizer, as ``load_tokenizer`` returns it.
+        tokenizer: a fast tokenizer, as ``words.load_tokenizer`` returns it.
         labels: names of the ids 0 … C-1; every tag must be one of them.
         max_seq_length: sub-tokens a window may have, special ones included.
 
@@ -70,13 +79,18 @@ class SentenceWindows(Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """``input_ids``, ``attention_mask``, ``labels``: (T,) each, not padded."""
+        """``input_ids``, ``attention_mask``, ``word_index``, ``labels``: (T,) each, not padded."""
         window = self.windows[index]
         tags = self.sentences[window.sentence].tags
         labels = [IGNORED] * len(window.input_ids)
         for offset, position in enumerate(window.starts):
             labels[position] = self._label_ids[tags[window.first_word + offset]]
-        return {"input_ids": window.input_ids, "attention_mask": [1] * len(window.input_ids), "labels": labels}
+        return {
+            "input_ids": window.input_ids,
+            "attention_mask": [1] * len(window.input_ids),
+            "word_index": window.word_index(),
+            "labels": labels,
+        }
 
     def tags_of(self, label_ids: np.ndarray) -> list[list[str]]:
         """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
@@ -185,12 +199,12 @@ def _cut(sentence: int, words: list[list[int]], room: int, before: list[int], af
     first_word = 0
     for number, pieces in enumerate(words):
         if ids and len(ids) + len(pieces) > room:
-            windows.append(Window(sentence, first_word, before + ids + after, starts))
+            windows.append(Window(sentence, first_word, before + ids + after, starts, len(before) + len(ids)))
             ids, starts, first_word = [], [], number
         starts.append(len(before) + len(ids))
         ids.extend(pieces[:room])
     if ids:
-        windows.append(Window(sentence, first_word, before + ids + after, starts))
+        windows.append(Window(sentence, first_word, before + ids + after, starts, len(before) + len(ids)))
     return windows
 
 

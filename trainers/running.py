@@ -5,6 +5,7 @@ Trainer, work (train, evaluate, predict), costs, results.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +23,7 @@ from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, Un
 from modeling_unihyperlora.accounting import measure
 from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
+from modeling_unihyperlora.words import check_vocabulary, load_tokenizer
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
 from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_baseline
@@ -31,7 +33,6 @@ from .reading import check_label_names, numbered_lines
 from .results import process_costs, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
-from .tokenization import load_tokenizer
 from .trainer import UniHyperLoraTrainer
 from .training_args import UniHyperLoraTrainingArguments
 
@@ -150,6 +151,7 @@ def load_adapter(
     elif config is not None and config.active_task is not None:
         if config.tasks[config.active_task]["type"] != model_class.task_type:
             config.active_task = None
+    tokenizer = None if args.tokenizer_name is None else named_tokenizer(args)
     routing = {name: value for name, value in args.shape().items() if name in ("router", "router_top_k")}
     model = model_class.from_pretrained(
         args.adapter,
@@ -157,6 +159,7 @@ def load_adapter(
         base_model_name_or_path=args.model_name_or_path,
         base_model_revision=args.model_revision,
         revision=args.adapter_revision,
+        tokenizer=tokenizer,
         **routing,
         **args.hub(),
     )
@@ -206,8 +209,17 @@ def make_model(
         config=UniHyperLoraConfig(**args.shape()),
         revision=args.model_revision,
         anchor_file=args.anchor_file,
+        tokenizer=None if args.tokenizer_name is None else named_tokenizer(args),
         **args.hub(),
     )
+
+
+def named_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_name, else that of --model_name_or_path."""
+    name, revision = args.tokenizer_name, None
+    if name is None:
+        name, revision = args.model_name_or_path, args.model_revision
+    return load_tokenizer(name, args.trust_remote_code, revision=revision or "main", **args.hub())
 
 
 def read_data(
@@ -287,16 +299,12 @@ def make_trainer(
         if model_args.method == "probe":
             training_args.learning_rate = training_args.learning_rate_of("head")
     check_host_size(host_config, name, model_args)
-    if model_args.tokenizer_name is not None:
-        name, revision = model_args.tokenizer_name, None
-    tokenizer = load_tokenizer(
-        name, revision=revision or "main", trust_remote_code=model_args.trust_remote_code, **model_args.hub()
-    )
-    if len(tokenizer) > host_config.vocab_size:
-        raise ConfigError(
-            f"The tokenizer '{name}' knows {len(tokenizer)} sub-tokens, the host {host_config.vocab_size}: "
-            "it is not the host's. Give the right one with --tokenizer_name."
-        )
+    if is_adapter and model.stream is not None:
+        tokenizer = model.stream.words.tokenizer  # with which the host was lined up
+    else:
+        host_named = dataclasses.replace(model_args, model_name_or_path=name, model_revision=revision)
+        tokenizer = named_tokenizer(host_named)
+        check_vocabulary(model.host if is_adapter else model, tokenizer)
     length = min(data_args.max_seq_length, tokenizer.model_max_length, host_config.max_position_embeddings)
     if length < data_args.max_seq_length:
         logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
@@ -324,9 +332,8 @@ def make_trainer(
             )
             train, more = SourceStates(sources), {"sources": sources}
         if validation is not None and data_args.cache_eval_states:
-            words = WordStates(model.host, tokenizer, validation)
-            if words.covers_labels:
-                validation, scores = CanonicalStates(words, lambda: [model.stream.fit]), scores_of_words(words, scores)
+            words = WordStates(model.host, model.stream.words, validation)
+            validation, scores = CanonicalStates(words, lambda: [model.stream.fit]), scores_of_words(words, scores)
     trainer = trainer_class(
         model=model,
         args=training_args,

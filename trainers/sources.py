@@ -30,10 +30,10 @@ from modeling_unihyperlora.adapter import KNOTS, knot_layers, near_layers
 from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks, canonical_coordinates, fit_host
 from modeling_unihyperlora.hosts import describe_host, load_host, num_layers_of
 from modeling_unihyperlora.stream import at_knots, disturb, kept_anchor_states, unpack
+from modeling_unihyperlora.words import WordReader, load_tokenizer
 
 from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
-from .tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,11 @@ class Source:
         self, host: nn.Module, tokenizer, sentences: list[list[str]], windows: Dataset, fit: HostFit | None = None
     ):
         self.num_layers: int = num_layers_of(host)
-        self.words = WordStates(host, tokenizer, windows)
+        words = WordReader(host, tokenizer)
+        self.words = WordStates(host, words, windows)
         self.fits: list[HostFit] = [] if fit is None else [fit]
         self.data = CanonicalStates(self.words, lambda: self.fits)
-        self._to_read: tuple | None = (host, tokenizer, sentences)
+        self._to_read: tuple | None = (host, words, sentences)
 
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:

@@ -19,14 +19,15 @@ import torch
 from filelock import FileLock
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction
 
 from modeling_unihyperlora.adapter import near_layers
 from modeling_unihyperlora.calibration import HostFit, HostToKnots, cache_folder, layers_of
 from modeling_unihyperlora.errors import DataError
-from modeling_unihyperlora.hosts import fingerprint, num_layers_of
+from modeling_unihyperlora.hosts import call_host, fingerprint, num_layers_of
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.stream import begins_of, states_of_words, word_beginnings, word_positions
+from modeling_unihyperlora.stream import states_of_words
+from modeling_unihyperlora.words import WordPlaces, WordReader
 
 from .decoding import IGNORED
 from .sampling import TOGETHER
@@ -41,44 +42,38 @@ class WordStates:
     """The words of all windows in every layer that a knot uses, on disk, and their labels.
 
     Args:
-        host: the encoder; it is not kept.
-        tokenizer: its fast tokenizer.
-        windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window.
+        host: the encoder or decoder; it is not kept.
+        words: how its words are read.
+        windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window, and
+            ``word_index`` where the words were given.
         batch_size: windows that the host reads at a time.
 
     Attributes:
         layers: which of the L+1 states.
         states: (words, layers, d) float16, memory-mapped.
         offsets: (windows + 1,) where a window's words begin.
-        positions: for each window the sub-tokens at which its words begin.
+        starts: for each window the sub-tokens at which its words begin.
         labels: for each window those of its words, or its own.
 
     Raises:
         DataError: the cache folder has no room, or cannot be written.
     """
 
-    def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase, windows: Dataset, batch_size: int = 32):
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        begins_word = word_beginnings(tokenizer, tokens)
+    def __init__(self, host: nn.Module, words: WordReader, windows: Dataset, batch_size: int = 32):
         self.layers = layers = layers_of(near_layers(num_layers_of(host)))
         items = [windows[index] for index in range(len(windows))]
-        ids = (torch.tensor([item["input_ids"]]) for item in items)
-        positions = [begins_of(begins_word, row)[0].nonzero().squeeze(1).tolist() for row in ids]
-        self.offsets = np.cumsum([0, *map(len, positions)])
-        self.positions = positions
-        self.labels = [_labels(item["labels"], at) for item, at in zip(items, positions, strict=True)]
-        self.covers_labels = all(  # false where a labelled sub-token begins no word of the vocabulary
-            np.ndim(item["labels"]) == 0 or sum(x != IGNORED for x in item["labels"]) == int((own != IGNORED).sum())
-            for item, own in zip(items, self.labels, strict=True)
-        )
+        places = [_places(words, item) for item in items]
+        self.offsets = np.cumsum([0, *(int(at.lengths[0]) for at in places)])
+        self.starts = [at.first[0].tolist() for at in places]
+        self.labels = [_labels(item["labels"], at) for item, at in zip(items, self.starts, strict=True)]
         shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
-        path = cache_folder() / f"states-{_digest(host, layers, items, positions)}.f16"
+        path = cache_folder() / f"states-{_digest(host, words, layers, items)}.f16"
         try:
             locks = path.parent / "locks"
             locks.mkdir(parents=True, exist_ok=True)
             with FileLock(locks / path.name):
                 if not path.is_file() or path.stat().st_size != 2 * int(np.prod(shape)):
-                    self._compute(path, shape, host, tokenizer, begins_word, items, batch_size)
+                    self._compute(path, shape, host, words, items, batch_size)
         except OSError as error:
             raise DataError(
                 f"The host's states cannot be kept in {path.parent} ({error}). Set UNIHYPERLORA_CACHE to a folder "
@@ -86,7 +81,7 @@ class WordStates:
             ) from error
         self.states = np.memmap(path, np.float16, "r", shape=shape)
 
-    def _compute(self, path: Path, shape, host, tokenizer, begins_word, items, batch_size) -> None:
+    def _compute(self, path: Path, shape, host, words: WordReader, items, batch_size) -> None:
         needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
         part, progress = path.with_suffix(".part"), path.with_suffix(".json")
         if not part.is_file() and needed > free:
@@ -102,10 +97,10 @@ class WordStates:
         host.eval()
         for number, chosen in enumerate(batches[done:], start=done + 1):
             inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
-            padded = tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
-            words, lengths = read_words(host, begins_word, self.layers, padded)
+            padded = words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+            read, lengths = read_words(host, words, self.layers, padded)
             for row, index in enumerate(chosen):
-                states[self.offsets[index] : self.offsets[index + 1]] = words[row, : lengths[row]].cpu().numpy()
+                states[self.offsets[index] : self.offsets[index + 1]] = read[row, : lengths[row]].cpu().numpy()
             if number % SAVE_EVERY == 0 or number == len(batches):
                 states.flush()
                 write_json(progress, {"batches": number, "batch_size": batch_size})
@@ -176,8 +171,8 @@ def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]
     """
 
     def on_tokens(values: np.ndarray) -> np.ndarray:  # (windows, W) → (windows, T)
-        spread = np.full((len(values), 1 + max(at[-1] for at in words.positions)), IGNORED, dtype=np.int64)
-        for row, at in enumerate(words.positions):
+        spread = np.full((len(values), 1 + max(at[-1] for at in words.starts)), IGNORED, dtype=np.int64)
+        for row, at in enumerate(words.starts):
             spread[row, at] = values[row, : len(at)]
         return spread
 
@@ -211,15 +206,24 @@ class StreamCollator:
 
 @torch.no_grad()
 def read_words(
-    host: nn.Module, begins_word: torch.Tensor, layers: list[int], batch: dict
+    host: nn.Module, words: WordReader, layers: list[int], batch: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of a batch's words (B, W, layers, d) float16, and words a window (B,)."""
     known = inspect.signature(host.forward).parameters
-    inputs = {name: value.to(host.device) for name, value in batch.items() if name in known}
-    mask = batch["attention_mask"].to(host.device)
-    positions, lengths, _ = word_positions(begins_word.to(host.device), inputs["input_ids"], mask)
-    hidden = host(**inputs, output_hidden_states=True, return_dict=True).hidden_states
-    return states_of_words(hidden, layers, positions).half(), lengths
+    inputs = {name: value.to(host.device) for name, value in batch.items()}
+    mask = inputs.pop("attention_mask")
+    places = words.places(inputs["input_ids"], mask, inputs.get("word_index"))
+    given = {name: value for name, value in inputs.items() if name in known}
+    hidden = call_host(host, mask, output_hidden_states=True, **given).hidden_states
+    return states_of_words(hidden, layers, words.read_at(places)).half(), places.lengths
+
+
+def _places(words: WordReader, item: dict) -> WordPlaces:
+    """Where the words of one window are."""
+    ids, index = (
+        None if item.get(name) is None else torch.tensor([item[name]]) for name in ("input_ids", "word_index")
+    )
+    return words.places(ids, None, index)
 
 
 def _labels(labels, positions: list[int]) -> np.ndarray:
@@ -237,10 +241,10 @@ def _progress(part: Path, progress: Path, size: int, batch_size: int) -> int:
         return 0
 
 
-def _digest(host: nn.Module, layers: list[int], items: list[dict], positions: list[list[int]]) -> str:
-    digest = hashlib.sha256(f"{fingerprint(host)} {layers}".encode())
-    for item, at in zip(items, positions, strict=True):
+def _digest(host: nn.Module, words: WordReader, layers: list[int], items: list[dict]) -> str:
+    digest = hashlib.sha256(f"{fingerprint(host)} {layers} {words.key()}".encode())
+    for item in items:
         for name in sorted(set(item) - {"labels"}):
             digest.update(name.encode() + np.array(item[name], dtype=np.int64).tobytes())
-        digest.update(np.array(at, dtype=np.int64).tobytes() + b"|")
+        digest.update(b"|")
     return digest.hexdigest()[:24]

@@ -10,9 +10,11 @@ from modeling_unihyperlora.hosts import encoder_of
 
 VOCABULARY = 40
 _NO_DROPOUT = ("dropout", "dropout_prob", "dropout_rate", "drop_rate")
+DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")
 _STREAM_ONLY = {
     "convbert": {},
     "fnet": {},
+    "gpt2": {},
     "longformer": {"attention_window": 4},
     "nystromformer": {},
     "rembert": {},
@@ -31,6 +33,12 @@ _MORE = {  # what a family's configuration needs beside the common shape
     },
     "electra": {"embedding_size": 16},
     "eurobert": {"num_key_value_heads": 2},
+    "gemma": {"head_dim": 8, "num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2},
+    "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
     "mobilebert": {
         "embedding_size": 16,
         "true_hidden_size": 16,
@@ -45,6 +53,8 @@ _MORE = {  # what a family's configuration needs beside the common shape
 }
 _NAMES = {  # of the common shape, where they are others: width, blocks, heads, inner width
     "distilbert": ("dim", "n_layers", "n_heads", "hidden_dim"),
+    "gpt2": ("n_embd", "n_layer", "n_head", "n_inner"),
+    "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
     "t5": ("d_model", "num_layers", "num_heads", "d_ff"),
     "xlm": ("emb_dim", "n_layers", "n_heads", None),
 }
@@ -72,7 +82,7 @@ def tiny_host(
         torch.manual_seed(seed)
         host = encoder_of(AutoModel.from_config(config))
         for name, parameter in host.named_parameters():  # transformers' 0.02 would leave all tokens nearly alike
-            if "embeddings" in name or "embed_tokens" in name or name.startswith("tok_"):
+            if "embeddings" in name or "embed_" in name or name.startswith("wte") or name.startswith("tok_"):
                 nn.init.normal_(parameter, std=0.5)
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))

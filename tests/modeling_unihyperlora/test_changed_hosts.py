@@ -21,7 +21,8 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
 )
 from modeling_unihyperlora.anchors import word_states
-from modeling_unihyperlora.hosts import encoder_of, fingerprint, linear_multiply_adds, load_host, load_host_tokenizer
+from modeling_unihyperlora.hosts import encoder_of, fingerprint, linear_multiply_adds, load_host
+from modeling_unihyperlora.words import WordReader, load_tokenizer
 from tests.conftest import tiny_tokenizer
 
 load = UniHyperLoraForTokenClassification.from_pretrained
@@ -172,7 +173,7 @@ class TestSentenceTransformers:
         (tmp_path / "st" / "modules.json").write_text(json.dumps(modules))
         host = load_host(str(tmp_path / "st"))
         assert fingerprint(host) == fingerprint(load_host(str(tiny_host)))
-        assert len(load_host_tokenizer(str(tmp_path / "st"))) == len(tiny_tokenizer())
+        assert len(load_tokenizer(str(tmp_path / "st"))) == len(tiny_tokenizer())
 
     def test_object(self, make_host):
         class SentenceTransformer(nn.Sequential):
@@ -325,7 +326,7 @@ def test_states_in_another_number_than_layers_are_refused(make_host, tmp_path):
     host.config.num_hidden_layers = 2
     host.encoder.layer = host.encoder.layer[:1]
     with pytest.raises(HostError, match="1 hidden states|2 hidden states"):
-        word_states(host, tiny_tokenizer(), [["anna", "lives"]], [0, 1, 2])
+        word_states(host, WordReader(host, tiny_tokenizer()), [["anna", "lives"]], [0, 1, 2])
 
 
 @pytest.mark.slow
@@ -345,7 +346,9 @@ def test_a_host_without_a_largest_position(positions, make_host):
     """XLNet says -1: its positions are relative."""
     host = make_host("deberta-v2")
     host.config.max_position_embeddings = positions
-    assert torch.isfinite(word_states(host, tiny_tokenizer(), [["anna", "lives", "in", "oslo"]], [0, 3])).all()
+    assert torch.isfinite(
+        word_states(host, WordReader(host, tiny_tokenizer()), [["anna", "lives", "in", "oslo"]], [0, 3])
+    ).all()
 
 
 def test_input_that_the_host_does_not_read(make_model, make_batch):

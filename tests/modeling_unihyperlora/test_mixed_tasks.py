@@ -35,7 +35,7 @@ def model_of(request, make_host, stir, tmp_path, monkeypatch):
 
     def make(cls):
         config = UniHyperLoraConfig(atoms=16, anchor_dim=12, mixer_hidden=5, **PATHWAYS[request.param])
-        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS[:20], *(f"##{word}" for word in WORDS[20:])]
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS[:20], *(f"##{word}" for word in WORDS[20:36])]
         tokenizer = piece_tokenizer(pieces, 64) if config.pathway == "stream" else None
         more = {"tokenizer": tokenizer, "anchor_file": anchors} if tokenizer else {}
         model = cls.from_host(make_host("bert"), labels=LABELS["people"], task="people", config=config, **more)

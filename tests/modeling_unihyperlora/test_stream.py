@@ -19,8 +19,9 @@ from modeling_unihyperlora.adapter import KNOTS, PARTS, part_of
 from modeling_unihyperlora.anchors import read_anchors, word_states
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.storage import bytes_of_parts
-from modeling_unihyperlora.stream import disturb, word_beginnings, word_positions
+from modeling_unihyperlora.stream import disturb
 from modeling_unihyperlora.token_mixer import Words
+from modeling_unihyperlora.words import WordReader
 from tests.conftest import piece_tokenizer
 from tests.modeling_unihyperlora.test_accounting import TOKENS, products_a_token, realistic
 from tests.modeling_unihyperlora.test_calibration import fit_tensors
@@ -139,7 +140,7 @@ class TestAnchors:
     def test_states_are_those_of_first_sub_tokens(self, tokenizer):
         host = bert(32, 4)
         sentences = [["word1", "unknown", "word3"], ["word7"]]
-        states = word_states(host, tokenizer, sentences, [0, 4])
+        states = word_states(host, WordReader(host, tokenizer), sentences, [0, 4])
         with torch.no_grad():
             ids = tokenizer("word1 unknown word3", return_tensors="pt")["input_ids"]
             hidden = host(ids, output_hidden_states=True).hidden_states
@@ -148,16 +149,6 @@ class TestAnchors:
 
 
 class TestWords:
-    def test_beginnings_in_the_vocabulary(self, tokenizer):
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        begins = word_beginnings(tokenizer, tokens)
-        assert [t for t, b in zip(tokens, begins, strict=True) if not b] == ["[PAD]", "[CLS]", "[SEP]", "##known"]
-
-    def test_a_vocabulary_without_borders_is_refused(self):
-        backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
-        with pytest.raises(HostError, match="does not mark where words begin"):
-            word_beginnings(PreTrainedTokenizerFast(tokenizer_object=backend), ["a", "b"])
-
     def test_a_piece_inside_a_word_has_its_words_scores(self, model, tokenizer):
         logits = model(**batch(tokenizer)).logits
         assert torch.equal(logits[0, 2], logits[0, 3]) and not torch.equal(logits[0, 1], logits[0, 2])
@@ -274,7 +265,7 @@ class TestStream:
                 reads.append(torch.cat([seen["features"][at], *beside]))
             expected = torch.stack(reads) @ weight.T + bias
             if kind is UniHyperLoraForTokenClassification:
-                _, _, word_of = word_positions(later.stream.begins_word, inputs["input_ids"], inputs["attention_mask"])
+                word_of = later.stream.words.places(inputs["input_ids"], inputs["attention_mask"]).word_of
                 got = torch.stack([logits[row, word_of[row] == word][-1] for word in range(end - start)])
             else:
                 got, expected = logits[row], expected.mean(dim=0)
@@ -289,8 +280,8 @@ class TestStream:
     def test_cached_states_give_the_same_scores(self, model, tokenizer):
         inputs = batch(tokenizer)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        z, counts, _, _ = model.stream.read_host(mask, {"input_ids": ids})
-        positions, _, _ = word_positions(model.stream.begins_word, ids, mask)
+        z, places, _ = model.stream.read_host(mask, {"input_ids": ids})
+        counts, positions = places.lengths, places.first
         mask_of_words = torch.arange(z.shape[1]) < counts[:, None]
         words = model(canonical_states=z, attention_mask=mask_of_words).logits
         tokens = model(**inputs).logits
@@ -302,7 +293,7 @@ class TestStream:
         inputs, first = batch(tokenizer), model.stream.fit
         with torch.no_grad():
             hidden = model.host(**inputs, output_hidden_states=True).hidden_states
-            positions, _, _ = word_positions(model.stream.begins_word, inputs["input_ids"], inputs["attention_mask"])
+            positions = model.stream.words.places(inputs["input_ids"], inputs["attention_mask"]).first
             expected, logits = model.stream.canonical_states(hidden, positions), model(**inputs).logits
             with torch.autocast("cpu", torch.bfloat16):
                 got, coarse = model.stream.canonical_states(hidden, positions), model(**inputs).logits
@@ -382,7 +373,7 @@ class TestStream:
     def test_a_host_that_cannot_be_lined_up_is_given_back_as_it_was(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         host = bert(48, 2, seed=1)
-        pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
+        pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])), pad_token="a")
         with pytest.raises(HostError, match="does not mark where words begin"):
             UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=host, tokenizer=pieces)
         assert all(parameter.requires_grad for parameter in host.parameters())

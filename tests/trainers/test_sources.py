@@ -9,6 +9,7 @@ from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraFor
 from modeling_unihyperlora.adapter import knot_layers, near_layers
 from modeling_unihyperlora.anchors import read_anchors
 from modeling_unihyperlora.calibration import fit_host
+from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.decoding import IGNORED
@@ -49,7 +50,7 @@ def windows(sentences, tokenizer):
 
 
 def words_of(host, tokenizer, windows, batch_size: int = 8) -> WordStates:
-    return WordStates(host, tokenizer, windows, batch_size)
+    return WordStates(host, WordReader(host, tokenizer), windows, batch_size)
 
 
 class TestWordStates:
@@ -65,7 +66,6 @@ class TestWordStates:
             for layer in range(3):
                 np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
             assert words.labels[index].tolist() == [item["labels"][at] for at in starts]
-        assert words.covers_labels
 
     def test_are_computed_once_for_a_host_and_a_text(self, tokenizer, windows, cache, monkeypatch):
         words_of(bert(tokenizer), tokenizer, windows)

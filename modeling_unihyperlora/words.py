@@ -1,0 +1,500 @@
+"""Words: what a stream reads one state of. They are the same words on every host, whatever its tokenizer.
+
+Letters: B batch, T tokens, W words, V entries of a vocabulary.
+
+A word begins at a blank, at a punctuation mark, at a symbol, at a Chinese character, and after one of these. So BERT's
+pre-tokeniser cuts, and here it holds for every tokenizer. Two pieces of code make it true:
+
+- ``prepare_tokenizer`` changes the normaliser of a host's tokenizer: it puts blanks around marks and in front of the
+  text. A byte-level or SentencePiece tokenizer then writes every word as one that follows a blank, and raw text gives
+  the very ids that its words give. If the caller gives words (``is_split_into_words=True``), the tokenizer also
+  returns ``word_index``, and a word that the caller gave is never split or joined.
+- ``begins_of`` tells from token ids alone which tokens begin a word, with a small table of the vocabulary. It is what
+  the model uses where no ``word_index`` is given, also in ONNX and under torch.compile. It follows the same rule on
+  ids that came from the host's own, unprepared tokenizer.
+"""
+
+import copy
+import json
+import re
+import unicodedata
+from typing import NamedTuple
+
+import torch
+from tokenizers import Regex, normalizers, pre_tokenizers
+from torch import nn
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .errors import HostError, first_line
+from .hosts import call_host, transformers_folder
+
+NO_WORD = -1  # in ``word_index``: a token of no word
+
+# Chinese characters, each a word of its own: the blocks that BERT's normaliser knows.
+_IDEOGRAPHS = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+_SKIN_TONES = (0x1F3FB, 0x1F3FF)  # symbols that belong to the emoji before them
+
+
+def _class(*ranges: tuple[int, int]) -> str:
+    return "".join(rf"\x{{{low:X}}}-\x{{{high:X}}}" for low, high in ranges)
+
+
+_MARK = rf"[[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]&&[^{_class(_SKIN_TONES)}]]"
+_WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # what belongs to the mark before it: accents, joiners
+_AFTER = rf"(?=[^\s\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}])"
+_CUT = "|".join(
+    [rf"(?<=\S)(?={_MARK})", *(rf"(?<={_MARK}{_WITH * following}){_AFTER}" for following in range(3))]
+)  # the empty places where a word begins without a blank
+
+
+def is_mark(character: str) -> bool:
+    """Whether a character is a word by itself: punctuation, a symbol, or a Chinese character."""
+    number = ord(character)
+    if _SKIN_TONES[0] <= number <= _SKIN_TONES[1]:
+        return False
+    return unicodedata.category(character)[0] in "PS" or any(low <= number <= high for low, high in _IDEOGRAPHS)
+
+
+# ---- the tokenizer of a host ----
+
+
+def load_tokenizer(name_or_path: str | None, trust_remote_code: bool = False, **kwargs) -> PreTrainedTokenizerBase:
+    """The tokenizer in a host's folder or repository, prepared; see ``prepare_tokenizer``.
+
+    This is the only loader: lining up, training, scoring, pipelines and exports read with the same tokenizer.
+
+    Args:
+        name_or_path: a Hub id or a folder.
+        trust_remote_code: let the tokenizer's repository run its own code.
+        **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, and settings of the tokenizer such as
+            ``model_max_length``.
+
+    Raises:
+        HostError: it cannot be loaded, or it cannot be prepared.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            transformers_folder(name_or_path or ""), trust_remote_code=trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"The tokenizer of the host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass tokenizer=, or "
+            "name one with --tokenizer_name."
+        ) from error
+    return prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of a fast tokenizer that cuts words as this module says; one that is prepared is returned as it is.
+
+    The copy pads on the right, with the end-of-text token where the tokenizer has no pad token. Offsets are those of
+    the text that was given.
+
+    Raises:
+        HostError: the tokenizer is a slow one, or has nothing to pad with.
+    """
+    if isinstance(tokenizer, _WordTokenizer):
+        return tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise HostError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot say to which word a sub-token belongs. Use "
+            "a host with a tokenizer.json, or name a fast tokenizer with --tokenizer_name."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    changed = type(backend).from_str(json.dumps(_with_blanks(json.loads(backend.to_str()))))
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if getattr(changed, part) is not None:
+            setattr(backend, part, getattr(changed, part))
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # words are counted from the left
+    if tokenizer.pad_token is None:
+        spare = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+        if spare is None:
+            raise HostError(
+                f"{type(tokenizer).__name__} has no pad token and no end-of-text token to pad with. Set one: "
+                "tokenizer.pad_token = …."
+            )
+        tokenizer.pad_token = spare
+    tokenizer.__class__ = _word_tokenizer(type(tokenizer))
+    return tokenizer
+
+
+def _with_blanks(state: dict) -> dict:
+    """A tokenizer, as JSON, that cuts at every mark and sees a blank before every word and nowhere else."""
+    own, after = (state[part] or {} for part in ("pre_tokenizer", "normalizer"))
+    steps = [step.copy() for step in own.get("pretokenizers", [own] if own else [])]
+    after = after.get("normalizers", [after] if after else [])
+    kinds = [step["type"] for step in steps]
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if "ByteLevel" in kinds:
+        for step in steps:
+            step |= {"add_prefix_space": False} if step["type"] == "ByteLevel" else {}
+        steps = [_as_json(step) for step in (pre_tokenizers.WhitespaceSplit(), _prefix(" "))] + steps
+    elif "Metaspace" in kinds or blank in after:  # SentencePiece writes a blank as "▁"
+        after = [step for step in after if step != blank and step["type"] != "Prepend"]
+        others = [step for step in steps if step["type"] not in ("Metaspace", "WhitespaceSplit", "Split")]
+        steps = [_as_json(step) for step in (pre_tokenizers.WhitespaceSplit(), _prefix("▁"))] + others
+    cut = [normalizers.Replace(Regex(_CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")]
+    changed = state | {
+        "normalizer": {"type": "Sequence", "normalizers": [*map(_as_json, cut), *after]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,
+    }
+    return json.loads(json.dumps(changed).replace('"trim_offsets": true', '"trim_offsets": false'))
+
+
+def _prefix(blank: str) -> pre_tokenizers.PreTokenizer:
+    """Puts a blank before every word; it has no place of its own in the text, so offsets need no trimming."""
+    return pre_tokenizers.Metaspace(replacement=blank, prepend_scheme="always", split=False)
+
+
+def _as_json(step: normalizers.Normalizer | pre_tokenizers.PreTokenizer) -> dict:
+    return json.loads(step.__getstate__())
+
+
+class _WordTokenizer:
+    """What a prepared tokenizer adds to its class: the words that a caller gave, as ``word_index``."""
+
+    def _encode_plus(self, *args, is_split_into_words: bool = False, return_tensors=None, **kwargs) -> BatchEncoding:
+        encoded = super()._encode_plus(*args, is_split_into_words=is_split_into_words, **kwargs)
+        if is_split_into_words:
+            rows = [
+                [NO_WORD if word is None else word for word in encoding.word_ids] for encoding in encoded.encodings
+            ]
+            is_batch = len(encoded["input_ids"]) > 0 and isinstance(encoded["input_ids"][0], list)
+            encoded["word_index"] = rows if is_batch or not rows else rows[0]
+        if return_tensors is None:
+            return encoded
+        one = len(encoded["input_ids"]) == 0 or not isinstance(encoded["input_ids"][0], list)
+        return encoded.convert_to_tensors(return_tensors, prepend_batch_axis=one)
+
+    def _pad(self, encoded_inputs, *args, **kwargs):
+        index = encoded_inputs.get("word_index")
+        padded = super()._pad(encoded_inputs, *args, **kwargs)
+        if index is not None:
+            missing = [NO_WORD] * (len(padded["input_ids"]) - len(index))
+            padded["word_index"] = [*index, *missing]
+        return padded
+
+    def __reduce_ex__(self, protocol):
+        """Classes that are made at run time cannot be pickled by name; the host's own class can."""
+        return _restored, (type(self).__mro__[2], self.__dict__)
+
+
+def _word_tokenizer(own: type) -> type:
+    """The class of a prepared tokenizer, with the name that transformers writes into tokenizer_config.json."""
+    return type(own.__name__, (_WordTokenizer, own), {"__module__": own.__module__})
+
+
+def _restored(own: type, state: dict) -> PreTrainedTokenizerBase:
+    tokenizer = own.__new__(own)
+    tokenizer.__dict__.update(state)
+    tokenizer.__class__ = _word_tokenizer(own)
+    return tokenizer
+
+
+class HostTokenizer:
+    """What ``AutoTokenizer`` and ``pipeline`` use for an adapter: the prepared tokenizer of its host."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *args,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer of the host that the adapter names, or of another.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or Hub id.
+            base_model_name_or_path: another host, as for the model.
+            base_model_revision: its revision.
+            revision: of the adapter.
+            **kwargs: ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, and settings of the tokenizer.
+
+        Raises:
+            HostError: no host is named, or its tokenizer cannot be loaded.
+        """
+        hub = {name: kwargs.pop(name) for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        subfolder = kwargs.pop("subfolder", None) or ""
+        for name in ("_from_auto", "_commit_hash", "_from_pipeline", "trust_remote_code", "code_revision"):
+            kwargs.pop(name, None)
+        if base_model_name_or_path is None:
+            where = {"revision": revision, "subfolder": subfolder}
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where, **hub)
+            base_model_name_or_path = config.get("base_model_name_or_path")
+            base_model_revision = config.get("base_model_revision")
+        if not base_model_name_or_path:
+            raise HostError(
+                f"The adapter '{pretrained_model_name_or_path}' does not say which host to use, so it has no "
+                "tokenizer either. Pass tokenizer= and base_model_name_or_path='a Hub id or a folder'."
+            )
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return load_tokenizer(base_model_name_or_path, revision=base_model_revision or "main", **hub, **given)
+
+
+# ---- words from token ids ----
+
+BLANK, MARK, ENDS, BARE, SPECIAL = 1, 2, 4, 8, 16  # flags of a vocabulary's entry, see ``vocabulary_flags``
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's way to write one byte of an unknown character
+
+
+def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """What each entry of a vocabulary says about words: (V + 1,) uint8; the last is for ids beyond the vocabulary.
+
+    BLANK: it follows a blank (in WordPiece: it continues no word), so it begins a word. MARK: its first character is a
+    mark. ENDS: its last one is. BARE: it is a blank and nothing else. SPECIAL: a special token.
+
+    Raises:
+        HostError: the vocabulary does not mark where words begin.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("type") == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        flags = [BLANK if token is not None and not token.startswith(prefix) else 0 for token in tokens]
+    elif any(token and token[0] in "▁Ġ" for token in tokens):
+        read = _text_of_bytes if any(token and token[0] == "Ġ" for token in tokens) else _text_of_pieces
+        flags = [_flags(read(token)) for token in tokens]
+    else:
+        raise HostError(
+            f"The vocabulary of {type(tokenizer).__name__} does not mark where words begin ('##', '▁' or 'Ġ'), so its "
+            "words cannot be lined up with those of other hosts. Use another host."
+        )
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and model.get("type") != "WordPiece":  # its name is no text
+        flags[unknown] = 0
+    for number in {*tokenizer.all_special_ids} - {unknown}:
+        flags[number] = SPECIAL
+    return torch.tensor([*flags, BLANK], dtype=torch.uint8)
+
+
+def _flags(text: str) -> int:
+    """Flags of an entry that stands for this text; a leading blank is written as one."""
+    inner = text.lstrip(" ")
+    if not inner:
+        return BLANK | BARE if text else 0
+    return BLANK * (text[0] == " ") | MARK * is_mark(inner[0]) | ENDS * is_mark(inner[-1])
+
+
+def _text_of_pieces(token: str | None) -> str:
+    return "" if token is None or _BYTE.fullmatch(token) else token.replace("▁", " ")
+
+
+def _text_of_bytes(token: str | None) -> str:
+    """The text of a byte-level entry; a part of a character is written as an accent, which is no mark."""
+    if token is None:
+        return ""
+    try:
+        return bytes(_BYTE_OF[character] for character in token).decode("utf-8", errors="replace").replace("�", "́")
+    except KeyError:  # an added token, which is written as it is
+        return token
+
+
+def _byte_level() -> dict[str, int]:
+    """Character → byte in a byte-level vocabulary (Radford et al. 2019): printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [number for number in range(256) if number not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level()
+
+
+class WordPlaces(NamedTuple):
+    """Where the words of a batch are among its tokens.
+
+    ``first`` and ``last`` (B, W): first and last token of each word, 0 beyond a sentence's words. ``lengths`` (B,):
+    words a sentence. ``word_of`` (B, T): the word that a token belongs to; of a token of no word, the one before it.
+    ``begins`` (B, T) bool: the first tokens of words.
+    """
+
+    first: torch.Tensor
+    last: torch.Tensor
+    lengths: torch.Tensor
+    word_of: torch.Tensor
+    begins: torch.Tensor
+
+
+def begins_of(
+    flags: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    word_index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens begin a word, and which belong to one: (B, T) bool each.
+
+    A sentence without any word has one all the same, its first token, so that it can be classified.
+
+    Args:
+        flags: (V + 1,), see ``vocabulary_flags``.
+        input_ids: (B, T).
+        attention_mask: (B, T), above 0 for tokens.
+        word_index: (B, T) the word of each token as the caller gave it, or ``NO_WORD``; from the ids where None.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
+    if word_index is not None:
+        inside = real & (word_index != NO_WORD)
+        begins = inside & (word_index != _before(word_index, NO_WORD))
+    else:
+        own = flags[input_ids.clamp(max=len(flags) - 1)]
+        before = torch.where(_before(real, False), _before(own, SPECIAL), SPECIAL)
+        inside = real & (own & SPECIAL == 0)
+        free = (own & MARK > 0) | (before & (ENDS | SPECIAL) > 0)  # it begins a word unless the blank before it does
+        begins = inside & ((own & BLANK > 0) | (free & (before & BARE == 0)))
+    first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
+    alone = first & ~begins.any(dim=1, keepdim=True)
+    return begins | alone, inside | alone
+
+
+def _before(values: torch.Tensor, start: int | bool) -> torch.Tensor:
+    """What stands one place to the left, (B, T); ``start`` before the first."""
+    return torch.cat([torch.full_like(values[:, :1], start), values[:, :-1]], dim=1)
+
+
+def word_places(begins: torch.Tensor, inside: torch.Tensor, width: int | None = None) -> WordPlaces:
+    """From ``begins_of``: where words are, with ``width`` places for words (by default as many as are needed)."""
+    tokens = begins.shape[1]
+    lengths = begins.long().sum(dim=1)
+    follows = torch.cat([(inside & ~begins)[:, 1:], torch.zeros_like(begins[:, :1])], dim=1)
+    ends = inside & ~follows
+    most = width or (tokens if torch.compiler.is_compiling() else int(lengths.max()))
+    number = torch.arange(tokens, device=begins.device)
+    there = number[:most] < lengths[:, None]
+    first, last = (
+        torch.where(at, number, number + tokens).sort(dim=1).values[:, :most] * there for at in (begins, ends)
+    )
+    word_of = (begins.long().cumsum(dim=1) - 1).clamp_min(0)
+    return WordPlaces(first, last, lengths, word_of, begins)
+
+
+class Continuation(NamedTuple):
+    """What B-X becomes on the further tokens of a word: I-X, where there is such a label.
+
+    ``partner`` (…, C): of B-X the id of I-X, of I-X that of B-X, of any other label its own. ``inner`` (…, C) bool:
+    the label is such an I-X.
+    """
+
+    partner: torch.Tensor
+    inner: torch.Tensor
+
+    @classmethod
+    def of(cls, labels: list[str], width: int | None = None) -> "Continuation":
+        """Of one task's labels, (C,); with ``width`` of so many, where another task has more."""
+        ids = {label: number for number, label in enumerate(labels)}
+        partner, inner = torch.arange(width or len(labels)), torch.zeros(width or len(labels), dtype=torch.bool)
+        for label, begin in ids.items():
+            if (label == "B" or label.startswith("B-")) and "I" + label[1:] in ids:
+                within = ids["I" + label[1:]]
+                partner[begin], partner[within], inner[within] = within, begin, True
+        return cls(partner, inner)
+
+    def __call__(self, logits: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+        """Scores (B, T, C) of tokens, each with those of its word; ``begins`` (B, T) are words' first tokens.
+
+        On the others the better score of B-X and I-X is that of I-X and the worse one that of B-X. So the word keeps
+        its type and its probability, and a stock pipeline joins its tokens.
+        """
+        partner, inner = (part.to(logits.device).expand(logits.shape) for part in self.as_rows())
+        other = logits.gather(-1, partner)
+        moved = torch.where(inner, torch.maximum(logits, other), torch.minimum(logits, other))
+        return torch.where(begins.unsqueeze(-1), logits, moved)
+
+    def as_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """With a place for tokens before the labels: (C,) → (1, C), (B, C) → (B, 1, C)."""
+        return self.partner.unsqueeze(-2), self.inner.unsqueeze(-2)
+
+
+# ---- how a host's words are read ----
+
+
+class WordReader:
+    """How the words of one host are read.
+
+    Args:
+        host: a model that returns its hidden states.
+        tokenizer: its fast tokenizer, which is prepared here unless it is already.
+
+    Attributes:
+        tokenizer: prepared.
+        flags: of its vocabulary.
+        causal: whether the host's tokens see only what stands before them. Then the state of a word is that of its
+            last token, which has seen all of the word; else it is that of its first token.
+
+    Raises:
+        HostError: a slow tokenizer, one that marks no words, or one that is not the host's.
+    """
+
+    def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = prepare_tokenizer(tokenizer)
+        check_vocabulary(host, self.tokenizer)
+        self.flags = vocabulary_flags(self.tokenizer)
+        self.causal = is_causal(host, self.flags)
+
+    def places(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
+    ) -> WordPlaces:
+        """Where the words are among ids (B, T); see ``begins_of``."""
+        if self.flags.device != input_ids.device:
+            self.flags = self.flags.to(input_ids.device)
+        return word_places(*begins_of(self.flags, input_ids, attention_mask, word_index))
+
+    def read_at(self, places: WordPlaces) -> torch.Tensor:
+        """The token of each word whose state is the word's: (B, W)."""
+        return places.last if self.causal else places.first
+
+    def key(self) -> str:
+        """All that the states of words depend on beside the host's weights; for the names of cached files."""
+        tokenizer = self.tokenizer
+        special = [tokenizer.model_max_length, tokenizer.unk_token_id, sorted(tokenizer.all_special_ids)]
+        return json.dumps([tokenizer.backend_tokenizer.to_str(), special, self.causal])
+
+
+def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ``HostError`` if a tokenizer gives ids that the host has no embedding for."""
+    try:
+        rows = host.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # a host without a table of embeddings
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise HostError(
+            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, the host "
+            f"'{host.config.name_or_path}' embeds {rows}: it is not the host's. Give the right one (tokenizer=, "
+            "--tokenizer_name), or call resize_token_embeddings on the host before."
+        )
+
+
+@torch.no_grad()
+def is_causal(host: nn.Module, flags: torch.Tensor) -> bool:
+    """Whether a host's tokens see only what stands before them.
+
+    It is tried: two texts that differ in their last token alone have the same states before it.
+
+    Args:
+        flags: of the vocabulary, for ids of ordinary words.
+    """
+    words = (flags[:-1] & BLANK > 0).nonzero().flatten()
+    if len(words) < 2:
+        return False
+    one, other = words[len(words) // 2], words[len(words) // 3]
+    ids = torch.stack([torch.stack([one, other, one]), torch.stack([one, other, other])]).to(host.device)
+    training = [module for module in host.modules() if module.training]
+    host.eval()
+    try:
+        states = call_host(host, torch.ones_like(ids), input_ids=ids, output_hidden_states=True).hidden_states
+    finally:
+        for module in training:
+            module.training = True
+    changed = max(float((state[0, :2] - state[1, :2]).abs().max()) for state in states or ())
+    return changed <= 1e-4 * max(float(states[-1].abs().max()), 1e-6)

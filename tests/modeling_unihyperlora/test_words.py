@@ -1,0 +1,356 @@
+"""Words: the same ones on every tokenizer, from raw text and from words that the caller gives."""
+
+import copy
+import json
+import pickle
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, BertTokenizerLegacy, PreTrainedTokenizerFast, pipeline
+
+from modeling_unihyperlora import (
+    ConfigError,
+    HostError,
+    UniHyperLoraConfig,
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+)
+from modeling_unihyperlora.words import (
+    NO_WORD,
+    Continuation,
+    WordReader,
+    begins_of,
+    is_causal,
+    is_mark,
+    load_tokenizer,
+    prepare_tokenizer,
+    vocabulary_flags,
+    word_places,
+)
+from tests.modeling_unihyperlora.families import DECODERS, tiny_host
+from tests.tokenizer_kinds import KINDS, LINES, make_tokenizer
+
+SENTENCES = (
+    'Angela Merkel met Tim Cook at Apple, in "Cupertino".',
+    "He (Hong Kong) said: don't pay $5m — or “so”!",
+    "U.S.-based John Smith flew to Al-Ain, 3-2.",
+    "Send it to john.smith@example.com or not...",
+    "北京 is near 东京都, she said",
+    "Anna ❤️ Rome 😀and\tOslo\n\n 👩‍💻 👍🏽.",
+    "[Paris] <Oslo> {Rome} a/b c_d e+f=g ~h",
+    "...",
+)
+GIVEN = ["U.S.", "Al-Ain", "don't", "$5m", "Cupertino", ",", "john@example.com", "3-2", "北京", "😀."]
+LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+HOSTS = {"bert": "encoder", "llama": "decoder"}
+
+
+def rule(text: str) -> list[str]:
+    """The words of a text, character by character."""
+    words, current, alone = [], "", False
+    for character in text:
+        kind = unicodedata.category(character)
+        if character.isspace():
+            words, current = [*words, current], ""
+        elif current and (kind[0] == "M" or kind == "Cf" or "\U0001f3fb" <= character <= "\U0001f3ff"):
+            current += character  # an accent, a joiner, the tone of a skin
+        elif current and not alone and not is_mark(character):
+            current += character
+        else:
+            words, current, alone = [*words, current], character, is_mark(character)
+    return [word for word in [*words, current] if word]
+
+
+def found(tokenizer, encoded, text: str) -> list[str]:
+    """The words that token ids alone tell, cut out of the text."""
+    places = word_places(*begins_of(vocabulary_flags(tokenizer), torch.tensor([encoded["input_ids"]])))
+    ends = zip(places.first[0], places.last[0], strict=True)
+    offsets = encoded["offset_mapping"]
+    return [text[offsets[first][0] : offsets[last][1]] for first, last in ends]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer(kind):
+    return prepare_tokenizer(make_tokenizer(kind))
+
+
+@pytest.fixture(scope="module")
+def anchor_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("anchors") / "anchors.txt"
+    path.write_text("\n".join(" ".join(rule(line)) for line in LINES * 2), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_tagger(anchor_file):
+    """make_tagger(kind, family, task class) → a stream whose head and reader are random, on a random host."""
+
+    def make(kind: str, family: str = "bert", cls=UniHyperLoraForTokenClassification, labels=LABELS):
+        tokenizer = make_tokenizer(kind)
+        host = tiny_host(family, vocab_size=len(tokenizer) + 3, max_position_embeddings=128)
+        config = UniHyperLoraConfig(pathway="stream", stream_dim=8, atoms=16, stream_width=12, stream_hidden=8)
+        torch.manual_seed(0)
+        model = cls.from_host(host, labels, "t", config, tokenizer=tokenizer, anchor_file=anchor_file).eval()
+        with torch.no_grad():
+            model.adapter.tasks["t"].head_weight.latent.normal_()
+        return model
+
+    return make
+
+
+class TestWordsOfATokenizer:
+    @pytest.mark.parametrize("text", SENTENCES)
+    def test_raw_text_has_the_words_of_the_rule(self, kind, tokenizer, text):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        words = rule(text)
+        got = found(tokenizer, encoded, text)
+        assert len(got) == len(words)
+        for mine, word in zip(got, words, strict=True):  # a normaliser may drop what belongs to a mark
+            assert word.startswith(mine) and (mine == word or not word[len(mine) :].isalnum())
+
+    @pytest.mark.parametrize("text", SENTENCES)
+    def test_raw_text_and_its_words_are_one(self, tokenizer, text):
+        raw, words = tokenizer(text), tokenizer(rule(text), is_split_into_words=True)
+        assert words["input_ids"] == raw["input_ids"]
+        flags, ids = vocabulary_flags(tokenizer), torch.tensor([raw["input_ids"]])
+        for from_ids, from_index in zip(
+            begins_of(flags, ids), begins_of(flags, ids, None, torch.tensor([words["word_index"]])), strict=True
+        ):
+            assert torch.equal(from_ids, from_index)
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=st.text(alphabet="abZé5北东.,(\"'$€-—😀  \n", max_size=40))
+    def test_of_any_text(self, tokenizer, text):
+        raw = tokenizer(text, return_offsets_mapping=True)
+        words = rule(text)
+        if not words:
+            return
+        assert found(tokenizer, raw, text) == words
+        assert tokenizer(words, is_split_into_words=True)["input_ids"] == raw["input_ids"]
+
+    def test_given_words_are_neither_split_nor_joined(self, tokenizer):
+        encoded = tokenizer(GIVEN, is_split_into_words=True, return_tensors="pt")
+        reader = WordReader(tiny_host("bert", vocab_size=500, max_position_embeddings=128), tokenizer)
+        places = reader.places(encoded["input_ids"], encoded["attention_mask"], encoded["word_index"])
+        assert places.lengths.tolist() == [len(GIVEN)]
+        pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in GIVEN]
+        ids = encoded["input_ids"][0]
+        for number, own in enumerate(pieces):
+            assert ids[places.first[0, number] : places.last[0, number] + 1].tolist() == own
+
+    def test_the_hosts_own_tokenizer_has_the_same_words_in_plain_text(self, kind):
+        """A user may read with it; only what it glues into one entry of its vocabulary cannot be told apart."""
+        text = "Zoe Lind met Eve (Lima Bay) at Bonn, in May."
+        own = make_tokenizer(kind)
+        encoded = own(text, return_offsets_mapping=True)
+        assert [word.strip() for word in found(own, encoded, text)] == rule(text)
+
+    def test_offsets_are_those_of_the_text(self, tokenizer):
+        text = "Anna flew to  Rome, Ben stayed."
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        for start, end in encoded["offset_mapping"]:
+            assert text[start:end] == text[start:end].strip()
+
+    def test_padding_keeps_the_given_words(self, tokenizer):
+        rows = [tokenizer(words, is_split_into_words=True) for words in (["U.S.", "forces"], ["Rome"])]
+        padded = tokenizer.pad([dict(row) for row in rows], return_tensors="pt")
+        assert padded["word_index"].shape == padded["input_ids"].shape
+        assert (padded["word_index"][padded["attention_mask"] == 0] == NO_WORD).all()
+        both = tokenizer([["U.S.", "forces"], ["Rome"]], is_split_into_words=True, padding=True, return_tensors="pt")
+        assert torch.equal(both["word_index"], padded["word_index"])
+
+    def test_it_can_be_copied_pickled_and_saved(self, tokenizer, tmp_path):
+        tokenizer.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        assert saved == type(make_tokenizer("unigram")).__name__
+        words = tokenizer(GIVEN, is_split_into_words=True)
+        for other in (
+            copy.deepcopy(tokenizer),
+            pickle.loads(pickle.dumps(tokenizer)),
+            load_tokenizer(str(tmp_path)),
+            prepare_tokenizer(AutoTokenizer.from_pretrained(tmp_path)),  # preparing twice changes nothing
+        ):
+            assert other(GIVEN, is_split_into_words=True)["word_index"] == words["word_index"]
+            assert other(SENTENCES[0])["input_ids"] == tokenizer(SENTENCES[0])["input_ids"]
+
+    def test_the_tokenizer_that_was_given_is_left_alone(self, kind):
+        own = make_tokenizer(kind)
+        before = own.backend_tokenizer.to_str(), own.pad_token, own.padding_side
+        prepare_tokenizer(own)
+        assert (own.backend_tokenizer.to_str(), own.pad_token, own.padding_side) == before
+
+
+class TestStatesAndTags:
+    @pytest.mark.parametrize("family", HOSTS)
+    def test_raw_text_and_its_words_have_equal_states_and_tags(self, kind, family, make_tagger):
+        model = make_tagger(kind, family)
+        tokenizer = model.stream.words.tokenizer
+        assert model.stream.words.causal == (HOSTS[family] == "decoder")
+        for text in SENTENCES:
+            raw = tokenizer(text, return_tensors="pt")
+            words = tokenizer(rule(text), is_split_into_words=True, return_tensors="pt")
+            with torch.no_grad():
+                z_raw, *_ = model.stream.read_host(raw["attention_mask"], {"input_ids": raw["input_ids"]})
+                given = {name: words[name] for name in ("input_ids", "word_index")}
+                z_words, *_ = model.stream.read_host(words["attention_mask"], given)
+                assert torch.equal(z_raw, z_words)
+                assert torch.equal(model(**raw).logits.argmax(-1), model(**words).logits.argmax(-1))
+
+    @pytest.mark.parametrize("family", HOSTS)
+    def test_a_given_word_is_read_at_one_token(self, kind, family, make_tagger):
+        """Its first one on an encoder, its last one on a decoder; the states are the host's at that token."""
+        model = make_tagger(kind, family)
+        words = model.stream.words
+        encoded = words.tokenizer(GIVEN, is_split_into_words=True, return_tensors="pt")
+        places = words.places(encoded["input_ids"], encoded["attention_mask"], encoded["word_index"])
+        index = encoded["word_index"][0].tolist()
+        for number in range(len(GIVEN)):
+            at = [position for position, word in enumerate(index) if word == number]
+            assert words.read_at(places)[0, number] == (at[-1] if family == "llama" else at[0])
+
+    def test_the_stock_pipeline_returns_whole_words(self, kind, make_tagger, monkeypatch):
+        model = make_tagger(kind)
+        tokenizer = model.stream.words.tokenizer
+        tag = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="simple")
+        for text in SENTENCES[:3]:
+            words = rule(text)
+            for entity in tag(text):
+                inside = rule(text[entity["start"] : entity["end"]])
+                assert any(inside == words[at : at + len(inside)] for at in range(len(words))), entity
+
+    def test_the_stock_pipeline_takes_words(self, kind, make_tagger):
+        """Every word is one entity or none: all its tokens have one type."""
+        model = make_tagger(kind)
+        tag = pipeline("token-classification", model=model, tokenizer=model.stream.words.tokenizer)
+        encoded = model.stream.words.tokenizer(GIVEN, is_split_into_words=True, return_tensors="pt")
+        with torch.no_grad():
+            best = model(**encoded).logits[0].argmax(-1).tolist()
+        [entities] = tag([GIVEN], is_split_into_words=True)
+        assert [LABELS.index(entity["entity"]) for entity in entities] == [
+            label for label, word in zip(best, encoded["word_index"][0], strict=True) if word != NO_WORD and label
+        ]
+        for number in range(len(GIVEN)):
+            own = [LABELS[best[at]] for at in (encoded["word_index"][0] == number).nonzero().flatten()]
+            assert len({tag[1:] for tag in own}) == 1
+            assert not any(tag.startswith("B-") for tag in own[1:])
+
+
+class TestContinuation:
+    def test_b_becomes_i_on_further_tokens(self):
+        logits = torch.tensor([[[0.0, 2.0, 1.0, -1.0, -2.0]] * 3])
+        got = Continuation.of(LABELS)(logits, torch.tensor([[True, False, True]]))
+        assert torch.equal(got[0, [0, 2]], logits[0, [0, 2]])
+        assert got[0, 1].tolist() == [0.0, 1.0, 2.0, -2.0, -1.0]
+
+    def test_labels_without_a_pair_stay(self):
+        labels = ["O", "B-X", "Y", "S-Z", "I-W"]
+        logits = torch.randn(2, 3, 5)
+        assert torch.equal(Continuation.of(labels)(logits, torch.zeros(2, 3, dtype=torch.bool)), logits)
+
+    def test_probability_and_type_of_the_word_are_kept(self):
+        logits = torch.randn(1, 50, 5)
+        got = Continuation.of(LABELS)(logits, torch.zeros(1, 50, dtype=torch.bool))
+        kinds = torch.tensor([0, 1, 1, 2, 2])
+        assert torch.equal(kinds[got.argmax(-1)], kinds[logits.argmax(-1)])
+        torch.testing.assert_close(got.softmax(-1).amax(-1), logits.softmax(-1).amax(-1))
+
+
+class TestHosts:
+    @pytest.mark.parametrize("family", DECODERS)
+    def test_decoders_are_causal(self, family):
+        host = tiny_host(family, vocab_size=300)
+        assert is_causal(host, vocabulary_flags(make_tokenizer("byte-level"))[:300])
+
+    @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert", "fnet", "deberta-v2"])
+    def test_encoders_are_not(self, family):
+        host = tiny_host(family, vocab_size=300)
+        assert not is_causal(host, vocabulary_flags(make_tokenizer("byte-level"))[:300])
+
+    def test_the_way_of_reading_is_part_of_the_maps_name(self):
+        kinds = ("byte-level", "byte-level-digits", "wordpiece-cased", "wordpiece-uncased")
+        host = tiny_host("bert", vocab_size=500)
+        keys = [WordReader(host, make_tokenizer(kind)).key() for kind in kinds]
+        keys.append(WordReader(tiny_host("llama", vocab_size=500), make_tokenizer("byte-level")).key())
+        assert len(set(keys)) == len(keys)
+
+
+class TestBadInput:
+    def test_a_vocabulary_without_borders(self):
+        backend = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])), pad_token="a")
+        with pytest.raises(HostError, match="does not mark where words begin"):
+            vocabulary_flags(prepare_tokenizer(backend))
+
+    def test_a_slow_tokenizer(self, tmp_path):
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+        with pytest.raises(HostError, match="slow tokenizer"):
+            prepare_tokenizer(BertTokenizerLegacy(str(tmp_path / "vocab.txt")))
+
+    def test_a_folder_without_one(self, tmp_path):
+        with pytest.raises(HostError, match="--tokenizer_name"):
+            load_tokenizer(str(tmp_path))
+
+    def test_nothing_to_pad_with(self):
+        backend = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"Ġa": 0, "b": 1}, [])))
+        with pytest.raises(HostError, match="pad_token"):
+            prepare_tokenizer(backend)
+
+    def test_without_a_pad_token_it_pads_with_the_end_of_text(self, make_tagger):
+        own = make_tokenizer("byte-level")
+        assert own.pad_token is None
+        model = make_tagger("byte-level", "llama")
+        tokenizer = model.stream.words.tokenizer
+        batch = tokenizer(["Anna met Ben", "Rome"], padding=True, return_tensors="pt")
+        alone = tokenizer("Rome", return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**batch).logits[1, :1], model(**alone).logits[0, :1], atol=1e-5, rtol=1e-4
+            )
+
+    def test_a_vocabulary_larger_than_the_hosts(self):
+        with pytest.raises(HostError, match="not the host's"):
+            WordReader(tiny_host("bert", vocab_size=50), make_tokenizer("unigram"))
+
+    def test_tokens_that_were_added_later_are_words(self, make_tagger):
+        model = make_tagger("byte-level")
+        tokenizer = copy.deepcopy(model.stream.words.tokenizer)
+        tokenizer.add_tokens(["<place>"])
+        tokenizer.add_tokens([f"<more{number}>" for number in range(5)])
+        model.host.resize_token_embeddings(len(tokenizer))
+        encoded = tokenizer("Anna in <place> and <more4>", return_tensors="pt")
+        places = model.stream.words.places(encoded["input_ids"], encoded["attention_mask"])
+        assert places.lengths.tolist() == [5]
+        with torch.no_grad():
+            assert torch.isfinite(model(**encoded).logits).all()
+
+    @pytest.mark.parametrize("text", ["...", "", "  ", '"'])
+    def test_texts_of_marks_or_of_nothing(self, kind, make_tagger, text):
+        model = make_tagger(kind, cls=UniHyperLoraForSequenceClassification, labels=["no", "yes"])
+        encoded = model.stream.words.tokenizer(text, return_tensors="pt")
+        if encoded["input_ids"].shape[1] == 0:
+            with pytest.raises(ConfigError, match="empty"):
+                model(**encoded)
+        else:
+            with torch.no_grad():
+                assert torch.isfinite(model(**encoded).logits).all()
+
+    def test_a_word_without_a_token_takes_no_other_words_tag(self, kind, make_tagger):
+        """A joiner alone is dropped by some normalisers; the words around it keep their own tokens."""
+        words = ["Anna", "\u200b", "Rome"]
+        model = make_tagger(kind)
+        encoded = model.stream.words.tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        index = encoded["word_index"][0]
+        places = model.stream.words.places(encoded["input_ids"], encoded["attention_mask"], encoded["word_index"])
+        assert index[places.first[0, 0]] == 0 and index[places.first[0, -1]] == 2
+
+    def test_ids_have_to_be_given(self, make_tagger):
+        with pytest.raises(ConfigError, match="without input_ids"):
+            make_tagger("unigram")(inputs_embeds=torch.randn(1, 3, 32))
