@@ -39,7 +39,7 @@ FILES = ("train", "validation")  # splits that a run reads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("configs", nargs="+", help="Run configs: YAML files in the paper's schema.")
+    parser.add_argument("configs", nargs="+", help="Run configs: names METHOD-iter1-DATASET, or YAML files.")
     parser.add_argument("--source", help="The run config whose adapter those that tune δθ start from.")
     parser.add_argument("--hosts", nargs="+", help="Do every config on each of these hosts, in place of its own.")
     parser.add_argument("--local", type=Path, help="YAML file: where hosts and data are on this machine.")

@@ -110,6 +110,14 @@ def test_a_source_of_another_kind_of_task(config, done, results, tmp_path):
     assert set(read_paper_runs(results)) == {*done}, "the source is recorded too"
 
 
+def test_a_config_that_is_made_from_fragments(done, results, tmp_path):
+    names = ["lora-iter1-sst2", "lora-iter1-conll2003"]
+    benchmark.main(["paper", *names, "--output_dir", str(tmp_path / "runs")])
+    assert done == [f"{name}-s0" for name in names]
+    scripts = [json.loads((tmp_path / "runs" / name / "cell.json").read_text())["script"] for name in done]
+    assert scripts == ["run_classification", "run_ner"]
+
+
 def test_every_config_on_every_host(config, done, results, tmp_path):
     source, tuned = config("unihyperlora", "source-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
     lora, where = config("lora", "lora-iter1-x"), ["--output_dir", str(tmp_path / "runs")]
