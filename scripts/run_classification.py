@@ -16,34 +16,14 @@ macro F1) and, with --do_predict, predictions.txt: one label a line. A test set 
 
 import sys
 
-from transformers import DataCollatorWithPadding
-
-from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForSequenceClassification
-from trainers import classification_data
-from trainers.arguments import ClassificationArguments
-from trainers.classification_inputs import EncodedTexts, best_class, classification_scores
-from trainers.running import Task, run
-
-TASK = Task(
-    script="run_classification",
-    default_name="classification",
-    arguments=ClassificationArguments,
-    model_class=UniHyperLoraForSequenceClassification,
-    read_file=classification_data.read_file,
-    read_hub_dataset=classification_data.read_hub_dataset,
-    collect_labels=classification_data.collect_labels,
-    check_splits=classification_data.check_splits,
-    dataset=EncodedTexts,
-    collator=DataCollatorWithPadding,
-    decode=lambda labels: best_class,
-    scores=lambda texts, args: classification_scores,
-    words=lambda example: f"{example.text} {example.pair or ''}".split(),
-)
+from modeling_unihyperlora import UniHyperLoraError
+from trainers import entry
+from trainers.tasks import CLASSIFICATION
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Run what the command line asks for; see ``trainers.running.run``."""
-    return run(TASK, command_line)
+    """Do what the command line asks for; returns the content of ``all_results.json``."""
+    return entry.main(CLASSIFICATION, command_line)
 
 
 if __name__ == "__main__":

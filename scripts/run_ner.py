@@ -12,38 +12,16 @@ Every flag of transformers' TrainingArguments works as well. Writes into --outpu
 and, with --do_predict, predictions.txt: one line a sentence, a tag for each word.
 """
 
-import itertools
 import sys
 
-from transformers import DataCollatorForTokenClassification
-
-from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForTokenClassification
-from trainers import ner_data
-from trainers.arguments import NerArguments
-from trainers.decoding import best_labels
-from trainers.ner_windows import SentenceWindows, entity_scores
-from trainers.running import Task, run
-
-TASK = Task(
-    script="run_ner",
-    default_name="ner",
-    arguments=NerArguments,
-    model_class=UniHyperLoraForTokenClassification,
-    read_file=ner_data.read_file,
-    read_hub_dataset=ner_data.read_hub_dataset,
-    collect_labels=ner_data.collect_labels,
-    check_splits=lambda splits, *labels: ner_data.check_labels(itertools.chain(*splits.values()), *labels),
-    dataset=SentenceWindows,
-    collator=DataCollatorForTokenClassification,
-    decode=best_labels,
-    scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
-    words=lambda sentence: sentence.tokens,
-)
+from modeling_unihyperlora import UniHyperLoraError
+from trainers import entry
+from trainers.tasks import NER
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Run what the command line asks for; see ``trainers.running.run``."""
-    return run(TASK, command_line)
+    """Do what the command line asks for; returns the content of ``all_results.json``."""
+    return entry.main(NER, command_line)
 
 
 if __name__ == "__main__":

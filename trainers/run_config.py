@@ -1,4 +1,7 @@
-"""Run configurations: one YAML a run, in the schema of the paper, turned into arguments of the script.
+"""Run configurations in the schema of the paper, turned into arguments of the script.
+
+A run configuration is one YAML file, or the name METHOD-iter1-DATASET: then it is made from ``common.yaml``,
+``dataset/DATASET.yaml`` and ``method/METHOD.yaml`` of one folder, of which the later wins.
 
 Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py`` or
 ``scripts/run_classification.py``, in front of what the user typed, so that the command line wins.
@@ -10,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +27,8 @@ from .search_space import knobs_of
 logger = logging.getLogger(__name__)
 
 BYTES_A_MEGABYTE = 1_000_000
+RUNS = Path(__file__).parents[1] / "hub_configs" / "runs"  # of a checkout: where a name without a folder is looked up
+BETWEEN = "-iter1-"  # a method and a data set, in the name of a run
 DELTA_GROUP = "adapter.bias_delta"  # the paper's name of δθ among the parameter groups
 
 
@@ -149,12 +155,17 @@ SECTIONS: dict[str, Any] = {
 
 
 def read_run_config(path: str | Path) -> RunConfig:
-    """Read and check a run-config file.
+    """Read and check a run configuration.
+
+    Args:
+        path: of its file, or FOLDER/METHOD-iter1-DATASET, which is made from the fragments in the folder. Without a
+            folder it is one of ``hub_configs/runs``.
 
     Raises:
-        ConfigError: the file is unreadable, a key is unknown, a value has the wrong type or contradicts another.
+        ConfigError: a file is missing or unreadable, a key is unknown, a value has the wrong type or contradicts
+            another.
     """
-    content = _load(Path(path))
+    content = _content(Path(path))
     where = str(path)
     for required in ("run_id", "method"):
         if required not in content:
@@ -256,9 +267,44 @@ def _per_process(batch_size: int) -> int:
     return batch_size // processes()
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
+    """A whole file as it is; a name put together from its fragments."""
+    if path.is_file():
+        return _load(path)
+    folder = path.parent if len(path.parts) > 1 else RUNS
+    name = path.name.removesuffix(".yaml")
+    if (folder / f"{name}.yaml").is_file():
+        return _load(folder / f"{name}.yaml")
+    method, _, dataset = name.partition(BETWEEN)
+    if not dataset or not (folder / "common.yaml").is_file():
+        return _load(path)  # which says that it is not there
+    for kind, chosen in (("dataset", dataset), ("method", method)):
+        if not (folder / kind / f"{chosen}.yaml").is_file():
+            known = ", ".join(sorted(file.stem for file in (folder / kind).glob("*.yaml")))
+            raise ConfigError(f"{path}: there is no {kind} '{chosen}' in {folder / kind}. Choose one of: {known}.")
+    content = _load(folder / "common.yaml")
+    for fragment in (folder / "dataset" / f"{dataset}.yaml", folder / "method" / f"{method}.yaml"):
+        content = _merged(content, _load(fragment, {"${dataset.name}": dataset}))
+    return content
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two blocks of keys in one, nested alike; the second wins."""
+    both = {name: _merged(below[name], above[name]) for name in above if _are_blocks(below.get(name), above[name])}
+    return below | above | both
+
+
+def _are_blocks(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _load(path: Path, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The content of a file, in which each of ``names`` stands for its value."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        for name, value in names.items():
+            text = text.replace(name, value)
+        content = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
     except UnicodeDecodeError as error:

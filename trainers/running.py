@@ -1,6 +1,6 @@
 """One run from the command line to ``all_results.json``, whatever the kind of task.
 
-A script describes its kind of task in a ``Task`` and calls ``run``. In this order: arguments, data and labels, model,
+Each kind of task is described by a ``Task``, see ``tasks.py``. In this order: arguments, data and labels, model,
 Trainer, work (train, evaluate, predict), costs, results.
 """
 
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +61,22 @@ class Task:
     words: Callable  # (row) → its words, as far as blanks tell them
 
 
-def run(
-    task: Task, command_line: list[str] | None = None, callbacks: Sequence[TrainerCallback] = ()
+def run(task: Task, command_line: list[str], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, object]:
+    """Do what the command line asks for; see ``run_parsed``."""
+    return run_parsed(task, *parse(command_line, task.arguments), callbacks)
+
+
+def run_parsed(
+    task: Task,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: UniHyperLoraTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, object]:
-    """Do what the command line asks for.
+    """Train, evaluate and predict as far as the arguments ask for.
 
     Args:
         task: the kind of task.
-        command_line: what was typed; that of the process if None.
         callbacks: further ones for the Trainer.
 
     Returns:
@@ -78,12 +85,6 @@ def run(
     Raises:
         UniHyperLoraError: bad input, with what was given, what is allowed and what to do.
     """
-    typed = sys.argv[1:] if command_line is None else command_line
-    model_args, data_args, training_args = parse(typed, task.arguments)
-    if model_args.do_search:
-        from .search import search  # it needs Optuna, and makes runs of its own
-
-        return search(task, typed)
     check_arguments(model_args, data_args, training_args)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
     set_up_logging(training_args, task.script)

@@ -59,7 +59,7 @@ def run_client(
     environment = dict(environment) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
     command = [python, "-c", code + FINISH]
     if package:
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+        environment["PYTHONPATH"] = str(ROOT)
     else:
         command = [python, "-I", "-c", WITHOUT_PACKAGE + code + FINISH]
     done = subprocess.run(

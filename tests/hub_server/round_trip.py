@@ -1,6 +1,6 @@
 """The whole way on a loopback Hub, recorded: train, push, load in clean processes on two hosts, every fault.
 
-    python tests/hub_server/round_trip.py --hosts SOURCE_FOLDER OTHER_FOLDER --train_file train.jsonl \
+    python -m tests.hub_server.round_trip --hosts SOURCE_FOLDER OTHER_FOLDER --train_file train.jsonl \
         --validation_file dev.jsonl --work /tmp/round-trip --output results/hub-round-trip.json
 
 Run it with another interpreter to record other versions of transformers and huggingface_hub. Nothing but this machine
@@ -12,23 +12,19 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
-
-from hub_server import HubServer, client_environment, run_client  # noqa: E402 (paths first)
+from tests.hub_server import HubServer, client_environment, run_client
 
 ADAPTER = "alice/adapter"
 SENTENCE = "Angela Merkel met Nokia in Helsinki ."
 
 TRAIN = """
-import run_ner
+from scripts import run_ner
 result = run_ner.main(FLAGS)["eval_f1"]
 """
 PUSH = """
-import push_adapter
+from scripts import push_adapter
 push = push_adapter.main([FOLDER, REPO])
 result = {"changed": push.changed, "files": push.files}
 """

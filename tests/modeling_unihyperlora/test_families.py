@@ -1,4 +1,4 @@
-"""Every host family, feature by feature; scripts/host_families.py makes the table of docs/HOSTS.md from these tests.
+"""Every host family, feature by feature: scripts/research/host_families.py makes a table of these tests.
 
 The name of a test is the name of a feature, the first word of it the pathway.
 """

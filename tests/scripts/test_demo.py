@@ -6,8 +6,8 @@ import sys
 import pytest
 from rich.console import Console
 
-import demo
 from modeling_unihyperlora import DataError
+from scripts import demo
 from trainers.ner_data import Sentence, read_file
 
 

@@ -10,9 +10,8 @@ import pytest
 from sklearn.metrics import f1_score
 from transformers import BertConfig, BertModel, Trainer
 
-import run_classification
-import run_ner
 from modeling_unihyperlora import ConfigError, DataError, HostError
+from scripts import run_classification, run_ner
 from trainers.results import RESULT_KEYS
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, Trainer
 
-import run_ner
 from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
+from scripts import run_ner
 from trainers.results import RESULT_KEYS, write_results
 
 REPOSITORY = Path(__file__).parents[2]

@@ -56,8 +56,8 @@ def test_a_state_without_its_frozen_part_is_filled_in():
 @pytest.mark.slow
 def test_every_launcher_has_the_same_losses_and_leaves_the_host_out(tmp_path):
     chosen = ["python, accumulated", "torchrun", "ddp_cpu", "fsdp"]
-    command = [sys.executable, "scripts/launch_check.py", "--pathways", "inject", "stream", "--only", *chosen]
-    command += ["--output", str(tmp_path / "launch.json")]
+    command = [sys.executable, "-m", "scripts.research.launch_check", "--pathways", "inject", "stream"]
+    command += ["--only", *chosen, "--output", str(tmp_path / "launch.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = json.loads((tmp_path / "launch.json").read_text())["runs"]
@@ -94,19 +94,20 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     counted(stream, "word_states")
     counted(stream, "fit_host")
     counted(state_cache, "read_words")
-    import run_ner
+    from trainers.running import run
+    from trainers.tasks import NER
 
     flags = (
         f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --do_train --max_steps 2 --pathway stream"
     )
     flags += f" --output_dir {folder / 'out'} --use_cpu --coordinate_epochs 1 --max_flops_overhead_pct 1e9"
     flags += " --stream_dim 8 --per_device_train_batch_size 4 --disable_tqdm true --save_strategy no"
-    run_ner.main([*flags.split()])
+    run(NER, [*flags.split()])
 
 
 @pytest.mark.slow
 def test_two_gloo_processes_calibrate_and_read_the_text_once(tmp_path):
-    from kill_and_resume import make_data, make_host
+    from scripts.research.kill_and_resume import make_data, make_host
 
     make_host(tmp_path / "host")
     make_data(tmp_path / "data.jsonl", 16)

@@ -90,26 +90,59 @@ def test_the_comparative_run():
     assert run.search["search_space"]["batch_size"] == {"type": "categorical", "choices": [16, 32, 64]}
 
 
-@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_file(path):
-    run = read_run_config(path)
-    assert run.run_id == path.stem
-    assert f"--run_config hub_configs/runs/{path.name}" in path.read_text(encoding="utf-8")
-    parse(["--run_config", str(path)], NerArguments)  # every argument is one of the script's
+WHOLE = sorted(path.stem for path in RUNS.glob("*.yaml") if path.stem != "common")
+METHODS, DATASETS = (sorted(path.stem for path in (RUNS / kind).glob("*.yaml")) for kind in ("method", "dataset"))
+COMPOSED = [f"{method}-iter1-{dataset}" for method in METHODS for dataset in DATASETS]
 
 
-@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_hydra_composes_the_files(path):
+@pytest.mark.parametrize("name", WHOLE + COMPOSED)
+def test_every_shipped_run(name):
+    run = read_run_config(RUNS / name)
+    assert run == read_run_config(name)
+    assert run.run_id == name
+    parse(["--run_config", name], NerArguments)  # every argument is one of the script's
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_file_says_how_it_is_run(name):
+    assert f"--run_config hub_configs/runs/{name}.yaml" in (RUNS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", WHOLE + COMPOSED)
+def test_hydra_composes_the_same(name):
     hydra = pytest.importorskip("hydra")
     from omegaconf import OmegaConf
 
+    method, _, dataset = name.partition("-iter1-")
+    parts = [f"+dataset={dataset}", f"+method={method}"] if name in COMPOSED else []
     with hydra.initialize_config_dir(str(RUNS), version_base=None):
-        composed = hydra.compose(path.stem, overrides=["training.batch_size=7"])
+        composed = hydra.compose("common" if parts else name, overrides=[*parts, "training.batch_size=7"])
     content = OmegaConf.to_container(composed, resolve=True)
     assert content["training"].pop("batch_size") == 7
-    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del plain["training"]["batch_size"]
-    assert content == plain
+    own = run_config._content(RUNS / name)
+    del own["training"]["batch_size"]
+    assert content == own
+
+
+def test_a_composed_run():
+    """One of each part; the method wins over what is common."""
+    arguments = read_run_config("unihyperlora-source-iter1-amazon").arguments
+    said = {"task_name": "amazon", "train_split": "train[:20000]", "hub_model_id": "unihyperlora-amazon"}
+    said |= {"model_name_or_path": "microsoft/mpnet-base", "warmup_steps": 180, "per_device_train_batch_size": 32}
+    assert {name: arguments[name] for name in said} == said
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("lora-iter1-conl2003", "no dataset 'conl2003'.*amazon, boolq, conll2003, sst2"),
+        ("lorra-iter1-sst2", "no method 'lorra'.*full, lora, lora-r1"),
+        ("nothing", "nothing cannot be read"),
+    ],
+)
+def test_a_name_that_is_none(name, expected):
+    with pytest.raises(ConfigError, match=expected):
+        read_run_config(name)
 
 
 # ---- with the command line ----

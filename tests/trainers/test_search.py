@@ -11,9 +11,10 @@ import optuna
 import pytest
 import yaml
 
-import run_ner
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from trainers import search as searching
+from trainers.entry import main
+from trainers.tasks import NER
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = [
@@ -63,9 +64,9 @@ def test_it_goes_on_to_the_total_and_trains_the_best(command, tmp_path):
         "router_top_k": {"type": "int", "low": 1, "high": 3},
         "batch_size": {"type": "categorical", "choices": [2, 3]},
     }
-    run_ner.main(command(space, "--n_trials", 2))
+    main(NER, command(space, "--n_trials", 2))
     first = [trial.params for trial in study_of(folder).trials]
-    results = run_ner.main(command(space, "--n_trials", 3))
+    results = main(NER, command(space, "--n_trials", 3))
     trials = study_of(folder).trials
     assert len(trials) == 3 and [trial.params for trial in trials[:2]] == first
     assert len({json.dumps(trial.params) for trial in trials}) == 3  # no draw twice
@@ -81,7 +82,7 @@ def test_it_goes_on_to_the_total_and_trains_the_best(command, tmp_path):
     page = (folder / "search.html").read_text()
     assert "Optimization History" in page and "plotly" in page
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert run_ner.main(command(space, "--n_trials", 3)) == results  # nothing is left to do
+    assert main(NER, command(space, "--n_trials", 3)) == results  # nothing is left to do
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -90,7 +91,7 @@ def test_a_resumed_search_draws_as_an_uninterrupted_one(command, tmp_path, monke
     monkeypatch.setattr(searching, "run", lambda task, typed, callbacks=(): next(scores))
     monkeypatch.setattr(searching, "RANDOM_TRIALS", 1)
     for total, output in ((4, "whole"), (2, "parts"), (4, "parts")):
-        plan = searching.plan_of(run_ner.TASK, command(RATES, "--n_trials", total, output=output))
+        plan = searching.plan_of(NER, command(RATES, "--n_trials", total, output=output))
         study = searching._open(plan)
         while (begun := searching._next_trial(plan, study)) is not None:
             searching._run_trial(plan, study, *begun[:2])
@@ -102,7 +103,7 @@ def test_a_resumed_search_draws_as_an_uninterrupted_one(command, tmp_path, monke
 
 def test_over_budget_is_infeasible_and_not_trained(command, tmp_path):
     space = {"atoms": {"type": "categorical", "choices": [16, 4000]}}
-    results = run_ner.main(command(space, "--n_trials", 3, "--seed", 1))
+    results = main(NER, command(space, "--n_trials", 3, "--seed", 1))
     trials = study_of(tmp_path / "out").trials
     over = [trial for trial in trials if trial.params["atoms"] == 4000]
     assert 0 < len(over) < 3
@@ -113,7 +114,7 @@ def test_over_budget_is_infeasible_and_not_trained(command, tmp_path):
 
 def test_nothing_within_the_budget(command, tmp_path):
     with pytest.raises(ConfigError, match="none came to a score within the budget. The last: Over budget"):
-        run_ner.main(command({"atoms": {"type": "int", "low": 3000, "high": 4000}}, "--n_trials", 2))
+        main(NER, command({"atoms": {"type": "int", "low": 3000, "high": 4000}}, "--n_trials", 2))
 
 
 def test_failed_trials_are_recorded_and_survived(command, tmp_path, monkeypatch):
@@ -126,7 +127,7 @@ def test_failed_trials_are_recorded_and_survived(command, tmp_path, monkeypatch)
         return {"eval_f1": 0.5, "eval_loss": 1.0} | (end or {})
 
     monkeypatch.setattr(searching, "run", run)
-    assert run_ner.main(command(RATES, "--n_trials", 4))["eval_f1"] == 0.5
+    assert main(NER, command(RATES, "--n_trials", 4))["eval_f1"] == 0.5
     trials = study_of(tmp_path / "out").trials
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "FAIL", "FAIL"]
     errors = [trial.user_attrs.get("error") for trial in trials]
@@ -139,7 +140,7 @@ def test_failed_trials_are_recorded_and_survived(command, tmp_path, monkeypatch)
 def test_a_loss_that_is_no_number_ends_the_trial(command, tmp_path, monkeypatch):
     space = {"learning_rate": {"type": "categorical", "choices": [1e-2, 1e30]}}
     flags = ["--n_trials", 3, "--max_steps", 4, "--logging_steps", 1, "--logging_nan_inf_filter", "false", "--seed", 3]
-    results = run_ner.main(command(space, *flags, "--max_grad_norm", 1e30))
+    results = main(NER, command(space, *flags, "--max_grad_norm", 1e30))
     trials = study_of(tmp_path / "out").trials
     assert {trial.state.name for trial in trials if trial.params["learning_rate"] == 1e-2} == {"COMPLETE"}
     failed = [trial for trial in trials if trial.params["learning_rate"] == 1e30]
@@ -160,7 +161,7 @@ def test_a_trial_below_the_median_is_pruned(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(searching, "run", run)
     monkeypatch.setattr(searching, "RANDOM_TRIALS", 2)
-    run_ner.main(command({"learning_rate": {"type": "categorical", "choices": [0.1, 0.2, 0.3]}}, "--n_trials", 8))
+    main(NER, command({"learning_rate": {"type": "categorical", "choices": [0.1, 0.2, 0.3]}}, "--n_trials", 8))
     trials = study_of(tmp_path / "out").trials
     pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
     assert pruned and all(trial.params["learning_rate"] < 0.3 for trial in pruned)
@@ -174,7 +175,7 @@ def test_score_and_bytes(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(searching, "run", run)
     space = {"atoms": {"type": "int", "low": 8, "high": 64}}
-    results = run_ner.main(command(space, "--n_trials", 4, objectives=["score", "bytes"]))
+    results = main(NER, command(space, "--n_trials", 4, objectives=["score", "bytes"]))
     study = study_of(tmp_path / "out")
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert all(trial.values == [trial.params["atoms"] / 100, trial.params["atoms"] * 1000] for trial in study.trials)
@@ -184,7 +185,7 @@ def test_score_and_bytes(command, tmp_path, monkeypatch):
 
 
 def test_a_killed_trial_is_tried_again_once(command, tmp_path):
-    plan = searching.plan_of(run_ner.TASK, command(RATES, "--n_trials", 1))
+    plan = searching.plan_of(NER, command(RATES, "--n_trials", 1))
     study = searching._open(plan)
     lost, values, lock = searching._next_trial(plan, study)
     lock.release()  # as the system does when a process dies
@@ -211,7 +212,7 @@ def test_two_processes_share_the_trials(command, tmp_path):
 
 
 def test_the_papers_space_by_default(command):
-    plan = searching.plan_of(run_ner.TASK, command(None))
+    plan = searching.plan_of(NER, command(None))
     assert plan.n_trials == 25
     assert {knob.flag: tuple(knob.some_values()) for knob in plan.knobs} == {
         "learning_rate": (5e-5, 5e-4),
@@ -220,7 +221,7 @@ def test_the_papers_space_by_default(command):
         "lambda_q": (1e-6, 1e-4),
         "router_top_k": (1, 3),
     }
-    plan = searching.plan_of(run_ner.TASK, command(None, "--lambda_q", 0))
+    plan = searching.plan_of(NER, command(None, "--lambda_q", 0))
     assert "lambda_q" not in [knob.flag for knob in plan.knobs]  # what is typed wins
 
 
@@ -239,20 +240,20 @@ def test_the_papers_space_by_default(command):
 )
 def test_refusals(command, tmp_path, capsys, space, flags, expected):
     with pytest.raises((UniHyperLoraError, SystemExit)) as error:
-        run_ner.main(command(space, *flags))
+        main(NER, command(space, *flags))
 
     assert re.search(expected, str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 def test_another_search_in_the_folder(command, tmp_path):
-    searching._open(searching.plan_of(run_ner.TASK, command(RATES)))
-    searching._open(searching.plan_of(run_ner.TASK, command(RATES, "--n_trials", 2)))
+    searching._open(searching.plan_of(NER, command(RATES)))
+    searching._open(searching.plan_of(NER, command(RATES, "--n_trials", 2)))
     other = {"learning_rate": {"type": "uniform", "low": 0.1, "high": 1}}
     with pytest.raises(ConfigError, match="holds another search; it differs in max_steps, search_space"):
-        run_ner.main(command(other, "--max_steps", 3))
+        main(NER, command(other, "--max_steps", 3))
 
 
 def test_a_metric_that_no_run_reports(command):
     with pytest.raises(UniHyperLoraError, match="optuna.metric is eval_bleu, .* it reports eval_accuracy"):
-        run_ner.main(command(RATES, "--n_trials", 3, metric="eval_bleu"))
+        main(NER, command(RATES, "--n_trials", 3, metric="eval_bleu"))

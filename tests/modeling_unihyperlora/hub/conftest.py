@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from hub_server import HubServer
 from modeling_unihyperlora import (
     UniHyperLoraConfig,
     UniHyperLoraForSequenceClassification,
@@ -16,6 +15,7 @@ from modeling_unihyperlora import (
 )
 from modeling_unihyperlora.quantization import StoredTensor
 from tests.conftest import WORDS, tiny_tokenizer
+from tests.hub_server import HubServer
 
 LABELS = {"token": ["O", "B-PER", "I-PER"], "sequence": ["bad", "good"]}
 CLASSES = {"token": UniHyperLoraForTokenClassification, "sequence": UniHyperLoraForSequenceClassification}

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from hub_server import HubServer, client_environment, run_client
 from modeling_unihyperlora.hub import stage
 from modeling_unihyperlora.publishing import CODE_FILES
+from tests.hub_server import HubServer, client_environment, run_client
 
 from .conftest import CLASSES, SENTENCE
 

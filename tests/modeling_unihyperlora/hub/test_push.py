@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-import push_adapter
 from modeling_unihyperlora import AdapterFileError, ConfigError, HubError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.hub import FILES, push_folder
+from scripts import push_adapter
 
 OWN = {"base_model_name_or_path": "alice/source"}
 

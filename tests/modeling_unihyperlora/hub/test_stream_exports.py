@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hub_server import client_environment, run_client
 from modeling_unihyperlora import MergeError
 from modeling_unihyperlora.export_onnx import _StreamGraph
 from tests.conftest import tiny_tokenizer
+from tests.hub_server import client_environment, run_client
 
 BATCHES = [
     ["anna lives in paris .", "carla"],

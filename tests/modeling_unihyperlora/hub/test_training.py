@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-import run_ner
 from modeling_unihyperlora import ConfigError, HubError
 from modeling_unihyperlora.hub import FILES
+from scripts import run_ner
 from trainers import UniHyperLoraTrainingArguments
 
 ROWS = [(["anna", "lives", "in", place], ["B-PER", "O", "O", "B-LOC"]) for place in ("paris", "rome", "oslo", "lima")]

@@ -1,0 +1,1 @@
+"""Entry points for users; what measures, records and draws is ``scripts.research``."""

@@ -1,0 +1,57 @@
+"""Run the tests of every host family and keep which feature works on which.
+
+    python -m scripts.research.host_families --output results/host-families.json
+    python -m scripts.research.benchmark render
+
+The tests are those of tests/modeling_unihyperlora/test_families.py, the slow ones too; a feature is a test's name.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_unihyperlora.storage import write_json
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests" / "modeling_unihyperlora" / "test_families.py"
+VERSIONS = ("torch", "transformers")
+
+
+class Recorder:
+    """Notes what became of each test, as a plugin of pytest: family → feature → passed, failed or why skipped."""
+
+    def __init__(self):
+        self.families: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        name, _, rest = report.nodeid.rpartition("::")[2].partition("[")
+        family, feature = rest.removesuffix("]"), name.removeprefix("test_")
+        if report.when == "call" or report.outcome != "passed":
+            outcome = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else report.outcome
+            self.families.setdefault(family, {})[feature] = outcome
+
+
+def main(command_line: list[str] | None = None) -> dict[str, object]:
+    """Run the tests and write the record.
+
+    Returns:
+        ``families`` (family → feature → outcome) and ``versions``.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
+    args = parser.parse_args(command_line)
+    recorder = Recorder()
+    code = pytest.main(["-q", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(TESTS)], [recorder])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        sys.exit(f"host_families: the tests could not be run ({code!r}).")
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    record = {"kind": "host_families", "families": recorder.families, "versions": versions}
+    write_json(args.output, record)
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The records in results/: a JSON file for each thing that was measured, a JSON line for each run of the paper's."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from filelock import FileLock
+
+from modeling_unihyperlora import ConfigError
+from modeling_unihyperlora.storage import replacing, write_json
+
+SETTINGS = (
+    "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
+    "per_device_train_batch_size learning_rate num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps "
+    "delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
+).split()
+VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
+WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
+ABLATION = "ablation.json"  # what ablation.py calls its own
+SEARCH = "search.json"  # and what --do_search does
+PAPER = "paper.jsonl"  # the runs of the paper's comparison, a line each, by name
+
+
+def keep(folder: Path, name: str, results: Path) -> None:
+    """Write results/NAME.json from a folder that a run, a search or one of these commands wrote.
+
+    Raises:
+        ConfigError: what is in the folder is not finished.
+    """
+    drawn = [stem for stem in WITH_PICTURE if (folder / f"{stem}.json").is_file()]
+    if drawn:
+        keep_with_picture(folder / drawn[0], name, results)
+        return
+    makers = {ABLATION: ablation_of, SEARCH: search_of}
+    make = next((make for file, make in makers.items() if (folder / file).is_file()), record_of)
+    write_json(results / f"{name}.json", make(folder))
+
+
+def keep_paper_run(folder: Path, kind: str, results: Path) -> None:
+    """Write the line of a run into results/paper.jsonl, in place of an earlier one of the same name.
+
+    Several processes may do so at a time.
+
+    Args:
+        folder: of the run; its name is that of the run.
+        kind: "paper", or "paper_rate" for a rate that was only tried.
+        results: the folder of the records.
+
+    Raises:
+        ConfigError: the folder is not one that a run finished.
+    """
+    record = record_of(folder) | {"kind": kind, "name": folder.name}
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / PAPER
+    with FileLock(results / f".{PAPER}.lock"):
+        records = read_paper_runs(path) | {folder.name: record}
+        lines = [json.dumps(records[name], sort_keys=True, ensure_ascii=False) for name in sorted(records)]
+        with replacing(path) as temporary:
+            Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_paper_runs(path: Path) -> dict[str, dict]:
+    """Name → record of each line; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8") as lines:
+        return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """Name → record of everything in a folder of records."""
+    paths = sorted(folder.glob("*.json"))
+    single = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return single | read_paper_runs(folder / PAPER)
+
+
+def of_kind(records: dict[str, dict], kind: str | None) -> dict[str, dict]:
+    """Records of one kind; a run has none."""
+    return {name: record for name, record in records.items() if record.get("kind") == kind}
+
+
+def record_of(folder: Path) -> dict[str, object]:
+    """All that is worth keeping of a finished run; folders on the machine are not.
+
+    Raises:
+        ConfigError: the folder is not one that a run finished.
+    """
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run_arguments.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of a run.") from error
+    config = Path(run.get("adapter") or folder) / "config.json"
+    adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
+    return {
+        "run_config": run.get("run_config") and Path(run["run_config"]).stem,
+        "settings": {name: None if run.get(name) == "None" else run.get(name) for name in SETTINGS},
+        "pathway": adapter.get("pathway"),
+        "projector": adapter.get("projector"),
+        "host": Path(run.get("model_name_or_path") or "").name,
+        "source_hosts": hosts,
+        "data": run["data"],
+        "results": results,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+
+
+def keep_with_picture(written: Path, name: str, results: Path) -> None:
+    """Keep a table and its picture: results/NAME.json and results/NAME.png.
+
+    Args:
+        written: path of the two files without their endings.
+        name: what to call them.
+        results: where to.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    try:
+        matrix = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+        picture = written.with_suffix(".png").read_bytes()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{written.parent} holds no whole matrix ({error}). Give the --output_dir of transfer.py or "
+            "pruned_hosts.py."
+        ) from error
+    with replacing(results / f"{name}.png") as temporary:
+        Path(temporary).write_bytes(picture)
+    write_json(results / f"{name}.json", matrix)
+
+
+def ablation_of(folder: Path) -> dict[str, object]:
+    """What ablation.py wrote, with the settings of its first run.
+
+    Raises:
+        ConfigError: it cannot be read, or its first run is not finished.
+    """
+    try:
+        table = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / ABLATION} cannot be read ({error}). Give the folder of ablation.py.") from error
+    first = record_of(folder / "00")
+    kept = {name: first[name] for name in ("settings", "host", "data", "versions", "hardware")}
+    return kept | {"kind": "ablation", "rows": table["rows"]}
+
+
+def search_of(folder: Path) -> dict[str, object]:
+    """What --do_search found, beside the run of its best trial."""
+    best = record_of(folder)
+    found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
+    kept = {name: best[name] for name in ("settings", "pathway", "host", "data", "results", "versions", "hardware")}
+    return {"kind": "search"} | kept | {"search": found}

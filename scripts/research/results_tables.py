@@ -1,0 +1,179 @@
+"""The tables of results/README.md, and the short one of README.md, as Markdown from the records alone."""
+
+import statistics
+from collections.abc import Iterable
+
+from scripts.research.paper_tables import paper_page
+from scripts.research.records import of_kind
+from scripts.research.scaling_tables import search_tables
+
+COLUMNS = (
+    *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
+    *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s"),
+)
+BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
+
+
+def rendered(records: dict[str, dict]) -> str:
+    """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
+    matrices, ablations, searches, compared, trials, records = (
+        of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)
+    )
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page.",
+        "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags, the",
+        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    for key, runs in _rows(records):
+        first, settings = runs[0]["results"], runs[0]["settings"]
+        seeds = ", ".join(str(seed) for seed in sorted(run["settings"]["seed"] for run in runs))
+        trained = first["train_runtime"] is not None
+        cells = [
+            *key[:4],
+            _length(settings) if trained else "–",
+            f"{settings['learning_rate']:g}" if trained else "–",
+            f"{settings['lambda_f']:g}" if trained and settings["method"] == "unihyperlora" else "–",
+            seeds,
+            mean_and_deviation(run["results"]["eval_f1"] for run in runs),
+            *(_count(first[name]) for name in ("adapter_bytes", "head_bytes", "delta_bytes")),
+            "–" if first["flops_overhead_pct"] is None else f"{first['flops_overhead_pct']:.2f} %",
+            mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
+            cpu_seconds(runs),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    universal = [run for run in records.values() if run["settings"]["method"] == "unihyperlora" and run["pathway"]]
+    for pathway in sorted({run["pathway"] for run in universal}):
+        parts = next(run["results"] for run in universal if run["pathway"] == pathway)
+        lines += ["", f"Bytes of one file by part, pathway {pathway}:", "", "| part | bytes |", "|---|---|"]
+        lines += [
+            f"| {name.removeprefix('bytes_of_')} | {value:,} |"
+            for name, value in sorted(parts.items())
+            if name.startswith("bytes_of_")
+        ]
+    for name, matrix in matrices.items():
+        lines += transfer_table(name, matrix)
+    for name, ablation in ablations.items():
+        lines += ablation_table(name, ablation)
+    lines += search_tables(searches)
+    lines += paper_page([*compared.values()], [*trials.values()], matrices)
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(name: str, ablation: dict) -> list[str]:
+    """An ablation as Markdown lines: a row for each change, with the difference to what ships."""
+    shipped = ablation["rows"][0]["f1"]
+    hosts = sorted(shipped, key=lambda host: host != "source")  # the source first
+    settings, sentences = ablation["settings"], ablation["data"]["splits"]["train"]["sentences"]
+    lines = [
+        *("", f"## {name}", ""),
+        f"The stream with one thing changed, trained on {ablation['host']} on {sentences:,} sentences of "
+        f"{ablation['data']['name']} ({settings['coordinate_epochs']:g} epochs for the coordinates, then "
+        f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}), seed {settings['seed']}; "
+        "F1 there and zero-shot, and the difference to the first row.",
+        "",
+        "| | " + " | ".join(f"{host} | Δ" for host in hosts) + " |",
+        "|---" * (1 + 2 * len(hosts)) + "|",
+    ]
+    for row in ablation["rows"]:
+        cells = [f"{row['f1'][host]:.4f} | {row['f1'][host] - shipped[host]:+.4f}" for host in hosts]
+        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def transfer_table(name: str, matrix: dict) -> list[str]:
+    """A transfer matrix as Markdown lines: its picture, and its targets as rows."""
+    metric = "macro F1" if matrix["task"] == "classification" else "F1"
+    size = _count(matrix["adapter_bytes"])
+    columns = [column["label"] for column in matrix["columns"]]
+    names = [
+        "target",
+        "adapter from",
+        f"{metric} there",
+        *columns,
+        "zero-shot / own",
+        "refined / own",
+        "calibration, s",
+        "R² a knot",
+    ]
+    lines = [
+        *["", f"## {name}", ""],
+        f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
+        "Zero-shot: no label of the target, no gradient step.",
+        *["", f"![Scores of one adapter file on hosts it has not seen]({name}.png)", ""],
+        *["| " + " | ".join(names) + " |", "|---" * len(names) + "|"],
+    ]
+    for target, row in matrix["targets"].items():
+        fit = row["calibration_r2"]
+        cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
+        cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
+        cells += [_figure(row.get(f"{way}_over_own_stream"), 3) for way in ("zero_shot", "refined")]
+        cells.append(_figure(row["calibration_seconds"], 1))
+        cells.append(" ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def summary(records: dict[str, dict]) -> str:
+    """What a reader wants first: data, method, host, how it came there, F1, size."""
+    lines = ["| data | method | host | scope | seeds | F1 | file, B | CPU, s |", "|---" * 8 + "|"]
+    for key, runs in _rows(of_kind(records, None)):
+        scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
+        cells = [*key[:4], str(len(runs)), scores, _count(runs[0]["results"]["adapter_bytes"])]
+        cells.append(cpu_seconds(runs))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows(records: dict[str, dict]) -> list[tuple[tuple, list[dict]]]:
+    """Runs that differ in nothing but their seed, together; in the order of what they are called."""
+    rows: dict[tuple, list[dict]] = {}
+    for record in records.values():
+        rows.setdefault(_row_key(record), []).append(record)
+    return sorted(rows.items(), key=lambda item: str(item[0]))
+
+
+def _row_key(record: dict) -> tuple[str, ...]:
+    settings = record["settings"]
+    kind, scope = [settings["method"]], settings["train_scope"]
+    if settings["method"] == "unihyperlora":
+        kind += [record["pathway"], record["projector"]]
+    elif settings["method"] in ("lora", "sat_lora"):
+        kind.append(f"r={settings['lora_r']}")
+    if record["results"]["train_runtime"] is None:
+        scope = "zero-shot from " + ", ".join(host["name"] for host in record["source_hosts"])
+    elif settings["method"] in BASELINE_SCOPES:
+        scope = BASELINE_SCOPES[settings["method"]]
+    told = ("seed", "lora_r")
+    rest = sorted((name, str(value)) for name, value in settings.items() if value is not None and name not in told)
+    return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest))
+
+
+def _length(settings: dict) -> str:
+    steps, batch = settings["max_steps"], settings["per_device_train_batch_size"]
+    return f"{steps} × {batch}" if steps > 0 else f"{settings['num_train_epochs']:g} epochs × {batch}"
+
+
+def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def cpu_seconds(runs: list[dict]) -> str:
+    """Of early records some do not have it."""
+    return mean_and_deviation((run["results"].get("cpu_seconds") for run in runs), digits=0)
+
+
+def _figure(figure: dict | None, digits: int = 4) -> str:
+    return mean_and_deviation(figure["seeds"].values() if figure else [], digits)
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

@@ -1,0 +1,170 @@
+"""``benchmark.py scaling``: how what an adapter costs grows with tokens, sentences, batch and hosts.
+
+    python -m scripts.research.benchmark scaling --model_name_or_path HOST --hosts HOST SMALLER \
+        --output results/scaling.json
+
+Each quantity is measured at several sizes in turn, ``--rounds`` times after a warm-up, and the median kept. The slope
+is that of the logarithm of the seconds over the logarithm of the size (least squares): 1 is proportional, less is
+less. The bare host stands beside the adapter in the same rounds.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.adapter import knot_layers
+from modeling_unihyperlora.calibration import fit_host
+from modeling_unihyperlora.hosts import linear_multiply_adds, load_host
+from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.stream import read_anchor_states
+from modeling_unihyperlora.words import WordReader, load_tokenizer
+from trainers.state_cache import WordStates
+
+LABELS = ["O", "B-X", "I-X"]
+BATCH, WORDS = 8, 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", required=True, help="the host of all but the calibrations")
+    parser.add_argument("--hosts", nargs="+", required=True, help="hosts that are lined up")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--sentences", type=int, nargs="+", default=[64, 128, 256], help="whose states are kept")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure what ``args`` ask for and write it to ``args.output``."""
+    torch.manual_seed(0)
+    models = {
+        pathway: UniHyperLoraForTokenClassification.from_host(
+            args.model_name_or_path, LABELS, "t", UniHyperLoraConfig(pathway=pathway)
+        )
+        for pathway in ("inject", "stream")
+    }
+    for model in models.values():
+        for name, parameter in model.adapter.named_parameters():
+            if "anchors" not in name and "waves" not in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    curves = forward(models, args) + training_step(models["stream"], args) + states(args)
+    rows, calibrations = [], calibrate(args.hosts)
+    for what, size, seconds in curves:
+        xs, ys = list(seconds), list(seconds.values())
+        slope = float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+        rows.append({"what": what, "size": size, "sizes": xs, "seconds": ys, "slope": slope})
+    write_json(
+        args.output,
+        {
+            "kind": "scaling",
+            "host": Path(args.model_name_or_path).name,
+            "rounds": args.rounds,
+            "threads": torch.get_num_threads(),
+            "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
+            "rows": rows,
+            "calibrations": calibrations,
+        },
+    )
+
+
+def medians(sizes: list[int], rounds: int, do: dict[str, Callable[[int], object]]) -> dict[str, dict[int, float]]:
+    """Name → size → median seconds; in each round everything is done once at every size."""
+    found: dict[str, dict[int, list[float]]] = {name: {size: [] for size in sizes} for name in do}
+    for number in range(rounds + 1):  # the first one warms up
+        for size in sizes:
+            for name, act in do.items():
+                start = time.perf_counter()
+                act(size)
+                if number > 0:
+                    found[name][size].append(time.perf_counter() - start)
+    return {name: {size: statistics.median(times) for size, times in own.items()} for name, own in found.items()}
+
+
+def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tuple]:
+    """Scoring, over the tokens of a sentence."""
+    host = load_host(args.model_name_or_path).eval()
+    ids = torch.randint(1000, host.config.vocab_size, (BATCH, max(args.tokens)))
+
+    @torch.inference_mode()
+    def score(model: nn.Module, tokens: int) -> None:
+        model(input_ids=ids[:, :tokens], attention_mask=torch.ones(BATCH, tokens, dtype=torch.long))
+
+    contenders = {"bare host": host} | {f"host with pathway {name}": model.eval() for name, model in models.items()}
+    do = {name: lambda tokens, model=model: score(model, tokens) for name, model in contenders.items()}
+    return [
+        (f"scoring {BATCH} sentences, {name}", "tokens a sentence", seconds)
+        for name, seconds in medians(args.tokens, args.rounds, do).items()
+    ]
+
+
+def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
+    """A step of a stream on states that are kept, over the sentences of its batch; the host has no part in it."""
+    model.train().set_train_scope("source")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    dim = model.config.stream_dim
+
+    def step(sentences: int) -> None:
+        batch = {
+            "canonical_states": torch.randn(sentences, WORDS, 5, dim),
+            "attention_mask": torch.ones(sentences, WORDS, dtype=torch.long),
+            "labels": torch.randint(len(LABELS), (sentences, WORDS)),
+        }
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = medians(args.batches, args.rounds, {"step": step})["step"]
+    return [(f"a training step of the stream, {WORDS} words a sentence", "sentences a batch", seconds)]
+
+
+def states(args: argparse.Namespace) -> list[tuple]:
+    """The states of a training text, read once a host, over its sentences."""
+    host = load_host(args.model_name_or_path).eval()
+    words = WordReader(host, load_tokenizer(args.model_name_or_path))
+    ids = torch.randint(1000, host.config.vocab_size, (max(args.sentences), WORDS)).tolist()
+    windows = [{"input_ids": row, "attention_mask": [1] * WORDS, "labels": [0] * WORDS} for row in ids]
+
+    def read(sentences: int) -> None:
+        kept = os.environ.get("UNIHYPERLORA_CACHE")
+        with tempfile.TemporaryDirectory() as empty:
+            os.environ["UNIHYPERLORA_CACHE"] = empty
+            WordStates(host, words, windows[:sentences])
+        os.environ.pop("UNIHYPERLORA_CACHE")
+        if kept is not None:
+            os.environ["UNIHYPERLORA_CACHE"] = kept
+
+    seconds = medians(args.sentences, args.rounds, {"read": read})["read"]
+    return [(f"states of a training text, once a host, {WORDS} tokens a sentence", "sentences", seconds)]
+
+
+def calibrate(hosts: list[str]) -> list[dict[str, object]]:
+    """Lining up each host, and what it computes for a token; the hosts do not know of each other, so times add up."""
+    rows = []
+    for name in hosts:
+        model = UniHyperLoraForTokenClassification.from_host(name, LABELS, "t", UniHyperLoraConfig(pathway="stream"))
+        anchors = model.adapter.anchors
+        start = time.perf_counter()
+        read = read_anchor_states(model.host, model.stream.words, anchors.sentences())
+        stream = model.stream
+        fit_host(read, stream.near, knot_layers(stream.num_layers), anchors.canonical().detach())
+        seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "host": Path(name).name,
+                "blocks": model.stream.num_layers,
+                "width": model.stream.hidden_size,
+                "multiply_adds_a_token": linear_multiply_adds(model.host),
+                "seconds": seconds,
+            }
+        )
+    return rows

@@ -1,0 +1,387 @@
+"""What an adapter costs in time, memory and bytes beside the bare host and PEFT's methods.
+
+    python -m scripts.research.benchmark latency --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark slopes --model_name_or_path H --output F.json
+    python -m scripts.research.benchmark train --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark memory --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark calibrate --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark size --model_name_or_path H [--adapter DIR] --output F.json
+
+Contenders run in turns in one process. What counts is the ratio to the first of them in the same turn: its median over
+the turns, and the quartiles. Milliseconds are those of the first, to say how long a turn is. ``memory`` takes the
+high-water mark of a fresh process for each. What would take longer than ``--seconds`` allows is left out and listed.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel
+
+from modeling_unihyperlora import UniHyperLoraForTokenClassification
+from modeling_unihyperlora.accounting import flops_overhead_pct, measure
+from modeling_unihyperlora.anchors import read_anchors
+from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.stream import read_anchor_states
+from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, texts
+
+COMMANDS = ("latency", "slopes", "train", "memory", "calibrate", "size")
+SLOPES = {  # what varies → (blocks, width, tokens)
+    "blocks": [(blocks, 256, 128) for blocks in (2, 4, 8)],
+    "width": [(4, width, 128) for width in (128, 256, 512)],
+    "tokens": [(4, 256, tokens) for tokens in (32, 128, 512)],
+}
+SLOPE_BATCH = 8
+SLOPE_ANCHOR_SENTENCES = 40
+SHORTEST = 0.02  # seconds of one measurement; a faster contender runs several times
+LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+MEMORY_ROUNDS, MEMORY_STEPS = 2, 3
+WITH_MEMORY = ("lora", "stream", "stream_delta", "inject_delta", "inject_delta_checkpointed", "lora_checkpointed")
+CALIBRATE_ROUNDS = 3
+VERSIONS = ("torch", "transformers", "peft")
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", required=True, help="The host: Hub id or folder.")
+    parser.add_argument("--adapter", help="Folder of a trained adapter; a fresh one by default.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of torch on the CPU.")
+    parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
+    if command == "latency":
+        parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+        parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 512], help="Tokens of a sentence.")
+        parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="Sentences of a batch.")
+    if command in ("latency", "slopes", "train"):
+        most = 60.0 if command == "train" else 20.0  # a step back through a host takes longer
+        parser.add_argument("--seconds", type=float, default=most, help="At most, for one batch size and length.")
+
+
+def run(command: str, args: argparse.Namespace) -> None:
+    """Measure what a command says, and write it to ``args.output``."""
+    torch.set_num_threads(args.threads)
+    ground = Ground(args.model_name_or_path, args.adapter, args.device)
+    measured = {
+        "latency": latency,
+        "slopes": slopes,
+        "train": train,
+        "memory": memory,
+        "calibrate": calibrate,
+        "size": size,
+    }[command](ground, args)
+    config = ground.new_host().config
+    host = {"name": Path(args.model_name_or_path).name, "family": config.model_type}
+    host |= {"hidden_size": config.hidden_size, "num_layers": config.num_hidden_layers}
+    record = {
+        "kind": "speed",
+        "what": command,
+        "host": host,
+        "trained_adapter": args.adapter is not None,
+        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
+        "threads": args.threads,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+    write_json(args.output, record | measured)
+
+
+# ---- the race ----
+
+
+def race(contenders: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, object]:
+    """Let contenders run in turns; the first is what the others are compared with.
+
+    Returns:
+        ``rounds``, ``first_ms``, and of every other ``ratio``, ``quartiles`` of it and ``more_ms``, the median of what
+        it takes more; or ``left_out`` with the reason.
+    """
+    (first, run_first), *_ = contenders.items()
+    alone = _timed(run_first, 1, device)
+    if alone * len(contenders) * (LEAST_ROUNDS + 2) > 2 * seconds:
+        return {"left_out": f"{LEAST_ROUNDS} rounds would take more than {seconds:g} s"}
+    for contender in contenders.values():
+        contender()
+    once = {name: _timed(contender, 1, device) for name, contender in contenders.items()}
+    repeats = {name: max(1, math.ceil(SHORTEST / spent)) for name, spent in once.items()}
+    round_seconds = sum(once[name] * repeats[name] for name in once)
+    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(seconds / round_seconds)))
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        shift = number % len(names)  # nobody always runs after the same one
+        for name in names[shift:] + names[:shift]:
+            spent[name].append(_timed(contenders[name], repeats[name], device))
+    figures: dict[str, object] = {"rounds": rounds, "first_ms": _ms(statistics.median(spent[first]))}
+    for name in names[1:]:
+        pairs = list(zip(spent[name], spent[first], strict=True))
+        ratios = [own / base for own, base in pairs]
+        more = statistics.median(own - base for own, base in pairs)
+        figures[name] = {"ratio": _r(statistics.median(ratios)), "quartiles": _quartiles(ratios), "more_ms": _ms(more)}
+    return figures
+
+
+def _timed(function: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of one run."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [_r(low), _r(high)]
+
+
+def _r(value: float) -> float:
+    return round(value, 4)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+# ---- what is measured ----
+
+
+def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """A forward pass of every contender over that of the bare host, by batch and length."""
+    names = ["host", *PATHWAYS, *(name for name in args.peers if name != "host")]
+    models = {name: ground.forward(name) for name in names}
+    cells = []
+    for tokens, sentences in itertools.product(args.lengths, args.batches):
+        batch = ground.batch(sentences, tokens)
+        contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
+        with torch.inference_mode():
+            cells.append({"batch": sentences, "tokens": tokens} | race(contenders, args.seconds, args.device))
+    return {"first": "host", "cells": cells}
+
+
+def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """How overhead and host grow with blocks, width and tokens, on random hosts: exponents of fitted powers."""
+    curves = {}
+    with tempfile.TemporaryDirectory() as folder:
+        anchors = Path(folder) / "anchors.txt"
+        anchors.write_text("\n".join(map(" ".join, read_anchors()[:SLOPE_ANCHOR_SENTENCES])), encoding="utf-8")
+        for varied, shapes in SLOPES.items():
+            points = []
+            for blocks, width, tokens in shapes:
+                here = Ground(
+                    ground.host, None, ground.device, lambda b=blocks, w=width: random_host(b, w, ground), anchors
+                )
+                batch = here.batch(SLOPE_BATCH, tokens)
+                models = {name: here.forward(name) for name in ("host", "stream", "inject")}
+                contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
+                shape = {"blocks": blocks, "width": width, "tokens": tokens}
+                with torch.inference_mode():
+                    points.append(shape | race(contenders, args.seconds, args.device))
+            raced = [point for point in points if "left_out" not in point]
+            sizes = [point[varied] for point in raced]
+            exponents = {"host": _exponent(sizes, [point["first_ms"] for point in raced])}
+            for name in ("stream", "inject"):
+                exponents[name] = _exponent(sizes, [point[name]["more_ms"] for point in raced])
+            curves[varied] = {"points": points, "exponents": exponents}
+    return {"first": "host", "batch": SLOPE_BATCH, "curves": curves}
+
+
+def random_host(blocks: int, width: int, ground: Ground) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(ground.tokenizer),
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 32,
+        intermediate_size=4 * width,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _exponent(sizes: list[float], values: list[float]) -> float | None:
+    """p of the power a·size^p that fits best; None of fewer than two, or where one is not above 0."""
+    if len(values) < 2 or min(values) <= 0:
+        return None
+    x, y = ([math.log(value) for value in series] for series in (sizes, values))
+    return round(statistics.linear_regression(x, y).slope, 3)
+
+
+def train(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """A training step over one of LoRA: on 8 windows of 128 tokens, and on 32 sentences as they are.
+
+    An epoch has as many steps for all of them, so the ratio of steps is that of epochs; the stream's states are
+    computed before, once.
+    """
+    cells = []
+    with _cache_of_its_own():
+        for sentences, words, tokens in ((8, 126, 128), (32, None, 128)):
+            corpus = texts(8 * sentences, words)
+            steps = {
+                name: ground.step(name, corpus, tokens) for name in ("lora", *(n for n in TRAINED if n != "lora"))
+            }
+            batches = [range(start, start + sentences) for start in range(0, len(corpus), sentences)]
+            turns = {name: _in_turn(step, itertools.cycle(batches)) for name, step in steps.items()}
+            shape = {"batch": sentences, "tokens": tokens if words else None}
+            cells.append(shape | race(turns, args.seconds, args.device))
+    return {"first": "lora", "epoch_ratio_is_extrapolated_from_steps": True, "cells": cells}
+
+
+def _in_turn(step: Callable[[range], None], batches: Iterator[range]) -> Callable[[], None]:
+    """A step on the next batch with every call; every contender has the batches in the same order."""
+    return lambda: step(next(batches))
+
+
+def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """High-water mark of a training process over that of LoRA: 8 windows of 128 tokens, a fresh process each time.
+
+    A first round is not counted: in it the stream lines its host up and computes its states, which it then keeps.
+    """
+    marks: dict[str, list[dict]] = {name: [] for name in WITH_MEMORY}
+    root = str(Path(__file__).parents[2])
+    with _cache_of_its_own() as cache:
+        stream = ground.stream_folder(cache / "adapter")
+        for number, name in itertools.product(range(1 + MEMORY_ROUNDS), marks):
+            adapter = stream if name.startswith("stream") else args.adapter
+            command = [sys.executable, "-m", "scripts.research.speed", name, args.model_name_or_path, args.device]
+            command += [str(args.threads), *([adapter] if adapter else [])]
+            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(args.threads)}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(f"Training {name} for its memory failed:\n{done.stderr[-2000:]}")
+            if number:
+                marks[name].append(json.loads(done.stdout.splitlines()[-1]))
+    figures: dict[str, object] = {"rounds": MEMORY_ROUNDS, "steps": MEMORY_STEPS, "batch": 8, "tokens": 128}
+    for name, own in marks.items():
+        figures[name] = {}
+        for key in ("peak_mb", "peak_over_loaded_mb"):
+            ratios = [mine[key] / base[key] for mine, base in zip(own, marks["lora"], strict=True)]
+            figures[name][key] = statistics.median(mark[key] for mark in own)
+            figures[name][key.replace("_mb", "_ratio")] = _r(statistics.median(ratios))
+            figures[name][key.replace("_mb", "_ratio_range")] = [_r(min(ratios)), _r(max(ratios))]
+    return {"first": "lora"} | figures
+
+
+def memory_of_one(name: str, host: str, device: str, threads: str, adapter: str | None = None) -> dict[str, float]:
+    """Train a contender for some steps in this process; megabytes at most, and above those with the host loaded."""
+    torch.set_num_threads(int(threads))
+    ground = Ground(host, adapter, device)
+    ground.new_host()
+    loaded = _peak(device)
+    step = ground.step(name, texts(8, 126), 128)
+    for _ in range(MEMORY_STEPS):
+        step(range(8))
+    peak = _peak(device)
+    return {"peak_mb": round(peak, 1), "peak_over_loaded_mb": round(peak - loaded, 1)}
+
+
+def _peak(device: str) -> float:
+    """Megabytes that this process held at most: on the GPU those of tensors, on the CPU all that is resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """Seconds to line a host up, over a bare pass over the anchors; seconds to load with that done, over the host's.
+
+    A first, untimed round warms up.
+    """
+    spent: dict[str, list[float]] = {
+        name: [] for name in ("host_on_anchors", "calibrate", "load_host", "load_adapter")
+    }
+
+    def timed(name: str, function: Callable[[], object]) -> object:
+        _wait(args.device)
+        start = time.perf_counter()
+        result = function()
+        _wait(args.device)
+        spent[name].append(time.perf_counter() - start)
+        return result
+
+    sentences = read_anchors()
+    with _cache_of_its_own() as cache:
+        folder = ground.stream_folder(cache / "adapter")
+        here = ground.new_host()
+        model = UniHyperLoraForTokenClassification.from_pretrained(folder, host=here, tokenizer=ground.tokenizer)
+        for _ in range(1 + CALIBRATE_ROUNDS):
+            for path in cache.glob("calibration-*"):
+                path.unlink()
+            host = timed("load_host", ground.new_host)
+            timed("host_on_anchors", lambda: read_anchor_states(here, ground.tokenizer, sentences))
+            timed("calibrate", lambda: model.calibrate(ground.tokenizer))
+            own = {"host": host, "tokenizer": ground.tokenizer}
+            load = partial(UniHyperLoraForTokenClassification.from_pretrained, folder, **own)
+            timed("load_adapter", load).detach()
+    warm = {name: values[1:] for name, values in spent.items()}
+    figures: dict[str, object] = {
+        name: {"seconds": _r(statistics.median(values)), "quartiles": _quartiles(values)}
+        for name, values in warm.items()
+    }
+    for name, base in (("calibrate", "host_on_anchors"), ("load_adapter", "load_host")):
+        ratios = [own / other for own, other in zip(warm[name], warm[base], strict=True)]
+        figures[name] |= {f"ratio_to_{base}": _r(statistics.median(ratios)), "ratio_quartiles": _quartiles(ratios)}
+    return {"rounds": CALIBRATE_ROUNDS, "layers_read": len(model.bound_stream.layers)} | figures
+
+
+def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
+    """Bytes of the files, and multiply-adds, of both pathways over LoRA's."""
+    lora = ground._forward_model("lora")
+    lora_bytes = sum(p.numel() * p.element_size() for n, p in lora.named_parameters() if ".lora_" in n)
+    rank_adds = sum(p.numel() for n, p in lora.named_parameters() if ".lora_" in n)
+    figures: dict[str, object] = {"lora": {"bytes": lora_bytes}}
+    for pathway in ("stream", "inject"):
+        model = ground.pathway_model(pathway)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            own = measure(model, folder)
+        overhead = {
+            str(tokens): _r(flops_overhead_pct(model.path, len(model.labels), tokens)) for tokens in (16, 128, 512)
+        }
+        figures[pathway] = {
+            "bytes": own["adapter_bytes"],
+            "bytes_over_lora": _r(own["adapter_bytes"] / lora_bytes),
+            "delta_bytes": own["delta_bytes"],
+            "flops_overhead_pct_by_tokens": overhead,
+        }
+        host = model.path.host_multiply_adds(128)
+        figures["lora"]["flops_overhead_pct_by_tokens"] = {"128": _r(100 * rank_adds / host)}
+    return figures
+
+
+@contextmanager
+def _cache_of_its_own() -> Iterator[Path]:
+    """States and calibrations of a benchmark do not stay."""
+    before = os.environ.get("UNIHYPERLORA_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["UNIHYPERLORA_CACHE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["UNIHYPERLORA_CACHE"]
+            else:
+                os.environ["UNIHYPERLORA_CACHE"] = before
+
+
+if __name__ == "__main__":  # a process of ``memory``
+    print(json.dumps(memory_of_one(*sys.argv[1:])))

@@ -1,0 +1,193 @@
+"""What scripts/research/speed.py races: adapters of both pathways on a host, the bare host, and PEFT's methods on it.
+
+Every contender has a copy of the host to itself, so that no hook of one costs another anything.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.anchors import read_anchors
+from modeling_unihyperlora.hosts import HostMap, load_host
+from modeling_unihyperlora.storage import read_config
+from modeling_unihyperlora.words import load_tokenizer
+from trainers.baselines import make_baseline, require_peft
+from trainers.state_cache import CanonicalStates, StreamCollator, WordStates
+
+LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
+PATHWAYS = ("stream", "inject", "inject_merged")
+PEERS = ("host", "lora", "lora_merged", "vblora")
+TRAINED = (
+    *("stream", "stream_delta", "inject", "inject_delta", "inject_delta_checkpointed"),
+    *("lora", "lora_no_dropout", "lora_checkpointed"),
+)
+LORA_RANK = 8
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Ground:
+    """Where a race takes place.
+
+    Args:
+        host: Hub id or folder.
+        adapter: folder or Hub id of an adapter; a fresh one where None, or where it is of the other pathway.
+        device: "cpu" or "cuda".
+        make_host: gives a new copy of the host; loads ``host`` by default.
+        anchor_file: anchor text of a fresh stream; the package's own when None.
+    """
+
+    host: str
+    adapter: str | None = None
+    device: str = "cpu"
+    make_host: Callable[[], nn.Module] | None = None
+    anchor_file: Path | None = None
+
+    def __post_init__(self):
+        self.tokenizer = load_tokenizer(self.host)
+
+    def new_host(self) -> nn.Module:
+        host = load_host(self.host) if self.make_host is None else self.make_host()
+        return host.eval().to(self.device)
+
+    def batch(self, sentences: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Running text: the package's anchor sentences, from another one on in every row, each row full."""
+        text, rows = read_anchors(), []
+        for row in range(sentences):
+            start = row * 9 % len(text)
+            words = [word for sentence in (text[start:] + text[:start]) for word in sentence]
+            rows.append(" ".join(words[:tokens]))
+        encoded = self.tokenizer(rows, truncation=True, max_length=tokens, return_tensors="pt")
+        return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def pathway_model(self, pathway: str, router: str = "token") -> UniHyperLoraForTokenClassification:
+        """An adapter of a pathway: the one given if it is of it, else a fresh one with atoms that do something."""
+        own = {"host": self.new_host()} | ({"tokenizer": self.tokenizer} if pathway == "stream" else {})
+        if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == pathway:
+            changes = {"router": router} if pathway == "inject" else {}
+            return UniHyperLoraForTokenClassification.from_pretrained(self.adapter, **own, **changes).eval()
+        config = UniHyperLoraConfig(pathway=pathway, router=router)
+        model = UniHyperLoraForTokenClassification.from_host(
+            labels=LABELS, config=config, anchor_file=self.anchor_file, **own
+        )
+        own, generator = model.adapter.tasks["default"], torch.Generator(device=self.device).manual_seed(0)
+        with torch.no_grad():  # a fresh update and a fresh head are zero
+            for latent in (model.adapter.atoms_out.latent, own.head_weight.latent):
+                latent.normal_(0, 0.05, generator=generator)
+        return model.eval()
+
+    def stream_folder(self, folder: Path) -> str:
+        """The adapter given if it is a stream, else a fresh one, saved in ``folder``."""
+        if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == "stream":
+            return self.adapter
+        self.pathway_model("stream").save_pretrained(folder)
+        return str(folder)
+
+    def forward(self, name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+        """A contender of ``PATHWAYS`` or ``PEERS`` as a function of a batch of token ids."""
+        model = self._forward_model(name)
+        return lambda batch: model(**batch)
+
+    def _forward_model(self, name: str) -> nn.Module:
+        if name == "host":
+            return self.new_host()
+        if name in ("stream", "inject"):
+            return self.pathway_model(name)
+        if name == "inject_merged":
+            model = self.pathway_model("inject", router="static")
+            model.merge()
+            return model
+        require_peft()
+        from peft import LoraConfig, VBLoRAConfig, get_peft_model
+
+        host = self.new_host()
+        sites = [site.linear for site in HostMap(host).sites]
+        targets = [name for name, module in host.named_modules() if any(module is linear for linear in sites)]
+        if name == "vblora":
+            length = math.gcd(256, *(width for linear in sites for width in linear.weight.shape))
+            return get_peft_model(
+                host, VBLoRAConfig(r=4, vector_length=length, num_vectors=256, target_modules=targets)
+            ).eval()
+        peft = get_peft_model(host, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets)).eval()
+        if name == "lora_merged":
+            peft.merge_adapter()
+        return peft
+
+    # ---- training ----
+
+    def step(self, name: str, sentences: Sequence[list[str]], tokens: int) -> Callable[[Sequence[int]], None]:
+        """A training step of a contender of ``TRAINED`` as a function of the numbers of its sentences.
+
+        Args:
+            sentences: what is trained on, with labels drawn at random.
+            tokens: longest window.
+        """
+        windows = Windows(sentences, self.tokenizer, tokens)
+        if name.startswith("lora"):
+            model = make_baseline("lora", "token_classification", self.host, LABELS, LORA_RANK).to(self.device)
+            model.train(name != "lora_no_dropout")
+        else:
+            pathway, _, scope = name.removesuffix("_checkpointed").partition("_")
+            model = self.pathway_model(pathway)
+            model.config.tasks[model.config.active_task]["trained"] = True
+            model.set_train_scope(scope or "source")
+            model.train()
+        if name.endswith("_checkpointed"):
+            model.gradient_checkpointing_enable()
+        data = windows
+        if name.startswith("stream"):
+            model.stream.disturbs = name == "stream"
+            data = CanonicalStates(WordStates(model.host, model.stream.words, windows), lambda: [model.stream.fit])
+        collate = StreamCollator(self._pad)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+        def step(chosen: Sequence[int]) -> None:
+            batch = {key: value.to(self.device) for key, value in collate([data[index] for index in chosen]).items()}
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+
+        return step
+
+    def _pad(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        inputs = [{key: item[key] for key in item if key != "labels"} for item in items]
+        batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+        labels = [torch.tensor(item["labels"]) for item in items]
+        batch["labels"] = nn.utils.rnn.pad_sequence(labels, True, -100)
+        return dict(batch)
+
+
+class Windows(Dataset):
+    """Sentences as a host reads them, with random labels at the sub-tokens that begin a word."""
+
+    def __init__(self, sentences: Sequence[list[str]], tokenizer, tokens: int):
+        self.items = []
+        for number, words in enumerate(sentences):
+            encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=tokens)
+            at = encoded.word_ids()
+            first = [word is not None and word != before for word, before in zip(at, [None, *at], strict=False)]
+            drawn = torch.randint(len(LABELS), (len(at),), generator=torch.Generator().manual_seed(number)).tolist()
+            labels = [label if begins else -100 for label, begins in zip(drawn, first, strict=True)]
+            inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+            self.items.append(inputs | {"labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
+
+
+def texts(count: int, words: int | None) -> list[list[str]]:
+    """Sentences of the package's anchor text, as they are or ``words`` long each."""
+    text = read_anchors()
+    if words is None:
+        return [text[index % len(text)] for index in range(count)]
+    flat = [word for sentence in text for word in sentence]
+    return [(flat[start:] + flat[:start])[:words] for start in range(0, 61 * count, 61)]

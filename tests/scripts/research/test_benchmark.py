@@ -1,0 +1,142 @@
+"""Records of runs and the tables drawn from them."""
+
+import json
+
+import pytest
+
+from modeling_unihyperlora import ConfigError
+from scripts.research import benchmark
+from scripts.research.records import SETTINGS, ablation_of, keep_paper_run, read_records, record_of
+from scripts.research.results_tables import rendered, summary
+
+ADAPTER = {"pathway": "inject", "projector": "dimension", "source_hosts": [{"name": "/somewhere/private/host-a"}]}
+
+
+def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
+    folder.mkdir(parents=True)
+    settings = {name: None for name in SETTINGS} | {"method": method, "seed": seed, "lambda_f": 0.001}
+    settings |= {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.01, "train_scope": "source"}
+    data = {"name": "tweets", "splits": {"validation": {"sentences": 3, "sha256": "ab"}}}
+    arguments = settings | {"model_name_or_path": "/somewhere/private/host-a", "adapter": None, "data": data}
+    (folder / "run_arguments.json").write_text(json.dumps(arguments))
+    costs = {
+        "adapter_bytes": 118000,
+        "head_bytes": 11556,
+        "delta_bytes": 512,
+        "flops_overhead_pct": 3.4,
+        "train_runtime": 9.0,
+        "cpu_seconds": 100.0 + 10 * seed,
+    }
+    results = costs | {"eval_f1": f1, "active_atoms_per_token": 1.5, "bytes_of_delta": 512}
+    (folder / "all_results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps(ADAPTER if method == "unihyperlora" else {}))
+    return folder
+
+
+def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
+    runs = [a_run(tmp_path / "0", 0, 0.8), a_run(tmp_path / "1", 1, 0.9), a_run(tmp_path / "p", 0, 0.5, "probe")]
+    text = rendered({str(i): record_of(run) for i, run in enumerate(runs)})
+    rows = [line for line in text.splitlines() if line.startswith("| tweets")]
+    assert len(rows) == 2
+    both = next(row for row in rows if "| 0, 1 |" in row)
+    assert "0.8500 ± 0.0707" in both and "118,000" in both and both.endswith("| 105 ± 7 |")
+    assert any("probe" in row and "0.5000" in row and "±" not in row for row in rows)
+    assert "| delta | 512 |" in text
+
+
+def test_ranks_of_lora_are_apart(tmp_path):
+    runs = []
+    for rank in (1, 8):
+        folder = a_run(tmp_path / str(rank), 0, 0.8, "lora")
+        run = json.loads((folder / "run_arguments.json").read_text()) | {"lora_r": rank}
+        (folder / "run_arguments.json").write_text(json.dumps(run))
+        runs.append(record_of(folder))
+    text = summary({str(number): run for number, run in enumerate(runs)})
+    for rank in (1, 8):
+        assert f"| tweets | lora, r={rank} | host-a | LoRA and head | 1 | 0.800 |" in text
+
+
+def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
+    adapter, run = a_run(tmp_path / "adapter", 0, 0.8), a_run(tmp_path / "run", 0, 0.6)
+    for name, change in (("all_results", {"train_runtime": None}), ("run_arguments", {"adapter": str(adapter)})):
+        content = json.loads((run / f"{name}.json").read_text()) | change
+        (run / f"{name}.json").write_text(json.dumps(content))
+    (run / "config.json").unlink()
+    text = rendered({"0": record_of(run)})
+    assert (
+        "| tweets | unihyperlora, inject, dimension | host-a | zero-shot from host-a | – | – | – | 0 | 0.6000 |"
+        in text
+    )
+
+
+def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(benchmark, "RESULTS", results)
+    (tmp_path / "docs").mkdir()
+    for page, (begin, end) in (("README.md", benchmark.MARKS), ("docs/HOSTS.md", benchmark.HOST_MARKS)):
+        (tmp_path / page).write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    for seed, score in enumerate((0.7, 0.8)):
+        benchmark.main(["record", str(a_run(tmp_path / str(seed), seed, score)), "--name", f"run-s{seed}"])
+    families = {"bert": {"inject_merge": "passed", "inject_compile": "no compiler", "stream_detach": "failed"}}
+    record = {"kind": "host_families", "families": families, "versions": {"torch": "2"}}
+    (results / "families.json").write_text(json.dumps(record))
+    outcomes = {"cut off": {"refused": 1200, "loaded, equal logits": 3}}
+    record = {"kind": "adapter_fuzz", "files": 1203, "seed": 0, "failures": [], "outcomes": outcomes}
+    (results / "fuzz.json").write_text(json.dumps(record))
+    (tmp_path / "docs" / "SCALING.md").write_text("above\n<!-- launch -->\nold\n<!-- end of launch -->\nbelow\n")
+    runs = [{"launch": "ddp_gpu", "pathway": "inject", "not_run": "no GPU"}]
+    (results / "launch.json").write_text(json.dumps({"kind": "launch", "runs": runs}))
+    benchmark.main(["render"])
+    hosts = (tmp_path / "docs" / "HOSTS.md").read_text()
+    scaling = (tmp_path / "docs" / "SCALING.md").read_text()
+    assert "| ddp_gpu | inject | – | not run: no GPU | – | – | – |" in scaling and "old" not in scaling
+    assert hosts.startswith("above\n") and hosts.endswith("below\n") and "old" not in hosts
+    assert "| bert | ✓ | (1) |" in hosts and "1. no compiler." in hosts and "| bert | ✗ |" in hosts
+    assert "| cut off | 1,200 | 3 | 0 | 0 |" in hosts
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
+    assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 | 105 ± 7 |" in readme
+    assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
+
+
+def test_a_record_names_no_folder_of_the_machine(tmp_path):
+    kept = json.dumps(record_of(a_run(tmp_path / "0", 0, 0.8)))
+    assert "host-a" in kept and "private" not in kept and str(tmp_path) not in kept
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        record_of(tmp_path)
+
+
+def test_an_ablation_is_a_table_of_differences(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    folder = a_run(tmp_path / "ablation" / "00", 0, 0.8).parent
+    arguments = json.loads((folder / "00/run_arguments.json").read_text())
+    arguments["data"]["splits"]["train"] = {"sentences": 3500, "sha256": "cd"}
+    arguments["coordinate_epochs"] = 6.0
+    (folder / "00/run_arguments.json").write_text(json.dumps(arguments))
+    with pytest.raises(ConfigError, match=r"ablation.json cannot be read"):
+        ablation_of(folder)
+    rows = [{"row": "as shipped", "f1": {"source": 0.8, "b": 0.7}}, {"row": "no x", "f1": {"source": 0.81, "b": 0.6}}]
+    (folder / "ablation.json").write_text(json.dumps({"rows": rows}))
+    benchmark.main(["record", str(folder), "--name", "parts"])
+    text = rendered(read_records(tmp_path / "results"))
+    assert "| no x | 0.8100 | +0.0100 | 0.6000 | -0.1000 |" in text
+    assert "3,500 sentences of tweets (6 epochs for the coordinates, then 5 steps × 2), seed 0" in text
+
+
+def test_a_line_of_the_papers_runs_is_replaced_by_the_same_run(tmp_path):
+    results = tmp_path / "results"
+    for name, score in (("b-iter1-x-s0", 0.5), ("a-iter1-x-s0", 0.6), ("b-iter1-x-s0", 0.7)):
+        run = tmp_path / f"{score}" / name
+        keep_paper_run(a_run(run, 0, score), "paper", results)
+    lines = (results / "paper.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["a-iter1-x-s0", "b-iter1-x-s0"]
+    assert [json.loads(line)["results"]["eval_f1"] for line in lines] == [0.6, 0.7]
+    for line in lines:
+        assert line == json.dumps(json.loads(line), sort_keys=True, ensure_ascii=False)
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        keep_paper_run(tmp_path / "none", "paper", results)
+    assert (results / "paper.jsonl").read_text().splitlines() == lines

@@ -1,0 +1,48 @@
+"""The kinds of task that there are: tags of words, and classes of texts or of pairs of texts."""
+
+import itertools
+
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHyperLoraForTokenClassification
+
+from . import classification_data, ner_data
+from .arguments import ClassificationArguments, NerArguments
+from .classification_inputs import EncodedTexts, best_class, classification_scores
+from .decoding import best_labels
+from .ner_windows import SentenceWindows, entity_scores
+from .running import Task
+
+NER = Task(
+    script="run_ner",
+    default_name="ner",
+    arguments=NerArguments,
+    model_class=UniHyperLoraForTokenClassification,
+    read_file=ner_data.read_file,
+    read_hub_dataset=ner_data.read_hub_dataset,
+    collect_labels=ner_data.collect_labels,
+    check_splits=lambda splits, *labels: ner_data.check_labels(itertools.chain(*splits.values()), *labels),
+    dataset=SentenceWindows,
+    collator=DataCollatorForTokenClassification,
+    decode=best_labels,
+    scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
+    words=lambda sentence: sentence.tokens,
+)
+
+CLASSIFICATION = Task(
+    script="run_classification",
+    default_name="classification",
+    arguments=ClassificationArguments,
+    model_class=UniHyperLoraForSequenceClassification,
+    read_file=classification_data.read_file,
+    read_hub_dataset=classification_data.read_hub_dataset,
+    collect_labels=classification_data.collect_labels,
+    check_splits=classification_data.check_splits,
+    dataset=EncodedTexts,
+    collator=DataCollatorWithPadding,
+    decode=lambda labels: best_class,
+    scores=lambda texts, args: classification_scores,
+    words=lambda example: f"{example.text} {example.pair or ''}".split(),
+)
+
+TASKS = {"ner": NER, "classification": CLASSIFICATION}
