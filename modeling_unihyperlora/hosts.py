@@ -358,5 +358,12 @@ def unlike(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return sorted(name for name in compared if one[name] != other[name])
 
 
+def is_among(host: nn.Module, described: list[dict[str, object]]) -> bool:
+    """Whether ``describe_host`` described this host: by family, sizes, and weights where they are in float32."""
+    names = ("family", "hidden_size", "num_layers", "fingerprint")[: 4 if dtype_of(host) == torch.float32 else 3]
+    own = describe_host(host, None)
+    return any(all(known.get(name) == own[name] for name in names) for known in described)
+
+
 def dtype_of(host: nn.Module) -> torch.dtype:
     return next(host.parameters()).dtype

@@ -22,7 +22,7 @@ from .configuration_unihyperlora import WINDOWS, UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
-from .hosts import describe_host, encoder_of, load_host, load_host_tokenizer, num_layers_of
+from .hosts import describe_host, encoder_of, is_among, load_host, load_host_tokenizer, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
@@ -106,7 +106,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             host: Hub id, folder, or a loaded transformers model.
             labels: label names of the first task; may be None for the model without a head.
             task: name of that task.
-            config: shapes and choices; defaults to ``UniHyperLoraConfig()``.
+            config: shapes and choices; defaults to ``UniHyperLoraConfig()``, which is a stream.
             revision: commit, tag or branch of the host.
             tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
             anchor_file: anchor text for the stream, one sentence a line; the package's own when None.
@@ -232,6 +232,13 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             except UniHyperLoraError:
                 model.detach()  # the host as it was given
                 raise
+        elif config.projector != "host" and config.source_hosts and not is_among(model.host, config.source_hosts):
+            logger.warning(
+                "This adapter is an injected update that was not trained on %s, and such an update does not carry "
+                "over to other hosts: expect what an untrained adapter would score. Train it here, or train one with "
+                "pathway='stream', which serves hosts that it has not seen.",
+                config.base_model_name_or_path or "this host",
+            )
         model.eval()
         logger.info(model.describe())
         return model

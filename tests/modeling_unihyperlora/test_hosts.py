@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_unihyperlora import HostError, UniHyperLoraForTokenClassification, UniHyperLoraModel
+from modeling_unihyperlora import HostError, UniHyperLoraConfig, UniHyperLoraForTokenClassification, UniHyperLoraModel
 from modeling_unihyperlora.hosts import fingerprint, load_host
 from tests.modeling_unihyperlora.test_injection import LABELS, hooks_in
 
@@ -12,7 +12,7 @@ from tests.modeling_unihyperlora.test_injection import LABELS, hooks_in
 def test_unknown_family_names_the_known_ones_and_touches_nothing(make_host):
     host = make_host("convbert")
     with pytest.raises(HostError, match="convbert.*albert, bert.*xlm-roberta.*layout=.*pathway='stream'"):
-        UniHyperLoraForTokenClassification.from_host(host, labels=LABELS)
+        UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, config=UniHyperLoraConfig(pathway="inject"))
     assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
 
 
@@ -20,10 +20,10 @@ def test_a_linear_layer_that_is_none_is_named(make_host):
     host = make_host("bert")
     host.encoder.layer[1].intermediate.dense = nn.Identity()
     with pytest.raises(HostError, match="Block 1: 'intermediate.dense' is a Identity"):
-        UniHyperLoraModel.from_host(host)
+        UniHyperLoraModel.from_host(host, config=UniHyperLoraConfig(pathway="inject"))
     del host.encoder.layer[1].intermediate.dense
     with pytest.raises(HostError, match="No 'intermediate.dense' in block 1"):
-        UniHyperLoraModel.from_host(host)
+        UniHyperLoraModel.from_host(host, config=UniHyperLoraConfig(pathway="inject"))
     assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
 
 
@@ -31,7 +31,7 @@ def test_feed_forward_in_chunks_is_refused(make_host):
     host = make_host()
     host.config.chunk_size_feed_forward = 2
     with pytest.raises(HostError, match="chunk_size_feed_forward=0"):
-        UniHyperLoraModel.from_host(host)
+        UniHyperLoraModel.from_host(host, config=UniHyperLoraConfig(pathway="inject"))
 
 
 def test_what_is_no_transformers_model_is_refused():
@@ -47,7 +47,9 @@ def test_an_adapter_is_no_host(make_model):
 def test_bad_labels_leave_the_host_as_it_was(make_host):
     host = make_host()
     with pytest.raises(ValueError, match="twice"):
-        UniHyperLoraForTokenClassification.from_host(host, labels=["O", "O"])
+        UniHyperLoraForTokenClassification.from_host(
+            host, labels=["O", "O"], config=UniHyperLoraConfig(pathway="inject")
+        )
     assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
 
 
