@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
@@ -27,7 +28,7 @@ from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
 from .publishing import Publishing, from_package
-from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config, take_over
 from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 from .tuning import Tuning
 
@@ -242,6 +243,20 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
         model.eval()
         logger.info(model.describe())
         return model
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As of any module; the tensors of the adapter's own file, by their names there, are decoded.
+
+        transformers' own ``Trainer`` reads ``model.safetensors`` and calls this, with ``strict=False``, for the best
+        checkpoint and for the one that it resumes from.
+
+        Raises:
+            AdapterFileError: the tensors are of another adapter, or of no adapter at all.
+        """
+        if not state_dict or any(name.startswith(("adapter.", "host.")) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        take_over(self.adapter, state_dict, "The state that was given")
+        return _IncompatibleKeys([], [])
 
     # ---- tasks ----
 
