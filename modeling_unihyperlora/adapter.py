@@ -28,7 +28,7 @@ from .configuration_unihyperlora import UniHyperLoraConfig
 from .hosts import MODULE_TYPES
 from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import CosineProjector, DimensionProjector
-from .quantization import Grid, Half, RowInteger, StoredTensor
+from .quantization import Grid, Half, RowInteger, StoredTensor, as_stored
 from .routing import Routing, rms
 from .token_mixer import TokenMixer
 
@@ -234,7 +234,7 @@ class UniHyperLoraAdapter(nn.Module):
             write={key: atoms_out @ self.projector.outward(key).T for key in writes},
             router_rows={key: router @ inward[key] for key in routes},
             router_bias=dict.fromkeys(routes, bias),
-            mean_gate=own.mean_gate.half().float(),  # as its file holds it
+            mean_gate=as_stored(own.mean_gate, Half()),
             coefficients=self.mixer(places) + places @ own.delta(),
         )
 
@@ -265,7 +265,7 @@ class UniHyperLoraAdapter(nn.Module):
         def make() -> ProjectedAtoms:
             return shared._replace(
                 router_bias=dict.fromkeys(routes, self.router_bias() + own.embedding() @ self.router_weight().T),
-                mean_gate=own.mean_gate.half().float(),
+                mean_gate=as_stored(own.mean_gate, Half()),
                 coefficients=self.mixer(places).unsqueeze(2) + torch.einsum("lsf,qfm->lsqm", places, own.delta()),
             )
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
 from .errors import DataError
-from .hosts import call_host, check_states
+from .hosts import call_host, check_states, window_of
 from .quantization import StoredTensor, TwoBit
 from .words import NO_WORD, WordReader
 
@@ -113,8 +113,7 @@ def word_states(
     for sentence in sentences:
         offsets.append(offsets[-1] + len(sentence))
     states = torch.full((len(layers), offsets[-1], host.config.hidden_size), torch.nan)
-    positions = getattr(host.config, "max_position_embeddings", 0)
-    limit = min(words.tokenizer.model_max_length, (positions if positions > 0 else 512) - 2)
+    limit = window_of(host, words.tokenizer)
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     try:
         for start in range(0, len(order), batch_size):
@@ -123,7 +122,7 @@ def word_states(
                 [sentences[index] for index in chosen],
                 is_split_into_words=True,
                 padding=True,
-                truncation=True,
+                truncation=limit is not None,
                 max_length=limit,
                 return_tensors="pt",
             ).to(host.device)

@@ -32,9 +32,10 @@ class UniHyperLoraConfig(PreTrainedConfig):
     """Shapes and choices of an adapter; the host is named here but none of its numbers are.
 
     Args:
-        pathway: where the atoms act; "inject" adds the update to the host's linear layers, "stream" computes beside
-            the host on its states and works on hosts that it was not trained on; "both" is a stream with an update in
-            the linear layers of one host, which ``model.add_injection`` begins and δθ tunes.
+        pathway: where the atoms act; "stream", the default, computes beside the host on its states and works on hosts
+            that it was not trained on; "inject" adds the update to the linear layers of the host that it is trained
+            on; "both" is a stream with an update in the linear layers of one host, which ``model.add_injection``
+            begins and δθ tunes.
         projector: "dimension": one wave network maps any width to the canonical space and back (for "inject");
             "anchored": a closed-form map from each host's states on the anchors (for the stream); "host": none, the
             atoms are of the host's own widths and serve that host alone (SAT-LoRA, for "inject"). None: the one that
@@ -77,7 +78,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
     model_type = "unihyperlora"
     keys_to_ignore_at_inference = ["expected_atoms", "active_atoms", "hidden_states", "attentions"]
 
-    pathway: str = "inject"
+    pathway: str = "stream"
     projector: str | None = None
     router: str = "token"
     router_top_k: int = 2
@@ -131,14 +132,16 @@ class UniHyperLoraConfig(PreTrainedConfig):
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer from 1 to {_LARGEST_SIZE}.")
         if (self.pathway == "inject") != (self.projector in ("dimension", "host")):
             raise ConfigError(
-                f"pathway={self.pathway!r} does not go with projector={self.projector!r}: the injected update uses "
-                "the 'dimension' or the 'host' projector, the stream the 'anchored' one."
+                f"pathway={self.pathway!r} does not go with projector={self.projector!r}: the injected update "
+                "(pathway='inject') uses the 'dimension' or the 'host' projector, the stream the 'anchored' one. "
+                "Give the pathway that is meant, or leave projector out."
             )
         self._check_host_bound()
         self._check_injected_host()
         if self.pathway != "inject" and self.router == "static":
             raise ConfigError(
-                "router='static' is for the injected update; the stream routes every word. Leave it out."
+                "router='static' is for the injected update, which pathway='inject' asks for; the stream routes every "
+                "word. Leave router out, or give pathway='inject'."
             )
         for name, most in (("stream_fidelity", 1), ("stream_dropout", 0.9)):
             value = getattr(self, name)

@@ -42,7 +42,7 @@ def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
     bound = config.bound_host
     if bound is None:
         return
-    here = UniHyperLoraConfig(projector="host", host_layouts=config.host_layouts)
+    here = UniHyperLoraConfig(pathway="inject", projector="host", host_layouts=config.host_layouts)
     bind(here, host)
     if differences := unlike(bound, here.bound_host):
         raise HostError(

@@ -20,6 +20,9 @@ from transformers.integrations import deepspeed
 from .errors import HostError, first_line
 from .layouts import LAYOUTS, MODULE_TYPES, HostLayout, layout_from
 
+_NO_LENGTH = 10**9  # a tokenizer that knows no length states 1e30
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # tables of learned positions
+
 
 @dataclass(frozen=True)
 class Site:
@@ -260,6 +263,32 @@ def transformers_folder(name_or_path: str) -> str:
     return str(inner) if (inner / "config.json").is_file() else str(name_or_path)
 
 
+def window_of(host: nn.Module, tokenizer=None) -> int | None:
+    """Most sub-tokens, special ones included, that a host is to read at once; None where nothing limits it.
+
+    The least of three: what the tokenizer states; what the configuration states (of a rotary host the context that it
+    was trained on); and the table of learned positions, whose first rows some families leave out: RoBERTa's 514 rows
+    are 512 positions. T5, XLNet and hosts with ALiBi have relative positions, so that the tokenizer alone limits them.
+
+    Args:
+        host: an encoder or decoder, or a task model on one.
+        tokenizer: its tokenizer, if it is to count.
+    """
+    stated = getattr(tokenizer, "model_max_length", None)
+    limits = [] if stated is None or stated >= _NO_LENGTH else [int(stated)]
+    config = host.config.get_text_config() if hasattr(host.config, "get_text_config") else host.config
+    for name in ("max_position_embeddings", "max_seq_len"):  # XLNet says -1
+        most = getattr(config, name, None)
+        if isinstance(most, int) and most > 0 and not getattr(config, "alibi", False):
+            limits.append(most)
+    for name, module in host.named_modules():
+        table = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (table in _POSITIONS or table.endswith("position_embeddings")):
+            skipped = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - skipped)
+    return min(limits, default=None)
+
+
 @functools.cache  # a signature takes as long as a small layer
 def _arguments(host: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(host.forward).parameters)
@@ -338,6 +367,13 @@ def unlike(one: dict[str, object], other: dict[str, object]) -> list[str]:
     """
     compared = set(one) - ({"fingerprint", "dtype"} if one["dtype"] != other["dtype"] else set())
     return sorted(name for name in compared if one[name] != other[name])
+
+
+def is_among(host: nn.Module, described: list[dict[str, object]]) -> bool:
+    """Whether ``describe_host`` described this host: by family, sizes, and weights where they are in float32."""
+    names = ("family", "hidden_size", "num_layers", "fingerprint")[: 4 if dtype_of(host) == torch.float32 else 3]
+    own = describe_host(host, None)
+    return any(all(known.get(name) == own[name] for name in names) for known in described)
 
 
 def dtype_of(host: nn.Module) -> torch.dtype:

@@ -8,7 +8,7 @@ from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhea
 from .adapter import KNOTS, part_of
 from .calibration import LOW_FIT
 from .host_bound import make_adapter
-from .hosts import MODULE_TYPES, fingerprint
+from .hosts import MODULE_TYPES, is_among
 from .modeling_unihyperlora import UniHyperLoraModel
 from .quantization import StoredTensor
 from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
@@ -77,14 +77,13 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
         "flops_overhead_pct": flops_overhead_pct(model.path, len(task["labels"])),
         "warnings": [],
     }
-    sources = {source.get("fingerprint") for source in model.config.source_hosts}
     if model.injection is not None:
         sites = model.injection.map.sites
         report["blocks"] = model.injection.map.num_layers
         report["sites"] = {
             role: len({site.block for site in sites if role in site.module_types}) for role in MODULE_TYPES
         }
-        if model.config.pathway == "inject" and fingerprint(model.host) not in sources:
+        if model.config.pathway == "inject" and not is_among(model.host, model.config.source_hosts):
             report["warnings"].append(
                 "The adapter was not trained on this host, and the injected update does not carry over to others: "
                 "expect what an untrained adapter would score, unless it is trained here."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
@@ -22,12 +23,12 @@ from .configuration_unihyperlora import WINDOWS, UniHyperLoraConfig, check_task
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hold import Hold
 from .host_bound import bind, check_bound, make_adapter
-from .hosts import describe_host, encoder_of, load_host, num_layers_of
+from .hosts import describe_host, encoder_of, is_among, load_host, num_layers_of
 from .injection import InjectedRun, Injection
 from .layouts import HostLayout, layout_from
 from .mixed_tasks import MixedTasks
 from .publishing import Publishing, from_package
-from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config, take_over
 from .stream import Stream, StreamRun, at_knots, kept_anchor_states
 from .tuning import Tuning
 from .words import WordReader, load_tokenizer
@@ -107,7 +108,7 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             host: Hub id, folder, or a loaded transformers model.
             labels: label names of the first task; may be None for the model without a head.
             task: name of that task.
-            config: shapes and choices; defaults to ``UniHyperLoraConfig()``.
+            config: shapes and choices; defaults to ``UniHyperLoraConfig()``, which is a stream.
             revision: commit, tag or branch of the host.
             tokenizer: the host's tokenizer, for the stream; loaded by the host's name when None.
             anchor_file: anchor text for the stream, one sentence a line; the package's own when None.
@@ -233,9 +234,30 @@ class UniHyperLoraPreTrainedModel(Publishing, Tuning, PreTrainedModel):
             except UniHyperLoraError:
                 model.detach()  # the host as it was given
                 raise
+        elif config.projector != "host" and config.source_hosts and not is_among(model.host, config.source_hosts):
+            logger.warning(
+                "This adapter is an injected update that was not trained on %s, and such an update does not carry "
+                "over to other hosts: expect what an untrained adapter would score. Train it here, or train one with "
+                "pathway='stream', which serves hosts that it has not seen.",
+                config.base_model_name_or_path or "this host",
+            )
         model.eval()
         logger.info(model.describe())
         return model
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As of any module; the tensors of the adapter's own file, by their names there, are decoded.
+
+        transformers' own ``Trainer`` reads ``model.safetensors`` and calls this, with ``strict=False``, for the best
+        checkpoint and for the one that it resumes from.
+
+        Raises:
+            AdapterFileError: the tensors are of another adapter, or of no adapter at all.
+        """
+        if not state_dict or any(name.startswith(("adapter.", "host.")) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        take_over(self.adapter, state_dict, "The state that was given")
+        return _IncompatibleKeys([], [])
 
     # ---- tasks ----
 

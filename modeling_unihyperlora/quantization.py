@@ -133,6 +133,14 @@ def _(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
     return torch.empty_like(value)
 
 
+def as_stored(value: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """The value as a file of this codec holds it, without a gradient; under a compiler as well."""
+    value = value.detach().float()
+    if torch.compiler.is_compiling():  # one that fuses casts would keep the very digits that rounding drops
+        return _rounded(value, type(codec).__name__, codec.settings())
+    return codec.round(value)
+
+
 class StoredTensor(nn.Module):
     """One tensor of the adapter: a trainable float32 ``latent`` and the codec of its file.
 
@@ -145,12 +153,7 @@ class StoredTensor(nn.Module):
         self.latent = nn.Parameter(initial.float())
 
     def forward(self) -> torch.Tensor:
-        latent = self.latent.detach().float()
-        if torch.compiler.is_compiling():  # one that fuses casts would keep the very digits that rounding drops
-            rounded = _rounded(latent, type(self.codec).__name__, self.codec.settings())
-        else:
-            rounded = self.codec.round(latent)
-        return _StraightThrough.apply(self.latent, rounded)
+        return _StraightThrough.apply(self.latent, as_stored(self.latent, self.codec))
 
     def encode(self) -> dict[str, torch.Tensor]:
         """File tensors by suffix ("" for the codes, ".scale" for the row scales), on the CPU, contiguous."""

@@ -112,22 +112,34 @@ def load_adapter(adapter: UniHyperLoraAdapter, path: Path) -> None:
         raise AdapterFileError(
             f"{path} has {path.stat().st_size} bytes; no adapter has more than {MAX_WEIGHTS_BYTES}."
         )
-    tensors = read_checked(path)
+    take_over(adapter, read_checked(path), str(path))
+
+
+def take_over(adapter: UniHyperLoraAdapter, tensors: dict[str, torch.Tensor], origin: str) -> None:
+    """Decode the tensors of a file into an adapter that was built from the file's configuration.
+
+    Args:
+        tensors: as ``adapter_tensors`` names them.
+        origin: what an error calls them.
+
+    Raises:
+        AdapterFileError: they do not fit, or hold values that are not finite; the adapter is then as it was.
+    """
     expected = adapter_tensors(adapter)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise AdapterFileError(
-            f"{path} does not fit its configuration: missing tensors {missing[:4]}, unknown tensors {unknown[:4]}. "
+            f"{origin} does not fit its configuration: missing tensors {missing[:4]}, unknown tensors {unknown[:4]}. "
             "Use the config.json and model.safetensors of one and the same adapter."
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise AdapterFileError(
-                f"{path}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, the configuration asks for "
+                f"{origin}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, the configuration asks for "
                 f"{expected[name].dtype} {tuple(expected[name].shape)}."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: '{name}' holds NaN or infinite values; download or train it again.")
+            raise AdapterFileError(f"{origin}: '{name}' holds NaN or infinite values; download or train it again.")
     for name, module in _stored(adapter).items():
         suffixes = module.encode().keys()
         module.decode({suffix: tensors[name + suffix] for suffix in suffixes})

@@ -54,7 +54,10 @@ class ModelArguments:
     )
     pathway: str | None = field(
         default=None,
-        metadata={"help": "Where the atoms act: stream, inject; both, with --adapter and --train_scope delta."},
+        metadata={
+            "help": "Where the atoms act: stream (of a new adapter the default), which serves hosts that it has not "
+            "seen; inject, for one host; both, with --adapter and --train_scope delta."
+        },
     )
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
     router: str | None = field(default=None, metadata={"help": "token or static."})
@@ -134,6 +137,11 @@ class ModelArguments:
             "share_across_layers": self.share_across_layers in (None, True),
             "target_modules": targets or None,
         }
+
+    @property
+    def makes_stream(self) -> bool:
+        """Whether the run is to make a new stream."""
+        return self.adapter is None and self.method == "unihyperlora" and self.pathway in (None, "stream")
 
     def hub(self) -> dict[str, str]:
         """Arguments for whatever is loaded from the Hub."""
@@ -344,7 +352,7 @@ def check_arguments(
             "--pathway both is tuned to one host by δθ alone: give --train_scope delta with it, or train the stream "
             "itself with --pathway stream."
         )
-    new_but_no_stream = model_args.adapter is None and model_args.pathway != "stream"
+    new_but_no_stream = model_args.adapter is None and not model_args.makes_stream
     if model_args.source_hosts and (new_but_no_stream or training_args.train_scope == "delta"):
         raise ConfigError(
             "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "

@@ -205,7 +205,7 @@ def _knobs(space: dict | None, typed: list[str], model_args) -> list[Knob]:
         raise ConfigError(f"{where}: nothing is left to search. Leave out the flags of what is to be searched.")
     for knob in knobs:
         of_the_file = model_args.adapter is not None and knob.flag in SHAPE_FLAGS
-        no_stream = model_args.adapter is None and model_args.pathway != "stream" and knob.flag in STREAM_FLAGS
+        no_stream = model_args.adapter is None and not model_args.makes_stream and knob.flag in STREAM_FLAGS
         if of_the_file or no_stream:
             why = "it is fixed by --adapter" if of_the_file else "it is for --pathway stream"
             raise ConfigError(f"{where}: 'optuna.search_space.{knob.name}' would not be read: {why}. Leave it out.")

@@ -14,6 +14,7 @@ from modeling_unihyperlora.accounting import check_budget
 from modeling_unihyperlora.adapter import PARTS, part_of
 from modeling_unihyperlora.card import write_card
 from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError
+from modeling_unihyperlora.hosts import describe_host, is_among
 from modeling_unihyperlora.hub import Push, create_repository, push_folder
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
@@ -196,6 +197,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
             is_new = not any(task.get("trained", False) for task in config.tasks.values())
             task, stream = config.tasks[config.active_task], self.unwrapped.stream
             task["trained"] = True  # from now on its head is no longer new
+            if stream is None and not is_among(self.unwrapped.host, config.source_hosts):
+                config.source_hosts.append(describe_host(self.unwrapped.host, config.base_model_name_or_path))
             if self.args.train_scope == "delta" and stream is not None:
                 task.pop("refined", None)
                 task |= {"refined": stream.refined} if stream.refined else {}  # the map that δθ is of use with

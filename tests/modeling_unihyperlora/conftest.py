@@ -65,7 +65,7 @@ def stir():
 
 @pytest.fixture(scope="session")
 def make_model(make_host, stir):
-    """make_model(family, …) → a token classifier of 16 atoms, canonical width 12, with every part stirred."""
+    """make_model(family, …) → an injected update of 16 atoms, canonical width 12, a token head; all of it stirred."""
 
     def make(
         family: str = "bert",
@@ -78,7 +78,7 @@ def make_model(make_host, stir):
         seed: int = 0,
         **config,
     ):
-        shape = {"atoms": 16, "anchor_dim": 12, "mixer_hidden": 5} | config
+        shape = {"pathway": "inject", "atoms": 16, "anchor_dim": 12, "mixer_hidden": 5} | config
         host = make_host(family, seed=seed) if host is None else host
         with torch.random.fork_rng():
             torch.manual_seed(seed)

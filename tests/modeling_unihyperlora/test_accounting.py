@@ -90,7 +90,7 @@ class TestMultiplyAdds:
     )
     def test_agrees_with_a_profiler_within_two_per_cent(self, family, width, layers, router, top_k, stir):
         host, alone = measured(family, width, layers)
-        config = UniHyperLoraConfig(router=router, router_top_k=top_k)
+        config = UniHyperLoraConfig(pathway="inject", router=router, router_top_k=top_k)
         model = stir(UniHyperLoraForTokenClassification.from_host(host, labels=NINE, config=config).eval())
         together = products_a_token(model, (1, 2))
         model.detach()
@@ -102,7 +102,7 @@ class TestMultiplyAdds:
     def test_merged_adds_the_head_alone(self, stir):
         host = realistic("bert", 384, 2)
         alone = products_a_token(host, (1, 2))
-        config = UniHyperLoraConfig(router="static")
+        config = UniHyperLoraConfig(pathway="inject", router="static")
         model = stir(UniHyperLoraForTokenClassification.from_host(host, labels=NINE, config=config).eval())
         model.merge()
         added = products_a_token(model, (1, 2)) - alone
@@ -110,7 +110,9 @@ class TestMultiplyAdds:
         assert added < 0.02 * alone
 
     def test_of_the_default_on_minilm_by_hand(self):
-        model = UniHyperLoraForTokenClassification.from_host(realistic("bert", 384, 6), labels=NINE)
+        model = UniHyperLoraForTokenClassification.from_host(
+            realistic("bert", 384, 6), labels=NINE, config=UniHyperLoraConfig(pathway="inject")
+        )
         d, used = 384, 2
         host = 6 * (4 * d * d + 2 * d * 4 * d + 2 * TOKENS * d)
         reads, writes = d + d + d + 4 * d, 4 * d + 4 * d + d  # q, k and v share their reading
@@ -177,12 +179,14 @@ class TestBytes:
 
 class TestBudget:
     def test_the_default_is_inside_it(self):
-        model = UniHyperLoraForTokenClassification.from_host(realistic("bert", 384, 6), labels=NINE)
+        model = UniHyperLoraForTokenClassification.from_host(
+            realistic("bert", 384, 6), labels=NINE, config=UniHyperLoraConfig(pathway="inject")
+        )
         check_budget(model)
         assert measure(model)["budget_ok"] is True
 
     def test_too_many_bytes(self, make_host):
-        config = UniHyperLoraConfig(atoms=1024, anchor_dim=512)
+        config = UniHyperLoraConfig(pathway="inject", atoms=1024, anchor_dim=512)
         model = UniHyperLoraForTokenClassification.from_host(make_host(), labels=NINE, config=config)
         with pytest.raises(BudgetError, match=r"Over budget: 1,\d{3},\d{3} bytes of 1,000,000 allowed"):
             check_budget(model, max_flops_overhead_pct=math.inf)
@@ -190,7 +194,7 @@ class TestBudget:
 
     def test_too_many_multiply_adds(self):
         host = realistic("bert", 384, 1)
-        config = UniHyperLoraConfig(router="static")
+        config = UniHyperLoraConfig(pathway="inject", router="static")
         model = UniHyperLoraForTokenClassification.from_host(host, labels=NINE, config=config)
         overhead = flops_overhead_pct(model.injection, 9)
         with pytest.raises(BudgetError, match=rf"{overhead:.2f} % extra multiply-adds of 10 % allowed"):

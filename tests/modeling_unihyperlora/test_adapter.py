@@ -306,7 +306,9 @@ class TestProject:
     @pytest.mark.parametrize("blocks", DEPTHS)
     def test_against_matrix_products_in_float64(self, blocks, width):
         torch.manual_seed(blocks * width)
-        adapter = UniHyperLoraAdapter(UniHyperLoraConfig(atoms=8, anchor_dim=6, mixer_hidden=3, tasks=TASKS))
+        adapter = UniHyperLoraAdapter(
+            UniHyperLoraConfig(pathway="inject", atoms=8, anchor_dim=6, mixer_hidden=3, tasks=TASKS)
+        )
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
@@ -331,7 +333,7 @@ class TestProject:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_head_reads_the_canonical_state_of_every_knot(self, width):
         torch.manual_seed(width)
-        adapter = UniHyperLoraAdapter(UniHyperLoraConfig(atoms=8, anchor_dim=6, tasks=TASKS))
+        adapter = UniHyperLoraAdapter(UniHyperLoraConfig(pathway="inject", atoms=8, anchor_dim=6, tasks=TASKS))
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
@@ -350,7 +352,7 @@ class TestParts:
     def adapter(self) -> UniHyperLoraAdapter:
         task = {"type": "token_classification", "labels": ["O", "A"]}
         tasks = {"delta": task, "head_weight": task, "mixer": task}  # names that could be taken for parts
-        return UniHyperLoraAdapter(UniHyperLoraConfig(atoms=8, anchor_dim=6, tasks=tasks))
+        return UniHyperLoraAdapter(UniHyperLoraConfig(pathway="inject", atoms=8, anchor_dim=6, tasks=tasks))
 
     def test_every_tensor_is_of_one_part(self):
         adapter = self.adapter()
@@ -383,7 +385,7 @@ class TestParts:
         }
 
     def test_task_parameters_of_the_design(self):
-        own = TaskParameters(UniHyperLoraConfig(), labels=9)
+        own = TaskParameters(UniHyperLoraConfig(pathway="inject"), labels=9)
         assert own.delta.latent.shape == (8, 128) and not own.delta.latent.any()
         assert sum(t.numel() * t.element_size() for t in own.delta.encode().values()) == 512
         assert own.mean_gate.sum().item() == pytest.approx(2)

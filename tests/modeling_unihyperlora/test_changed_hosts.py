@@ -200,7 +200,7 @@ class TestOwnLayout:
     @pytest.mark.parametrize("layout", [CONVBERT, HostLayout(**CONVBERT)])
     def test_is_saved_with_the_adapter(self, layout, make_host, make_batch, stir, tmp_path):
         host, batch = make_host("convbert"), make_batch()
-        config = UniHyperLoraConfig(atoms=12, anchor_dim=8)
+        config = UniHyperLoraConfig(pathway="inject", atoms=12, anchor_dim=8)
         model = UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, config=config, layout=layout)
         stir(model.eval()).save_pretrained(tmp_path)
         assert "18/18 sites" in model.describe()
@@ -217,7 +217,7 @@ class TestOwnLayout:
 
     def test_roles_that_a_family_lacks_are_counted_as_missing(self, make_host, make_batch, stir):
         layout = HostLayout("encoder.layer.{}", ffn_up="intermediate.dense", ffn_down="output.dense")
-        config = UniHyperLoraConfig(atoms=12, anchor_dim=8)
+        config = UniHyperLoraConfig(pathway="inject", atoms=12, anchor_dim=8)
         host = make_host("fnet")
         model = UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, config=config, layout=layout).eval()
         assert "6/18 sites" in model.describe()
@@ -241,7 +241,9 @@ class TestOwnLayout:
     def test_what_is_no_layout(self, layout, match, make_host):
         host = make_host("convbert")
         with pytest.raises(ConfigError, match=match):
-            UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, layout=layout)
+            UniHyperLoraForTokenClassification.from_host(
+                host, labels=LABELS, config=UniHyperLoraConfig(pathway="inject"), layout=layout
+            )
         with pytest.raises(ConfigError, match=match):
             UniHyperLoraConfig(host_layouts={"convbert": layout})
 
@@ -253,7 +255,9 @@ class TestOwnLayout:
         ):
             host = make_host("convbert")
             with pytest.raises(HostError, match=match):
-                UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, layout=layout)
+                UniHyperLoraForTokenClassification.from_host(
+                    host, labels=LABELS, config=UniHyperLoraConfig(pathway="inject"), layout=layout
+                )
             assert all(p.requires_grad for p in host.parameters())
 
 

@@ -72,7 +72,7 @@ def injected(stir):
     def make(family: str, host=None, seed: int = 0, **config):
         cls = UniHyperLoraForSequenceClassification if family == "vit" else UniHyperLoraForTokenClassification
         host = tiny_host(family, layers=2, seed=seed) if host is None else host
-        config = UniHyperLoraConfig(atoms=12, anchor_dim=8, mixer_hidden=4, **config)
+        config = UniHyperLoraConfig(pathway="inject", atoms=12, anchor_dim=8, mixer_hidden=4, **config)
         return stir(cls.from_host(host, labels=LABELS, task="ner", config=config).eval(), seed + 1)
 
     return make

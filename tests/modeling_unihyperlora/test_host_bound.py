@@ -142,7 +142,10 @@ def test_it_goes_on_no_other_host(shared, make_host, make_model, make_batch, tmp
         with pytest.raises(HostError, match=f"bound to the host that it was trained on .*: {what}"):
             UniHyperLoraForTokenClassification.from_pretrained(tmp_path, host=other)
         assert torch.equal(other(**batch).last_hidden_state, before)
-        UniHyperLoraForTokenClassification.from_host(other, labels=["a", "b"]).detach()  # free for another adapter
+        free = UniHyperLoraConfig(pathway="inject")
+        UniHyperLoraForTokenClassification.from_host(
+            other, labels=["a", "b"], config=free
+        ).detach()  # free for another adapter
 
 
 def test_it_is_inspected_and_staged_like_any_other(make_host, make_model, tmp_path):
@@ -192,12 +195,12 @@ def test_what_is_trained(make_model, make_batch):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"projector": "host", "router": "static"}, "router='token' alone"),
+        ({"pathway": "inject", "projector": "host", "router": "static"}, "router='token' alone"),
         ({"projector": "host", "pathway": "stream"}, "does not go with projector='host'"),
-        ({"projector": "host", "target_modules": ["q"]}, r"target_modules=\['q'\]"),
-        ({"projector": "host", "target_modules": []}, r"target_modules=\[\]"),
-        ({"projector": "host", "atom_scale": 0}, "atom_scale=0"),
-        ({"projector": "host", "share_across_layers": "yes"}, "share_across_layers='yes'"),
+        ({"pathway": "inject", "projector": "host", "target_modules": ["q"]}, r"target_modules=\['q'\]"),
+        ({"pathway": "inject", "projector": "host", "target_modules": []}, r"target_modules=\[\]"),
+        ({"pathway": "inject", "projector": "host", "atom_scale": 0}, "atom_scale=0"),
+        ({"pathway": "inject", "projector": "host", "share_across_layers": "yes"}, "share_across_layers='yes'"),
         ({"target_modules": ["query"]}, "go with projector='host' alone"),
         ({"atom_scale": 2.0}, "go with projector='host' alone"),
     ],
@@ -209,7 +212,9 @@ def test_configurations_that_are_refused(given, expected):
 
 def test_it_needs_a_host_to_be_bound_to(make_host):
     with pytest.raises(ConfigError, match="make such an adapter with from_host"):
-        UniHyperLoraForTokenClassification(UniHyperLoraConfig(projector="host"), host=make_host("bert"))
+        UniHyperLoraForTokenClassification(
+            UniHyperLoraConfig(pathway="inject", projector="host"), host=make_host("bert")
+        )
 
 
 @pytest.mark.parametrize(

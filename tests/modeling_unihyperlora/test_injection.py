@@ -96,7 +96,7 @@ def test_fresh_adapter_leaves_the_function_as_it_was(family, router, make_host, 
     batch = make_batch()
     with torch.no_grad():
         before = host(**batch).last_hidden_state
-        config = UniHyperLoraConfig(atoms=16, anchor_dim=12, router=router)
+        config = UniHyperLoraConfig(pathway="inject", atoms=16, anchor_dim=12, router=router)
         model = UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, config=config)
         after = model(**batch, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(before, after)

@@ -14,10 +14,10 @@ from tests.conftest import piece_tokenizer
 WORDS = [f"w{number}" for number in range(40)]
 STREAM = {"pathway": "stream", "stream_dim": 8, "stream_width": 10, "stream_hidden": 6}
 PATHWAYS = {
-    "inject": {},
-    "static": {"router": "static"},
-    "sat_lora": {"projector": "host"},
-    "sat_lora, a set a block": {"projector": "host", "share_across_layers": False},
+    "inject": {"pathway": "inject"},
+    "static": {"pathway": "inject", "router": "static"},
+    "sat_lora": {"pathway": "inject", "projector": "host"},
+    "sat_lora, a set a block": {"pathway": "inject", "projector": "host", "share_across_layers": False},
     "stream": STREAM,
 }
 LABELS = {"people": ["O", "B-P", "I-P"], "places": ["O", "B-L"], "all": ["O", "B-P", "B-L", "B-X", "I-X"]}

@@ -276,7 +276,7 @@ class TestTasks:
         assert set(model.state_dict()) == before and sorted(model.config.tasks) == ["ner"]
 
     def test_model_without_a_head_takes_none(self, make_host):
-        model = UniHyperLoraModel.from_host(make_host())
+        model = UniHyperLoraModel.from_host(make_host(), config=UniHyperLoraConfig(pathway="inject"))
         with pytest.raises(ConfigError, match="no head"):
             model.add_task("ner", LABELS)
 
@@ -387,7 +387,9 @@ class TestSequenceClassification:
 class TestPipeline:
     @pytest.mark.parametrize("loaded", [True, False])
     def test_token_classification(self, loaded, tiny_host, tokenizer, tmp_path, stir):
-        model = UniHyperLoraForTokenClassification.from_host(str(tiny_host), labels=LABELS)
+        model = UniHyperLoraForTokenClassification.from_host(
+            str(tiny_host), labels=LABELS, config=UniHyperLoraConfig(pathway="inject")
+        )
         stir(model.eval())
         if loaded:
             model.save_pretrained(tmp_path)
@@ -401,7 +403,9 @@ class TestPipeline:
         assert expected and [(token["word"], token["entity"]) for token in found] == expected
 
     def test_text_classification(self, tiny_host, tokenizer, stir):
-        model = UniHyperLoraForSequenceClassification.from_host(str(tiny_host), labels=SENTIMENTS)
+        model = UniHyperLoraForSequenceClassification.from_host(
+            str(tiny_host), labels=SENTIMENTS, config=UniHyperLoraConfig(pathway="inject")
+        )
         stir(model.eval())
         found = pipeline("text-classification", model=model, tokenizer=tokenizer)("anna lives in paris")
         with torch.no_grad():

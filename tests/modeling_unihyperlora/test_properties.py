@@ -93,7 +93,7 @@ def test_any_shape_of_host(family, heads_width, layers, inner, router, tokens, s
     host = tiny_host(family, width=8 * heads_width, layers=layers, inner=inner, seed=seed)
     ids = torch.randint(2, VOCABULARY, (2, tokens), generator=torch.Generator().manual_seed(seed))
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
-    config = UniHyperLoraConfig(atoms=8, anchor_dim=6, mixer_hidden=3, router=router)
+    config = UniHyperLoraConfig(pathway="inject", atoms=8, anchor_dim=6, mixer_hidden=3, router=router)
     model = UniHyperLoraForTokenClassification.from_host(host, labels=["a", "b"], config=config).eval()
     assert model.injection.map.coverage() == f"{6 * layers}/{6 * layers}"
     with torch.no_grad():

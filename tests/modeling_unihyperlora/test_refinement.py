@@ -165,7 +165,7 @@ class TestRefusals:
             "another host": lambda: Tagger.from_pretrained(
                 tmp_path / "adapter", host=bert(16, 2, seed=5), tokenizer=TOKENIZER
             ),
-            "no stream": lambda: Tagger.from_host(bert(32, 2), LABELS, "people"),
+            "no stream": lambda: Tagger.from_host(bert(32, 2), LABELS, "people", UniHyperLoraConfig(pathway="inject")),
         }.get(given, lambda: source)()
         before = target.stream.fit
         sentences = {"few words": text(3, sentences=31), "texts": ["word1 word2"] * 200}.get(given, text(3))

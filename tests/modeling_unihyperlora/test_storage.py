@@ -146,12 +146,20 @@ class TestRoundTrip:
         assert (saved[1] / WEIGHTS_NAME).stat().st_mode == plain.stat().st_mode
 
 
+def test_a_new_adapter_is_a_stream_unless_the_injected_update_is_asked_for_by_name():
+    assert (UniHyperLoraConfig().pathway, UniHyperLoraConfig().projector) == ("stream", "anchored")
+    assert UniHyperLoraConfig(pathway="inject").projector == "dimension"
+    for meant in ({"projector": "dimension"}, {"projector": "host"}, {"router": "static"}):
+        with pytest.raises(ConfigError, match="pathway='inject'"):
+            UniHyperLoraConfig(**meant)
+
+
 class TestSize:
     @pytest.fixture
     def shipped(self, tmp_path):
         """The default shapes with CoNLL's nine labels, saved without any host."""
         tasks = {"ner": {"type": "token_classification", "labels": [f"L{i}" for i in range(9)]}}
-        config = UniHyperLoraConfig(tasks=tasks, active_task="ner")
+        config = UniHyperLoraConfig(pathway="inject", tasks=tasks, active_task="ner")
         adapter = UniHyperLoraAdapter(config)
         storage.save_adapter(adapter, json.loads(config.to_json_string(use_diff=False)), tmp_path)
         return adapter, tmp_path / WEIGHTS_NAME

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, Trainer
 
 from modeling_unihyperlora import ConfigError, DataError, HostError
 from scripts import run_classification, run_ner
+from trainers.baselines import BASELINES
 from trainers.results import RESULT_KEYS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,6 +52,8 @@ def run(tiny_host, tmp_path, write):
         folder = tmp_path / output
         where = ["--output_dir", folder, "--use_cpu", "--disable_tqdm", "true", "--max_flops_overhead_pct", "100"]
         where += ["--save_strategy", "no", *(["--model_name_or_path", host] if host else [])]
+        if not {"--pathway", "--adapter", "sat_lora", *BASELINES} & set(flags):
+            where += ["--pathway", "inject"]  # which needs no anchors
         results = main([*map(str, where), *(part for pair in data.items() for part in pair), *map(str, flags)])
         assert json.loads((folder / "all_results.json").read_text()) == results
         return results

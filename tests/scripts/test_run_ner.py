@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, Trainer
 
 from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
 from scripts import run_ner
+from trainers.baselines import BASELINES
 from trainers.results import RESULT_KEYS, write_results
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,10 +46,13 @@ def run(tiny_host, tmp_path, data):
         where = ["--output_dir", str(folder), "--use_cpu", "--disable_tqdm", "true"]
         where += TINY
         where += ["--model_name_or_path", str(host)] if host else []
+        if not {"--pathway", "--adapter", "sat_lora", *BASELINES, "--run_config"} & set(flags):
+            where += ["--pathway", "inject"]  # which needs no anchors; TestStream has the default
         results = run_ner.main([*where, *(part for pair in data.items() for part in pair), *map(str, flags)])
         assert json.loads((folder / "all_results.json").read_text()) == results
         return results
 
+    go.host, go.files = str(tiny_host), [part for pair in data.items() for part in pair]
     return go
 
 
@@ -337,6 +341,23 @@ def test_labels_that_the_adapter_does_not_have(run, tmp_path, write_jsonl):
         run("--do_eval", "--adapter", tmp_path / "first", "--tag_names", "O", "B-X")
 
 
+def test_an_injected_update_warns_on_a_host_that_it_was_not_trained_on(run, tiny_host, tmp_path, tokenizer, caplog):
+    run(*TRAIN, output="first")
+    run("--do_eval", "--adapter", tmp_path / "first", output="same")
+    assert "does not carry over" not in caplog.text
+    other = tmp_path / "other"
+    BertModel(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=64)).save_pretrained(
+        other
+    )
+    tokenizer.save_pretrained(other)
+    flags = [*TRAIN, "--adapter", tmp_path / "first", "--max_steps", 1]
+    run(*flags, "--max_flops_overhead_pct", 1e6, output="second", host=other)
+    assert "not trained on " + str(other) in caplog.text and "pathway='stream'" in caplog.text
+    caplog.clear()
+    run("--do_eval", "--adapter", tmp_path / "second", output="third", host=other)  # by now it was
+    assert "does not carry over" not in caplog.text
+
+
 def test_flags_that_contradict_the_adapter(run, tmp_path):
     run(*TRAIN, output="first")
     with pytest.raises(ConfigError, match="--atoms 64 does not fit the adapter .* atoms 128"):
@@ -422,6 +443,12 @@ class TestStream:
         BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
+
+    def test_it_is_what_is_trained_where_no_pathway_is_given(self, run, flags, tmp_path):
+        command = ["--model_name_or_path", run.host, *run.files, *flags[2:], "--do_train", "--max_steps", 1]
+        command += ["--coordinate_epochs", 0, "--use_cpu", "--output_dir", tmp_path / "out"]
+        assert run_ner.main(list(map(str, command)))["bytes_of_stream"] > 0
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["pathway"] == "stream"
 
     def test_states_are_computed_once_and_again_when_cut_short(self, run, flags, cache):
         train = [*flags, "--do_train", "--max_steps", 2]

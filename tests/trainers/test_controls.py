@@ -97,7 +97,9 @@ def test_random_coordinates_have_unit_variance_and_follow_the_states():
 
 @pytest.mark.parametrize("control", [shuffle_anchors, lambda a, f: random_map(a, f, "never/loaded")])
 def test_an_adapter_without_anchors_is_refused(control, tiny_host, tmp_path):
-    model = UniHyperLoraForTokenClassification.from_host(tiny_host, labels=["O", "B-A"], task="ner")
+    model = UniHyperLoraForTokenClassification.from_host(
+        tiny_host, labels=["O", "B-A"], task="ner", config=UniHyperLoraConfig(pathway="inject")
+    )
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="pathway 'inject'; only a stream adapter has anchors"):
         control(tmp_path / "adapter", tmp_path / "control")

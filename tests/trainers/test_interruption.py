@@ -26,7 +26,7 @@ def make_model(seed: int = 0):
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     host = BertModel(BertConfig(vocab_size=40, hidden_dropout_prob=0.3, **shape), add_pooling_layer=False)
     torch.manual_seed(seed)
-    config = UniHyperLoraConfig(atoms=16, anchor_dim=8, mixer_hidden=4)
+    config = UniHyperLoraConfig(pathway="inject", atoms=16, anchor_dim=8, mixer_hidden=4)
     return UniHyperLoraForTokenClassification.from_host(host, labels=["O", "B-A"], task="ner", config=config)
 
 

@@ -35,6 +35,7 @@ def command(tiny_host, tmp_path, write_jsonl):
         content = {
             "run_id": "x",
             "method": "unihyperlora",
+            "adapter": {"pathway": "inject"},
             "optuna": block | ({"search_space": space} if space else {}),
         }
         path.write_text(yaml.safe_dump(content), encoding="utf-8")

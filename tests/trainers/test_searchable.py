@@ -14,7 +14,7 @@ def make_model(trial=None):
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     host = BertModel(BertConfig(vocab_size=40, **shape), add_pooling_layer=False)
     atoms = 8 if trial is None else trial.suggest_categorical("atoms", [8, 4000])
-    config = UniHyperLoraConfig(atoms=atoms, anchor_dim=8, mixer_hidden=4)
+    config = UniHyperLoraConfig(pathway="inject", atoms=atoms, anchor_dim=8, mixer_hidden=4)
     return UniHyperLoraForTokenClassification.from_host(host, labels=["O", "B-A"], task="ner", config=config)
 
 

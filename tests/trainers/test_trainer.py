@@ -38,7 +38,7 @@ def make_model(seed: int = 0, cls=UniHyperLoraForTokenClassification, dropout: f
     for parameter in host.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    config = UniHyperLoraConfig(**{"atoms": 16, "anchor_dim": 8, "mixer_hidden": 4} | config)
+    config = UniHyperLoraConfig(**{"pathway": "inject", "atoms": 16, "anchor_dim": 8, "mixer_hidden": 4} | config)
     model = cls.from_host(host, labels=LABELS, task="ner", config=config)
     with torch.no_grad():
         for name, parameter in model.adapter.named_parameters():

@@ -21,6 +21,8 @@ def flags(write_jsonl, tmp_path):
         "--max_steps",
         "2",
         "--use_cpu",
+        "--pathway",
+        "inject",
         "--disable_tqdm",
         "true",
         "--max_flops_overhead_pct",
