@@ -20,8 +20,9 @@ from .modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
     UniHyperLoraModel,
 )
+from .space import CanonicalSpace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("unihyperlora", UniHyperLoraConfig, exist_ok=True)
 AutoModel.register(UniHyperLoraConfig, UniHyperLoraModel, exist_ok=True)
@@ -31,6 +32,7 @@ AutoModelForSequenceClassification.register(UniHyperLoraConfig, UniHyperLoraForS
 __all__ = [
     "AdapterFileError",
     "BudgetError",
+    "CanonicalSpace",
     "ConfigError",
     "DataError",
     "ExportError",

@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .errors import UniHyperLoraError
-from .inspection import inspect_adapter, inspect_on_host, over_budget
+from .measure.inspection import inspect_adapter, inspect_on_host, over_budget
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -33,11 +33,11 @@ def main(command_line: list[str] | None = None) -> None:
 
 def show_adapter(console: Console, report: dict) -> None:
     config = report["config"]
-    console.print(
-        f"pathway {config.pathway}, projector {config.projector}, router {config.router} (at most "
-        f"{config.router_top_k} of {config.atoms} atoms a token), format {config.format_version}",
-        highlight=False,
-    )
+    if config.pathway == "stream":
+        kind = f"space {config.space['name']} {config.space['version']}, {config.space['dim']} coordinates a knot"
+    else:
+        kind = f"projector {config.projector}, router {config.router}, {config.router_top_k} of {config.atoms} atoms"
+    console.print(f"pathway {config.pathway}, {kind}, format {config.format_version}", highlight=False)
     parts = Table("part", "tensor", "shape", "bits", "bytes", title="In the file")
     parts.columns[1].overflow = "fold"
     for column in parts.columns[3:]:

@@ -1,11 +1,12 @@
 """The injected update: hooks that add ΔW x to a host's linear layers during a forward pass of the adapter.
 
 The hooks act only inside ``Injection.running`` and only in the thread that is there; a host that is called on its own
-computes what it always did. With pathway "inject" the heads read what comes out (``Injection.run``); with "both" a
-stream does (``Stream.read_host``).
+computes what it always did.
 """
 
 import copy
+import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,13 +15,73 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from .adapter import KNOTS, ProjectedAtoms, UniHyperLoraAdapter, knot_layers
-from .errors import HostError, MergeError
-from .hold import Hold
-from .hosts import MODULE_TYPES, HostMap, Site, call_host
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .errors import ConfigError, HostError, MergeError
+from .hosts import Hold, call_host, encoder_of
+from .injected_adapter import ProjectedAtoms, UniHyperLoraAdapter
+from .layouts import MODULE_TYPES, HostLayout, layout_from
 from .mixed_tasks import MixedTasks
+from .reader import sentences_by_task
 from .routing import Routing, add_atoms, read_atoms, route, write_atoms
+from .sat_lora import HostBoundAdapter, bind, check_bound
+from .sites import HostMap, Site, is_among
+from .space import KNOTS, knot_layers
+
+logger = logging.getLogger(__name__)
+
+_FILE = "injected"  # whose imports bring all the code of an injected update along
+AUTO_MAP = {
+    "AutoConfig": "configuration_unihyperlora.UniHyperLoraConfig",
+    "AutoModel": f"{_FILE}.UniHyperLoraModel",
+    "AutoModelForTokenClassification": f"{_FILE}.UniHyperLoraForTokenClassification",
+    "AutoModelForSequenceClassification": f"{_FILE}.UniHyperLoraForSequenceClassification",
+}
+
+
+def describe_target(
+    config: UniHyperLoraConfig, host: nn.Module, layout: HostLayout | dict | None, binds: bool = True
+) -> None:
+    """Note in ``config`` where the update goes: a user's layout under its host's family, and for SAT-LoRA the host.
+
+    With ``binds`` false a SAT-LoRA has been bound before, and the host has to be that one.
+    """
+    host = encoder_of(host)
+    if layout is not None:
+        family = host.config.model_type
+        content = dataclasses.asdict(layout_from(layout, family))
+        config.host_layouts = config.host_layouts | {family: content}
+    if config.projector == "host":
+        bind(config, host) if binds else check_bound(config, host)
+
+
+def make_adapter(config: UniHyperLoraConfig) -> UniHyperLoraAdapter:
+    """The adapter that a configuration describes."""
+    if config.projector == "host" and config.bound_host is None:
+        raise ConfigError(
+            "projector='host' without bound_host: make such an adapter with from_host, which notes the host in its "
+            "configuration."
+        )
+    return HostBoundAdapter(config) if config.projector == "host" else UniHyperLoraAdapter(config)
+
+
+def inject(adapter: UniHyperLoraAdapter, host: nn.Module) -> "Injection":
+    """An adapter bound to the sites of a host, which has to be its own if the adapter is a SAT-LoRA."""
+    check_bound(adapter.config, host)
+    return Injection(adapter, host)
+
+
+def warn_where_untrained(model) -> None:
+    """Say so where an injected update is on a host that it was not trained on."""
+    config, sources = model.config, model.config.source_hosts
+    if config.projector != "host" and sources and not is_among(model.host, model.injection.map.num_layers, sources):
+        logger.warning(
+            "This adapter is an injected update that was not trained on %s, and such an update does not carry over to "
+            "other hosts: expect what an untrained adapter would score. Train it here, or train one with "
+            "pathway='stream', which serves hosts that it has not seen.",
+            config.base_model_name_or_path or "this host",
+        )
 
 
 def _thread() -> int:
@@ -153,8 +214,43 @@ class Injection:
 
     @property
     def static(self) -> bool:
-        """Whether all tokens get the same update: a fixed mask, or one that δθ alone has made."""
-        return self.adapter.config.router == "static" or self.adapter.config.pathway != "inject"
+        """Whether all tokens get the same update."""
+        return self.adapter.config.router == "static"
+
+    def describe(self) -> str:
+        """Family, sizes, sites and choices, in one line."""
+        found, config = self.map, self.adapter.config
+        return (
+            f"{found.family}, {found.num_layers} blocks x {found.hidden_size}): {found.coverage()} sites, pathway "
+            f"inject, projector {config.projector}, router {config.router}"
+        )
+
+    def enable_checkpointing(self, given: dict, every_n_layers: int = 1, offload: bool = False) -> None:
+        """Compute blocks again on the way back; see ``gradient_checkpointing_enable`` of the model."""
+        if given.get("use_reentrant") or offload:
+            raise ConfigError(
+                "Gradient checkpointing of a frozen host is done without use_reentrant and without offload; leave "
+                "both out of --gradient_checkpointing_kwargs."
+            )
+        self.checkpoint = partial(checkpoint, **{"use_reentrant": False} | given)
+        self.every = every_n_layers
+
+    def outputs(self, model, task, task_ids, attention_mask, output_hidden_states, inputs: dict) -> dict:
+        """What ``model.run`` returns, for one task or for a task a sentence."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("word_index", "canonical_states")}
+        first = next(iter(inputs.values()))
+        if task_ids is None:
+            asked = model._task(task)
+        else:
+            names, rows = sentences_by_task(task_ids, list(model.config.tasks), len(first), first.device)
+            asked = MixedTasks([model._task(name) for name in names], rows)
+        run = self.run(asked, attention_mask, output_hidden_states, inputs)
+        names = ("last_hidden_state", "hidden_states", "expected_atoms", "active_atoms")
+        outputs = {name: getattr(run, name) for name in names}
+        if model.task_type is not None:
+            sentence = model.task_type == "sequence_classification"
+            outputs["logits"] = run.sentence_logits() if sentence else run.token_logits()
+        return outputs
 
     @property
     def current(self) -> Pass | None:
@@ -328,47 +424,6 @@ class Injection:
         """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""
         return x.transpose(1, 2) if self.map.layout.channels_first else x
 
-    # ---- costs ----
-
-    def host_multiply_adds(self, sequence_length: int) -> int:
-        """Multiply-adds a token of the host's blocks: its linear layers, QKᵀ and the weighted sum of V."""
-        linear = sum(
-            site.widths["input"] * site.widths["output"] * len(site.module_types) // getattr(site.linear, "groups", 1)
-            for site in self.map.sites
-        )
-        queries = (site.widths["output"] for site in self.map.sites if "query" in site.module_types)
-        return linear + sum(2 * sequence_length * width for width in queries)
-
-    def added_multiply_adds(self, labels: int) -> int:
-        """Multiply-adds a token that the adapter and its head add; nothing but the head when merged.
-
-        The squares of the norms and the division by them count as well.
-        """
-        return len(KNOTS) * ((labels + 1) * self.map.hidden_size + labels) + self.update_multiply_adds()
-
-    def update_multiply_adds(self) -> int:
-        """Those of the update alone; none when merged.
-
-        A block scores M atoms once; each layer then reads and writes k atoms (all M where the update is the same for
-        all tokens), and query, key and value share the reading.
-        """
-        config, total = self.adapter.config, 0
-        if self.merged:
-            return 0
-        used = config.atoms if self.static else config.router_top_k
-        if not self.static:
-            total += self.map.num_layers * (config.atoms + 1) * self.map.hidden_size
-        for site, (read_side, _, write_side, _) in self.plans.items():
-            shares_reading = read_side == "input" and site.module_types in (("key",), ("value",))
-            writes = site.widths[write_side] * len(site.module_types)
-            total += used * (writes + (0 if shares_reading else site.widths[read_side]))
-        return total
-
-    def held_tensors(self, task: str) -> list[torch.Tensor]:
-        """The atoms in this host's coordinates."""
-        atoms = self.project(task)
-        return [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
-
     # ---- merging ----
 
     def delta_weight(self, site: Site, task: str) -> torch.Tensor:
@@ -391,9 +446,15 @@ class Injection:
         """Add ΔW to each site's weight; the original weights are kept for ``unmerge``.
 
         Raises:
-            MergeError: the host's weights cannot take it, or other adapters are on the host.
+            MergeError: the router chooses atoms for each token, the host's weights cannot take the update, or other
+                adapters are on the host.
             HostError: a weight would not be finite.
         """
+        if not self.static:
+            raise MergeError(
+                "The update depends on each token (router='token'), so it cannot be merged exactly. Load the adapter "
+                "with router='static', which uses one fixed mask, the mean gate."
+            )
         if not self.map.mergeable():
             raise MergeError(
                 f"The weights of this host ({self.map.family}) cannot take the update in: they are shared between "

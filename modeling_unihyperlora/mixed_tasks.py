@@ -3,14 +3,11 @@
 Letters: B sentences, Q different tasks among them, C labels of the task that has most, F inputs of a head.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from .errors import ConfigError
 
 
 class OwnValues(NamedTuple):
@@ -33,36 +30,6 @@ class MixedTasks:
     def __init__(self, names: list[str], rows: torch.Tensor):
         self.names = names
         self.rows = rows
-
-    @classmethod
-    def of_sentences(
-        cls, task_ids: torch.Tensor | Sequence[str], known: list[str], sentences: int, device: torch.device
-    ) -> "MixedTasks":
-        """From a task for each sentence.
-
-        Args:
-            task_ids: B names, or (B,) numbers of tasks in ``known``.
-            known: the adapter's tasks.
-            sentences: B.
-            device: of ``rows``.
-
-        Raises:
-            ConfigError: another number of tasks than of sentences, or one that the adapter has not.
-        """
-        ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
-        if not isinstance(ids, list) or len(ids) != sentences:
-            given = len(ids) if isinstance(ids, list) else "one number"
-            raise ConfigError(f"task_ids must name one task for each of the {sentences} sentences; given: {given}.")
-        rows: dict[str, int] = {}
-        for value in dict.fromkeys(ids):
-            is_number = isinstance(value, int) and not isinstance(value, bool)
-            if is_number and not 0 <= value < len(known):
-                raise ConfigError(f"task_ids has {value}; the adapter has {len(known)} tasks, numbered from 0.")
-            if not is_number and value not in known:
-                raise ConfigError(f"task_ids has {value!r}, which is no task of the adapter; it has {known[:10]}.")
-            rows[value] = len(rows)
-        names = [known[value] if isinstance(value, int) else value for value in rows]
-        return cls(names, torch.tensor([rows[value] for value in ids], device=device))
 
     def of(self, tasks: nn.ModuleDict) -> "StackedTasks":
         return StackedTasks([tasks[name] for name in self.names], self.rows)
@@ -87,16 +54,9 @@ class StackedTasks:
         """(Q, D)."""
         return torch.stack([own.embedding for own in self._values])
 
-    @property
-    def head_inputs(self) -> int:
-        """F of the head that reads most."""
-        return max(own.head_weight.shape[1] for own in self._values)
-
     def head_weight(self) -> torch.Tensor:
-        """(Q, C, F), 0 for labels that a task does not have, and for what its head does not read."""
-        weights, most = [own.head_weight for own in self._values], self.head_inputs
-        wide = [nn.functional.pad(weight, (0, most - weight.shape[1])) for weight in weights]
-        return nn.utils.rnn.pad_sequence(wide, batch_first=True)
+        """(Q, C, F), 0 for labels that a task does not have."""
+        return nn.utils.rnn.pad_sequence([own.head_weight for own in self._values], batch_first=True)
 
     def head_bias(self) -> torch.Tensor:
         """(Q, C), -inf for labels that a task does not have."""

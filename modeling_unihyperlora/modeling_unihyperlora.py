@@ -1,20 +1,67 @@
-"""UniHyperLoRA models: a frozen host, the adapter on it, and a head on what the adapter computes."""
+"""UniHyperLoRA models: a frozen host, an adapter beside it, and a head for every task.
 
-from collections.abc import Sequence
+Letters: B batch, T tokens, W words, K knots, D canonical width, C labels, d host width.
+
+The way of a text through a stream: the host reads its tokens once. ``words`` says where the words are among them,
+``space`` maps the host's states of each word to coordinates in the canonical space, and ``reader`` makes scores of
+them for every task that is asked for. The host is never modified.
+
+With pathway "inject" an update is added inside the host instead (``injection``); that code travels with such an
+adapter alone.
+"""
+
+import importlib
+import inspect
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import extract_commit_hash
 
-from .injection import InjectedRun
-from .modeling_base import UniHyperLoraPreTrainedModel
-from .stream import StreamRun
+from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_config, reader_shape
+from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
+from .hosts import Hold, call_host, describe_host, encoder_of, load_host
+from .reader import Adapter, StreamAdapter, Words, sentences_by_task, unpack
+from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
+from .storage import WEIGHTS_NAME, adapter_file, load_adapter, replacing, save_adapter, take_over
+from .words import Continuation, WordPlaces, WordReader, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_unihyperlora.UniHyperLoraConfig",
+    "AutoModel": "modeling_unihyperlora.UniHyperLoraModel",
+    "AutoModelForTokenClassification": "modeling_unihyperlora.UniHyperLoraForTokenClassification",
+    "AutoModelForSequenceClassification": "modeling_unihyperlora.UniHyperLoraForSequenceClassification",
+}
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
+_IGNORED_ARGUMENTS = (
+    "trust_remote_code",
+    "use_safetensors",  # nothing else is ever read
+    "code_revision",
+    "adapter_kwargs",
+    "low_cpu_mem_usage",  # an adapter takes a megabyte
+    "_from_auto",
+    "_commit_hash",
+    "_from_pipeline",
+)
 
 
 @dataclass
 class UniHyperLoraOutput(BaseModelOutput):
-    """``expected_atoms`` and ``active_atoms``: (B, T) mean over the blocks of E[k] and of the atoms in use."""
+    """Of an injected update also ``expected_atoms`` and ``active_atoms``, (B, T) means over the blocks."""
 
     expected_atoms: torch.Tensor | None = None
     active_atoms: torch.Tensor | None = None
@@ -22,7 +69,7 @@ class UniHyperLoraOutput(BaseModelOutput):
 
 @dataclass
 class UniHyperLoraTokenClassifierOutput(TokenClassifierOutput):
-    """``expected_atoms`` and ``active_atoms``: (B, T) mean over the blocks of E[k] and of the atoms in use."""
+    """As ``UniHyperLoraOutput``; with ``tasks=`` the logits are a dict of task → tensor."""
 
     expected_atoms: torch.Tensor | None = None
     active_atoms: torch.Tensor | None = None
@@ -30,14 +77,796 @@ class UniHyperLoraTokenClassifierOutput(TokenClassifierOutput):
 
 @dataclass
 class UniHyperLoraSequenceClassifierOutput(SequenceClassifierOutput):
-    """``expected_atoms`` and ``active_atoms``: (B, T) mean over the blocks of E[k] and of the atoms in use."""
+    """As ``UniHyperLoraOutput``; with ``tasks=`` the logits are a dict of task → tensor."""
 
     expected_atoms: torch.Tensor | None = None
     active_atoms: torch.Tensor | None = None
 
 
+class Stream:
+    """A host that is lined up with an adapter's space.
+
+    Args:
+        adapter: the space and the tasks.
+        host: any model that returns its hidden states.
+        tokenizer: the host's fast tokenizer.
+        states: the host's states of the anchors, as ``space.anchor_states`` gives them, if they are known already.
+
+    Attributes:
+        words: how the host's words are read.
+        fit: the host's map into the canonical space.
+        refined: which text the map was refined on, its number of words and SHA-256, or None.
+        seconds, cpu_seconds: that finding the map took, or reading it from the cache.
+    """
+
+    def __init__(self, adapter: StreamAdapter, host: nn.Module, tokenizer, states: torch.Tensor | None = None):
+        self.adapter, self.host = adapter, host
+        start, start_cpu = time.perf_counter(), time.process_time()
+        self.words = WordReader(host, tokenizer)
+        self.fit = line_up(adapter.space, host, self.words, states)
+        self.seconds, self.cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        self.refined: dict[str, int | str] | None = None
+        self._map: HostToKnots | None = None
+
+    def map_on(self, device: torch.device) -> HostToKnots:
+        """The map, with its tensors on a device."""
+        if self._map is None or self._map.fit is not self.fit or self._map.offset.device != device:
+            self._map = HostToKnots.of(self.fit, device)
+        return self._map
+
+    def canonical_states(
+        self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
+    ) -> torch.Tensor:
+        """Coordinates of words: states by layer (B, T, d), the token of each word (B, W) → (B, W, K, D) float32."""
+        to_knots = self.map_on(at.device)
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in to_knots.layers}
+        tokens = hidden_states[to_knots.layers[0][0]].shape[1]
+        cells = (at + torch.arange(len(at), device=at.device)[:, None] * tokens).flatten()
+        several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
+        made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
+        return torch.cat(made).reshape(*at.shape, len(KNOTS), -1)
+
+    @torch.no_grad()
+    def read(self, attention_mask: torch.Tensor | None, inputs: dict) -> "StreamRun":
+        """What the host says of token ids (B, T): coordinates of the words, where they are, and its states."""
+        inputs = inputs.copy()
+        word_index = inputs.pop("word_index", None)
+        if inputs.get("input_ids") is None:
+            raise ConfigError(
+                f"The stream tells words by their token ids, and the call gave {sorted(inputs)} without input_ids. "
+                "Give input_ids, or canonical_states."
+            )
+        if inputs["input_ids"].shape[1] == 0:
+            raise ConfigError("The text is empty: it has no token for the host to read. Leave empty texts out.")
+        out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
+        places = self.words.places(inputs["input_ids"], attention_mask, word_index)
+        z = self.canonical_states(out.hidden_states, self.words.read_at(places))
+        return StreamRun(self.adapter, z, places.lengths, places, out.hidden_states)
+
+
+class StreamRun(NamedTuple):
+    """One pass of a host, and what tasks make of it; tokens have what their words have.
+
+    ``z`` (B, W, K, D), ``lengths`` (B,) words a sentence, ``places`` of the words among the tokens and the host's
+    states; with canonical states that were given there is no host, and both are None.
+    """
+
+    adapter: StreamAdapter
+    z: torch.Tensor
+    lengths: torch.Tensor
+    places: WordPlaces | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+    def features(self, task: str) -> torch.Tensor:
+        """What the head of a task reads, (B, W, F); 0 beyond a sentence's words."""
+        batch, width = self.z.shape[:2]
+        flat, values = self.z.flatten(0, 1), self.adapter.values(task)
+        inside = torch.arange(width, device=flat.device) < self.lengths[:, None]  # (B, W)
+        if torch.compiler.is_compiling():  # a program of fixed shapes computes the padding as well
+            out = self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values)
+            return out.view(batch, width, -1).masked_fill(~inside[..., None], 0)
+        cells = inside.flatten().nonzero().squeeze(1)
+        words = Words.one_after_the_other(self.lengths, len(cells))
+        out = self.adapter.tasks[task](flat.index_select(0, cells), words, values)
+        return unpack(out, cells, (batch, width))
+
+    def logits(self, task: str) -> torch.Tensor:
+        """(B, C) of a task of sentences, from the mean of their words' features; else (B, T, C), or (B, W, C).
+
+        A token has its word's scores, and on the further tokens of a word B-X is I-X.
+        """
+        values, features, own = self.adapter.values(task), self.features(task), self.adapter.config.tasks[task]
+        if own["type"] == "sequence_classification":
+            return F.linear(features.sum(dim=1) / self.lengths.unsqueeze(-1), values.head_weight, values.head_bias)
+        logits = F.linear(features, values.head_weight, values.head_bias)
+        if self.places is None:
+            return logits
+        index = self.places.word_of.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+        return Continuation.of(own["labels"])(logits.gather(1, index), self.places.begins)
+
+    def mixed_logits(self, names: list[str], rows: torch.Tensor) -> torch.Tensor:
+        """Each sentence by its own task, ``names[rows]``; -inf for labels beyond those of the task."""
+        most = max(len(self.adapter.config.tasks[name]["labels"]) for name in names)
+        parts, order = [], []
+        for number, name in enumerate(names):
+            chosen = (rows == number).nonzero().squeeze(1)
+            places = self.places and self.places._replace(
+                **{field: value[chosen] for field, value in self.places._asdict().items()}
+            )
+            run = self._replace(z=self.z[chosen], lengths=self.lengths[chosen], places=places)
+            logits = run.logits(name)
+            parts.append(F.pad(logits, (0, most - logits.shape[-1]), value=-torch.inf))
+            order.append(chosen)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+class UniHyperLoraPreTrainedModel(PreTrainedModel):
+    """What the three models share: putting the adapter on a host, saving, loading, tasks, detaching.
+
+    ``save_pretrained`` writes the adapter alone; ``from_pretrained`` reads it and puts it on a host, its own or any
+    other.
+
+    Args:
+        config: the adapter's configuration.
+        host: a model of transformers; loaded from ``config.base_model_name_or_path`` when None.
+        adapter: the adapter that the configuration describes; made afresh when None.
+
+    Raises:
+        HostError: the host cannot be loaded, or cannot carry the adapter.
+    """
+
+    config_class = UniHyperLoraConfig
+    base_model_prefix = "host"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True
+    task_type: str | None = None
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UniHyperLoraConfig, host: nn.Module | None = None, adapter: Adapter | None = None):
+        super().__init__(config)
+        if host is None:
+            host = load_host(config.base_model_name_or_path, revision=config.base_model_revision)
+        self.host = encoder_of(host)
+        Hold.check(self.host)
+        self.adapter = (make_adapter(config) if adapter is None else adapter).to(self.host.device)
+        self.stream: Stream | None = None  # bound by ``calibrate``
+        self.injection = None
+        if config.pathway == "inject":
+            self.injection = _part("injection").inject(self.adapter, self.host)  # refuses; the host still untouched
+        Hold.take(self.host, self)
+        if self.injection is not None:
+            self.injection.attach()
+        self._host_arguments = set(inspect.signature(self.host.forward).parameters)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing to do: the host comes trained and the adapter's parts initialise themselves."""
+
+    # ---- making, loading ----
+
+    @classmethod
+    def from_host(
+        cls,
+        host: str | Path | nn.Module,
+        labels: list[str] | None = None,
+        task: str = "default",
+        config: UniHyperLoraConfig | None = None,
+        *,
+        reader: str | dict[str, int] = "large",
+        space: CanonicalSpace | str | Path | None = None,
+        anchor_file: str | Path | None = None,
+        revision: str | None = None,
+        tokenizer=None,
+        layout=None,
+        **host_kwargs,
+    ) -> Self:
+        """A fresh adapter on a host; the host computes what it always did.
+
+        Args:
+            host: Hub id, folder, or a loaded transformers model.
+            labels: label names of the first task; may be None for the model without a head.
+            task: name of that task.
+            config: shapes and choices; defaults to ``UniHyperLoraConfig()``, which is a stream.
+            reader: of the task, see ``add_task``.
+            space: the canonical space of a stream, or its file; the package's own when None.
+            anchor_file: in place of a space, anchor text (one sentence a line) from which one is made on this host.
+            revision: commit, tag or branch of the host.
+            tokenizer: the host's tokenizer, for a stream; loaded by the host's name when None.
+            layout: of an injected update, where the host's family keeps its linear layers if the package does not
+                know it (``HostLayout``); it is saved with the adapter.
+            **host_kwargs: ``dtype``, ``cache_dir``, ``token``, ``local_files_only`` for loading the host.
+
+        Raises:
+            HostError, ConfigError, DataError
+        """
+        config = UniHyperLoraConfig() if config is None else config
+        if space is not None and anchor_file is not None:
+            raise ConfigError("Give space or anchor_file, from which a space is made; not both.")
+        if isinstance(host, nn.Module):
+            name = encoder_of(host).config.name_or_path
+        else:
+            name, host = str(host), load_host(str(host), revision=revision, **host_kwargs)
+        config.base_model_name_or_path, config.base_model_revision = name or None, revision
+        if config.pathway == "inject":
+            _part("injection").describe_target(config, host, layout)
+            model = cls(config, host)
+            config.source_hosts = [describe_host(model.host, name or None, model.injection.map.num_layers)]
+        else:
+            if tokenizer is None:
+                own = {key: value for key, value in host_kwargs.items() if key in _HUB_ARGUMENTS}
+                tokenizer = load_tokenizer(name, revision=revision or "main", **own)
+            if anchor_file is not None:
+                space = CanonicalSpace.make([encoder_of(host)], anchor_file, tokenizers=[tokenizer])
+            elif not isinstance(space, CanonicalSpace):
+                space = CanonicalSpace.default() if space is None else CanonicalSpace.load(space)
+            config.space = space.shape()
+            config.check()
+            model = cls(config, host, StreamAdapter(config, space))
+            model._calibrate_or_detach(tokenizer)
+            config.source_hosts = [describe_host(model.host, name or None, model.stream.words.num_layers)]
+        if labels is not None:
+            try:
+                model.add_task(task, labels, reader)
+            except ConfigError:
+                model.detach()
+                raise
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: UniHyperLoraConfig | None = None,
+        host: nn.Module | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        task: str | None = None,
+        revision: str = "main",
+        dtype: torch.dtype | str | None = None,
+        tokenizer=None,
+        layout=None,
+        **kwargs,
+    ) -> Self:
+        """Read an adapter and put it on a host.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or Hub id.
+            config: its configuration, if already read.
+            host: a loaded host; otherwise one is loaded by name.
+            base_model_name_or_path: the host's folder or Hub id; the adapter's own host by default.
+            base_model_revision: that host's revision.
+            task: the task to activate.
+            revision: the adapter's revision.
+            dtype: of a host that is loaded here (also ``torch_dtype``).
+            tokenizer: the host's tokenizer, for a stream; loaded by the host's name when None.
+            layout: of an injected update, where the linear layers of this host's family are, see ``from_host``.
+            **kwargs: ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, ``subfolder``;
+                ``attn_implementation`` of the host; ``device_map`` with one device; ``output_loading_info``;
+                ``num_labels``, ``id2label`` and ``label2id`` that fit the task; ``router`` and ``router_top_k`` of an
+                injected update.
+
+        Raises:
+            AdapterFileError: no adapter there, or its file is damaged or does not fit its configuration.
+            HostError: the host cannot be loaded or carry the adapter.
+            ConfigError: an argument or a configuration key is unknown or not allowed, or the format is another one.
+        """
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        for name in _IGNORED_ARGUMENTS:
+            kwargs.pop(name, None)
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in ("router", "router_top_k")}
+        names = {name: kwargs.pop(name) for name in ("num_labels", "id2label", "label2id") if name in kwargs}
+        loading = _given(dtype=kwargs.pop("torch_dtype", None) if dtype is None else dtype)
+        loading |= _given(attn_implementation=kwargs.pop("attn_implementation", None))
+        device, with_info = kwargs.pop("device_map", None), kwargs.pop("output_loading_info", False)
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise ConfigError("ignore_mismatched_sizes=True is not possible: an adapter's file fits or is refused.")
+        if kwargs:
+            raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
+        config_file = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub)
+        commit = extract_commit_hash(str(config_file), None)  # a branch may move between one file and the next
+        weights = adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, commit or revision, hub)
+        stored = read_config(config_file)
+        if config is None:
+            config = stored
+        else:  # as the Auto classes do it, which also put names of labels and attn_implementation into it
+            if config.base_model_name_or_path != stored.base_model_name_or_path:
+                if config.base_model_revision == stored.base_model_revision:
+                    config.base_model_revision = None  # the revision was that of the adapter's own host
+            if config.id2label != stored.id2label:
+                names = {"id2label": config.id2label} | names
+            asked = getattr(config, "_attn_implementation_internal", None)
+            loading = _given(attn_implementation=asked) | loading
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.check()
+        if task is not None:
+            config.activate(task)
+        if config.active_task is not None:
+            cls._check_type(config, config.active_task)
+            _rename_labels(config, **names)
+        if base_model_name_or_path is not None:
+            config.base_model_name_or_path, config.base_model_revision = base_model_name_or_path, base_model_revision
+        if host is None:
+            name, own = config.base_model_name_or_path, {"revision": config.base_model_revision or "main"}
+            own |= {key: value for key, value in hub.items() if key not in ("subfolder", "force_download")}
+            host = load_host(name, **loading, **own)
+            if config.pathway == "stream" and tokenizer is None:
+                tokenizer = load_tokenizer(name, **own)
+        elif loading:
+            raise ConfigError(
+                f"{sorted(loading)[0]} is of a host that is loaded here, and one was given. Leave it out."
+            )
+        if config.pathway == "inject":
+            _part("injection").describe_target(config, host, layout, binds=False)
+        adapter = make_adapter(config)  # before the host is touched: a bad file leaves it as it was
+        load_adapter(adapter, weights)
+        model = cls(config, host, adapter)
+        if config.pathway == "stream":
+            model._calibrate_or_detach(tokenizer)
+        else:
+            _part("injection").warn_where_untrained(model)
+        if device is not None:
+            model.to(_one_device(device))
+        model.eval()
+        logger.info(model.describe())
+        if with_info:
+            return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return model
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As of any module; the tensors of the adapter's own file, by their names there, are decoded.
+
+        transformers' own ``Trainer`` reads ``model.safetensors`` and calls this, with ``strict=False``, for the best
+        checkpoint and for the one that it resumes from.
+
+        Raises:
+            AdapterFileError: the tensors are of another adapter, or of no adapter at all.
+        """
+        if not state_dict or any(name.startswith(("adapter.", "host.")) for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        take_over(self.adapter, state_dict, "The state that was given")
+        return _IncompatibleKeys([], [])
+
+    # ---- saving ----
+
+    def save_files(self, folder: str | Path) -> None:
+        """``config.json`` and ``model.safetensors`` alone, as checkpoints have them.
+
+        Raises:
+            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
+        """
+        self.config.architectures = [type(self).__name__]
+        content = json.loads(self.config.to_json_string(use_diff=False))
+        own = {*UniHyperLoraConfig.__annotations__, "architectures", "model_type", "transformers_version"}
+        more = {"id2label", "label2id"}
+        auto_map = AUTO_MAP if self.config.pathway == "stream" else _part("injection").AUTO_MAP
+        content = {name: value for name, value in content.items() if name in own | more} | {"auto_map": auto_map}
+        type(self.config)(**content | {"id2label": None, "label2id": None})  # only what can be read again is written
+        save_adapter(self.adapter, content, Path(folder))
+
+    def save_pretrained(self, save_directory: str | Path, *, tasks: list[str] | None = None, **kwargs) -> None:
+        """Write the adapter and its heads, the code that loads them, the licence and a model card; no host tensor.
+
+        A README.md that was written by hand is left as it is.
+
+        Args:
+            save_directory: the folder; made if needed.
+            tasks: write these tasks alone; all of them when None.
+            **kwargs: arguments that transformers passes to every model; ``is_main_process`` and ``push_to_hub`` with
+                ``repo_id`` and the arguments of ``push_to_hub`` are honoured.
+
+        Raises:
+            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
+            ConfigError: no such task.
+            HubError: it cannot be pushed.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        if tasks is not None:
+            with self._only(tasks):
+                self.save_pretrained(save_directory, **kwargs)
+            return
+        folder = Path(save_directory)
+        self.save_files(folder)
+        try:
+            bundle = _from_package("publish.bundle", "A model card")
+        except (
+            UniHyperLoraError
+        ):  # code that came with an adapter: it goes along, card and licence stay where they are
+            for file in Path(__file__).parent.glob("[!_]*.py"):
+                with replacing(folder / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+            return
+        bundle.complete(folder, self.config.pathway)
+        if kwargs.get("push_to_hub", False):
+            names = ("commit_message", "private", "token", "revision", "create_pr")
+            push = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            repo_id = kwargs.get("repo_id") or folder.absolute().name
+            _from_package("publish.hub", "Pushing").push_folder(folder, repo_id, **push)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Push weights, configuration, code, card and licence as one commit; see ``publish.hub.push_model``.
+
+        Args:
+            repo_id: "user/name", or a name under the user who is logged in.
+            **kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``,
+                and ``base_model_name_or_path``, the Hub id of the host where it was loaded from a folder.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: it cannot be pushed; what the repository had is untouched.
+        """
+        return _from_package("publish.hub", "Pushing").push_model(self, repo_id, **kwargs)
+
+    # ---- tasks ----
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names of the active task, by id."""
+        return self.config.tasks[self._task(None)]["labels"]
+
+    def add_task(self, name: str, labels: list[str], reader: str | dict[str, int] = "large", bits: int = 8) -> None:
+        """Add a task and make it the active one.
+
+        Args:
+            name: of the task.
+            labels: its label names, by id.
+            reader: of a stream, the size of the task's own reader: "small", "medium" or "large", or a dict of
+                "width" and "hidden".
+            bits: of the reader's matrices, 4 or 8.
+
+        Raises:
+            ConfigError: the name is taken or not allowed, or the labels or the reader are not usable.
+        """
+        if self.task_type is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no head; add tasks to a …ForTokenClassification and the like."
+            )
+        if name in self.config.tasks:
+            raise ConfigError(f"Task {name!r} exists already; the adapter has {sorted(self.config.tasks)}.")
+        if self.merged:
+            raise MergeError("The update of another task is merged into the host; call unmerge() first.")
+        check_task(name, self.task_type, labels)
+        task = {"type": self.task_type, "labels": list(labels)}
+        if self.config.pathway == "stream":
+            task["reader"] = reader_shape(reader, bits)
+        self.config.tasks[name] = task
+        self.adapter.add(name)
+        self.config.activate(name)
+
+    def load_task(self, adapter: str | Path, task: str | None = None, name: str | None = None, **hub) -> None:
+        """Take a task of another adapter of the same space into this one.
+
+        Args:
+            adapter: its folder or Hub id.
+            task: which of its tasks; its active one when None.
+            name: what it is called here; its own name when None.
+            **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+
+        Raises:
+            ConfigError: no such task, the name is taken, or the adapter is of another space.
+            AdapterFileError: no adapter there, or it is damaged.
+        """
+        revision = hub.pop("revision", "main")
+        config = read_config(adapter_file(adapter, CONFIG_NAME, revision, hub))
+        task = task or config.active_task
+        if task not in config.tasks:
+            raise ConfigError(f"No task {task!r} in {adapter}; it has {sorted(config.tasks)}.")
+        name = name or task
+        if name in self.config.tasks:
+            raise ConfigError(f"Task {name!r} exists already; give it another name with name=.")
+        if config.pathway != "stream" or self.config.pathway != "stream":
+            raise ConfigError("Only tasks of streams can be put into one file; an injected update has its own atoms.")
+        other = make_adapter(config)
+        load_adapter(other, adapter_file(adapter, WEIGHTS_NAME, revision, hub))
+        if other.space.digest != self.adapter.space.digest:
+            raise ConfigError(
+                f"{adapter} is of the space '{other.space.name}' ({other.space.digest}), this adapter of "
+                f"'{self.adapter.space.name}' ({self.adapter.space.digest}): their coordinates mean other things. "
+                "Train the task on this space."
+            )
+        self.config.tasks[name] = config.tasks[task]
+        self.adapter.add(name)
+        self.adapter.tasks[name].load_state_dict(other.tasks[task].state_dict())
+
+    def delete_task(self, name: str) -> None:
+        """Take a task out of the adapter; the next one becomes active if it was that.
+
+        Raises:
+            ConfigError: no such task.
+        """
+        if name not in self.config.tasks:
+            raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(self.config.tasks)}.")
+        del self.config.tasks[name], self.adapter.tasks[name]
+        if self.config.active_task == name:
+            self.config.active_task = None
+            fitting = [n for n, task in self.config.tasks.items() if self.task_type in (None, task["type"])]
+            if fitting:
+                self.config.activate(fitting[0])
+
+    def set_task(self, name: str) -> None:
+        """Make ``name`` the task of the next forward passes.
+
+        Raises:
+            ConfigError: no such task, or it is of another type than this model.
+        """
+        self.config.activate(self._task(name))
+
+    def _task(self, name: str | None) -> str:
+        name = self.config.active_task if name is None else name
+        if name is None:
+            raise ConfigError(
+                "The adapter has no task yet. Call add_task(name, labels) of a …ForTokenClassification or "
+                "…ForSequenceClassification."
+            )
+        self._check_type(self.config, name)
+        if self.injection is not None and self.injection.merged_task not in (None, name):
+            raise MergeError("The update of another task is merged into the host; call unmerge() first.")
+        return name
+
+    @classmethod
+    def _check_type(cls, config: UniHyperLoraConfig, name: str) -> None:
+        if name not in config.tasks:
+            raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(config.tasks)}.")
+        if cls.task_type not in (None, config.tasks[name]["type"]):
+            fitting = sorted(other for other, task in config.tasks.items() if task["type"] == cls.task_type)
+            raise ConfigError(
+                f"Task {name!r} is {config.tasks[name]['type']}, {cls.__name__} does {cls.task_type}; the adapter's "
+                f"tasks of that type are {fitting}. Choose one with task=."
+            )
+
+    # ---- lining up, taking off ----
+
+    def calibrate(self, tokenizer=None, states: torch.Tensor | None = None) -> None:
+        """Line the host up with the adapter's space: no label, no gradient, seconds.
+
+        Args:
+            tokenizer: the host's fast tokenizer; loaded by the host's name when None.
+            states: the host's states of the anchors, if known already (``space.anchor_states``).
+
+        Raises:
+            HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
+        """
+        tokenizer = load_tokenizer(self.host.config.name_or_path) if tokenizer is None else tokenizer
+        self.stream = Stream(self.adapter, self.host, tokenizer, states)
+        fit = self.stream.fit.r2
+        if sum(fit) / len(fit) < LOW_FIT:
+            logger.warning(
+                "This host fits the adapter's canonical space badly (R² a knot: %s): expect low scores. Is it of "
+                "another language, or trained for something else than text?",
+                ", ".join(f"{value:.2f}" for value in fit),
+            )
+        for name, task in self.config.tasks.items():
+            if task.get("refined"):
+                logger.warning(
+                    "δθ of task '%s' was tuned on a map that was refined on unlabelled text (%s words), and the file "
+                    "does not hold that map: call refine(sentences, source) with the same text.",
+                    name,
+                    task["refined"]["words"],
+                )
+
+    def _calibrate_or_detach(self, tokenizer) -> None:
+        try:
+            self.calibrate(tokenizer)
+        except UniHyperLoraError:
+            self.detach()  # the host as it was given
+            raise
+
+    def refine(self, sentences: list[list[str]], source: "UniHyperLoraPreTrainedModel") -> None:
+        """Line the host up once more, on unlabelled text of the kind that it is to read as well as on the anchors.
+
+        A host that the adapter was trained on says where the words lie in the canonical space. The map is kept in the
+        cache, not in the adapter: call this again after loading.
+
+        Args:
+            sentences: lists of words, one a sentence, 256 words at least; of a text of more than 20,000 words every
+                n-th sentence is read.
+            source: an adapter of the same space, on a host that it was trained on.
+
+        Raises:
+            ConfigError: no stream, or another space.
+            HostError: ``source`` is on a host that the adapter was not trained on.
+            DataError: too little text.
+        """
+        _from_package("space_making.refinement", "Refining a map").refine(self, sentences, source)
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the host as it was given; this model cannot be used afterwards."""
+        if self.injection is not None:
+            self.injection.remove()
+        Hold.release(self.host, self)
+        return self.host
+
+    def describe(self) -> str:
+        """Host, fit of the line-up or sites found, and pathway, in one line."""
+        name = self.host.config.name_or_path or type(self.host).__name__
+        if self.injection is not None:
+            return f"UniHyperLoRA on {name} ({self.injection.describe()}, tasks {sorted(self.config.tasks)}"
+        fit = "not lined up" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
+        blocks = "?" if self.stream is None else self.stream.words.num_layers
+        space = self.adapter.space
+        return (
+            f"UniHyperLoRA on {name} ({self.host.config.model_type}, {blocks} blocks x "
+            f"{self.host.config.hidden_size}): space {space.name} {space.version} ({space.digest}), R² a knot {fit}, "
+            f"tasks {sorted(self.config.tasks)}"
+        )
+
+    # ---- training ----
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the adapter; the host is frozen and stays without dropout."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+    def set_train_scope(self, scope: str) -> None:
+        """Choose what a trainer may change.
+
+        "task": of a stream the reader and the head of the active task, of an injected update everything but δθ.
+        "delta": the active task's δθ alone; its head too as long as that was never trained.
+
+        Raises:
+            ConfigError: another scope was given, or one that this adapter is not trained in.
+            MergeError: the update is merged into the host.
+        """
+        if scope not in ("task", "delta"):
+            raise ConfigError(f"train_scope={scope!r} is not allowed; choose 'task' or 'delta'.")
+        if scope == "delta" and self.config.projector == "host":
+            raise ConfigError(
+                "train_scope='delta' tunes a universal adapter to a host. This one is bound to its host and trained "
+                "for it whole; choose train_scope='task'."
+            )
+        if self.merged:
+            raise MergeError("The update is merged into the host, where it cannot be trained; call unmerge() first.")
+        name = self._task(None)
+        own, head_is_new = self.adapter.tasks[name], not self.config.tasks[name].get("trained", False)
+        self.adapter.requires_grad_(scope == "task" and self.config.pathway == "inject")
+        for other, task in self.adapter.tasks.items():
+            task.requires_grad_(scope == "task" and other == name)
+        own.delta.requires_grad_(scope == "delta")
+        if scope == "delta" and head_is_new:
+            own.head_weight.requires_grad_(True)
+            own.head_bias.requires_grad_(True)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Let the host's blocks be computed again on the way back, which spares memory with an injected update.
+
+        A stream's gradients do not go through its host, which keeps nothing in any case.
+
+        Args:
+            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``.
+            **kwargs: ``every_n_layers``: only every so many blocks.
+
+        Raises:
+            ConfigError: reentrant checkpointing, or offloading, neither of which a frozen host can do.
+        """
+        if self.injection is not None:
+            self.injection.enable_checkpointing(gradient_checkpointing_kwargs or {}, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Let the host's blocks keep what they need."""
+        if self.injection is not None:
+            self.injection.checkpoint = None
+
+    # ---- merging, exporting ----
+
+    @property
+    def merged(self) -> bool:
+        """Whether an update is folded into the host's weights now."""
+        return self.injection is not None and self.injection.merged
+
+    def merge(self) -> None:
+        """Fold the active task's update into the host's weights; exact, and free at inference.
+
+        Raises:
+            MergeError: the router chooses atoms for each token, so no fixed weight computes the same; or it is a
+                stream, which has no update.
+        """
+        if self.injection is None:
+            raise MergeError("The stream computes beside the host, so it has no update to merge.")
+        if not self.merged:
+            self.injection.merge(self._task(None))
+
+    def unmerge(self) -> None:
+        """Give the host its own weights back, bit for bit; the update is then computed beside them again."""
+        if self.injection is not None:
+            self.injection.unmerge()
+
+    def merge_and_save(self, folder: str | Path, tokenizer=None) -> None:
+        """A stock transformers encoder with the active task's update in its weights; see ``publish.weights``."""
+        _from_package("publish.weights", "Exporting").merge_and_save(self, folder, tokenizer)
+
+    def export_lora(self, folder: str | Path, rank: int) -> dict[str, float]:
+        """The active task's update as a PEFT LoRA folder, and how far it is off; see ``publish.weights``."""
+        return _from_package("publish.weights", "Exporting").export_lora(self, folder, rank)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Host and adapter as one ONNX file; see ``publish.onnx_file``."""
+        _from_package("publish.onnx_file", "Exporting").export_onnx(self, path)
+
+    # ---- forward ----
+
+    def run(
+        self,
+        task: str | None,
+        attention_mask: torch.Tensor | None,
+        output_hidden_states: bool | None = None,
+        task_ids: torch.Tensor | Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        **inputs,
+    ) -> dict[str, Any]:
+        """One pass of the host, and what the asked tasks make of it.
+
+        Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
+
+        Args:
+            task: for all sentences; the active one when None.
+            task_ids: B names of tasks, or (B,) numbers of them in ``list(config.tasks)``: each sentence has its own.
+            tasks: names: every sentence is scored for all of them.
+
+        Returns:
+            ``logits``, a tensor or with ``tasks`` a dict of them, ``hidden_states``, ``last_hidden_state``, and of an
+            injected update ``expected_atoms`` and ``active_atoms``.
+        """
+        if sum(given is not None for given in (task, task_ids, tasks)) > 1:
+            raise ConfigError("Give task, for all sentences, task_ids, one for each, or tasks, all of them; not two.")
+        known = self._host_arguments | {"canonical_states", "word_index"}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        reads = {self.host.main_input_name, "input_ids", "inputs_embeds", "canonical_states"}
+        if not inputs.keys() & reads:
+            raise ConfigError(
+                f"This host reads {self.host.main_input_name}; the call gave {sorted(inputs) or 'nothing'}."
+            )
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        if self.injection is not None:
+            if tasks is not None:
+                raise ConfigError("tasks= scores several tasks in one pass of the host, which only a stream can do.")
+            return self.injection.outputs(self, task, task_ids, attention_mask, output_hidden_states, inputs)
+        if "canonical_states" in inputs:
+            z = inputs["canonical_states"]
+            mask = torch.ones(z.shape[:2], device=z.device) if attention_mask is None else attention_mask
+            run = StreamRun(self.adapter, z, mask.sum(dim=1))
+        else:
+            run = self.bound_stream.read(attention_mask, inputs)
+        outputs = {
+            "hidden_states": run.hidden_states if output_hidden_states else None,
+            "last_hidden_state": run.hidden_states and run.hidden_states[-1],
+        }
+        if self.task_type is None and tasks is None:
+            return outputs
+        if tasks is not None:
+            for name in tasks:
+                UniHyperLoraPreTrainedModel._check_type(self.config, name)
+            return outputs | {"logits": {name: run.logits(name) for name in tasks}}
+        if task_ids is None:
+            return outputs | {"logits": run.logits(self._task(task))}
+        names, rows = sentences_by_task(task_ids, list(self.config.tasks), len(run.z), run.z.device)
+        for name in names:
+            self._task(name)
+        return outputs | {"logits": run.mixed_logits(names, rows)}
+
+    @property
+    def bound_stream(self) -> Stream:
+        if self.stream is None:
+            raise HostError("The stream is not lined up with its host yet; call calibrate(tokenizer).")
+        return self.stream
+
+    def _output(self, kind: type, run: dict[str, Any], loss: torch.Tensor | None, return_dict: bool | None):
+        names = ("logits", "hidden_states", "expected_atoms", "active_atoms")
+        out = kind(loss=loss, **{name: run.get(name) for name in names})
+        return out if return_dict in (None, True) else out.to_tuple()
+
+    def _only(self, tasks: list[str]):
+        """Within it the adapter has these tasks alone."""
+        return _OnlyTasks(self, tasks)
+
+
 class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
-    """The host with the active task's update and no head; returns states."""
+    """The host with the active task's update and no head; returns states. A stream leaves them as they are."""
 
     def forward(
         self,
@@ -49,27 +878,22 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         word_index: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         task: str | None = None,
         task_ids: torch.Tensor | Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraOutput:
-        """(B, T) ids, or images for a ViT → states (B, T, d); a stream alone leaves those of its host as they are."""
-        run = self.run(
-            task,
-            attention_mask,
-            output_hidden_states,
-            task_ids,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            word_index=word_index,
-        )
-        return UniHyperLoraOutput(last_hidden_state=run.last_hidden_state, **_shared(run))
+        """(B, T) ids, or images for a ViT → states (B, T, d)."""
+        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "pixel_values": pixel_values, "word_index": word_index}
+        run = self.run(task, attention_mask, output_hidden_states, task_ids, tasks, **inputs)
+        names = ("last_hidden_state", "hidden_states", "expected_atoms", "active_atoms")
+        out = UniHyperLoraOutput(**{name: run.get(name) for name in names})
+        return out if return_dict in (None, True) else out.to_tuple()
 
 
 class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
-    """A label for each token: a linear head on the canonical states of all knots, or on the stream's features."""
+    """A label for each token."""
 
     task_type = "token_classification"
 
@@ -85,8 +909,10 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         canonical_states: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         task: str | None = None,
         task_ids: torch.Tensor | Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraTokenClassifierOutput:
         """(B, T) ids, labels (B, T) with -100 where none → logits (B, T, C), mean cross-entropy.
 
@@ -94,32 +920,24 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         gives it for words; a stream tells words by the ids where it is not given. On the further tokens of a word B-X
         is I-X where there is such a label.
 
-        With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. The stream
-        may be given cached ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are
-        then those of words, (B, W) and (B, W, C).
+        With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. A stream may
+        be given ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are then those of
+        words, (B, W) and (B, W, C).
 
         ``task_ids``, B names of tasks or (B,) numbers of them in ``list(config.tasks)``, makes every sentence one of
         its own task. C is then the most labels that one of them has; other tasks have -inf for labels beyond theirs.
+        With ``tasks``, names of tasks of either type, every sentence is scored for all of them in one pass of the
+        host, and ``logits`` is a dict of task → tensor.
         """
-        run = self.run(
-            task,
-            attention_mask,
-            output_hidden_states,
-            task_ids,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            word_index=word_index,
-            canonical_states=canonical_states,
-        )
-        logits = run.token_logits()
-        loss = None if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
-        return UniHyperLoraTokenClassifierOutput(loss=loss, logits=logits, **_shared(run))
+        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "word_index": word_index, "canonical_states": canonical_states}
+        run = self.run(task, attention_mask, output_hidden_states, task_ids, tasks, **inputs)
+        loss = loss_of(run["logits"], labels, num_items_in_batch)
+        return self._output(UniHyperLoraTokenClassifierOutput, run, loss, return_dict)
 
 
 class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
-    """A label for each sequence: a linear head on the mean over its tokens of what the token head reads."""
+    """A label for each sequence, from the mean over its words, or with an injected update over its tokens."""
 
     task_type = "sequence_classification"
 
@@ -136,42 +954,118 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         task: str | None = None,
         task_ids: torch.Tensor | Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids, images or cached states, labels (B,) → logits (B, C), mean cross-entropy.
+        """(B, T) ids, images or canonical states, labels (B,) → logits (B, C), mean cross-entropy.
 
-        The loss, and the logits with ``task_ids``, are as for tokens.
+        The loss, and ``task_ids`` and ``tasks``, are as for tokens.
         """
-        run = self.run(
-            task,
-            attention_mask,
-            output_hidden_states,
-            task_ids,
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            word_index=word_index,
-            canonical_states=canonical_states,
-        )
-        logits = run.sentence_logits()
-        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return UniHyperLoraSequenceClassifierOutput(loss=loss, logits=logits, **_shared(run))
+        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+        inputs |= {"word_index": word_index, "canonical_states": canonical_states}
+        run = self.run(task, attention_mask, output_hidden_states, task_ids, tasks, **inputs)
+        loss = loss_of(run["logits"], labels, num_items_in_batch)
+        return self._output(UniHyperLoraSequenceClassifierOutput, run, loss, return_dict)
 
 
-def _shared(run: InjectedRun | StreamRun) -> dict[str, torch.Tensor]:
-    """What every output has of a run."""
-    return {
-        "hidden_states": run.hidden_states,
-        "expected_atoms": run.expected_atoms,
-        "active_atoms": run.active_atoms,
-    }
+def make_adapter(config: UniHyperLoraConfig) -> Adapter:
+    """The adapter that a configuration describes."""
+    if config.pathway == "inject":
+        return _part("injection").make_adapter(config)
+    if config.space is None:
+        raise ConfigError("The configuration names no space: make such an adapter with from_host.")
+    return StreamAdapter(config)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """(N, C) logits, (N,) labels with -100 ignored → mean over the labelled, or sum / ``num_items``; 0 if none is."""
-    total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+def loss_of(logits, labels: torch.Tensor | None, num_items: torch.Tensor | int | None) -> torch.Tensor | None:
+    """Cross-entropy of logits (…, C) and labels (…), -100 ignored: the mean, or the sum divided by ``num_items``."""
+    if labels is None:
+        return None
+    if isinstance(logits, dict):
+        raise ConfigError("labels are of one task, and tasks= asks for several; score them without labels.")
+    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     items = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=logits.device)
     return total / items.clamp_min(1)
+
+
+class _OnlyTasks:
+    """A context in which a model has some of its tasks alone."""
+
+    def __init__(self, model: UniHyperLoraPreTrainedModel, tasks: list[str]):
+        self.model, self.tasks = model, tasks
+
+    def __enter__(self) -> None:
+        config, adapter = self.model.config, self.model.adapter
+        if unknown := [name for name in self.tasks if name not in config.tasks] or not self.tasks:
+            raise ConfigError(f"No task {unknown} in this adapter; it has {sorted(config.tasks)}.")
+        self.before = config.tasks, config.active_task, adapter.tasks
+        config.tasks = {name: config.tasks[name] for name in self.tasks}
+        adapter.tasks = nn.ModuleDict({name: adapter.tasks[name] for name in self.tasks})
+        config.activate(config.active_task if config.active_task in self.tasks else self.tasks[0])
+
+    def __exit__(self, *_) -> None:
+        self.model.config.tasks, active, self.model.adapter.tasks = self.before
+        if active is not None:
+            self.model.config.activate(active)
+
+
+def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, label2id=None) -> None:
+    """Names of labels that a caller gives for the active task; they have to be as many as the task has."""
+    labels = config.tasks[config.active_task]["labels"]
+    if id2label is None and label2id is not None:
+        id2label = {number: label for label, number in label2id.items()}
+    number = num_labels if id2label is None else len(id2label)
+    if number is not None and number != len(labels):
+        raise ConfigError(
+            f"Task '{config.active_task}' has {len(labels)} labels ({', '.join(labels)}), and the call gave {number}. "
+            "Leave num_labels and id2label out, or add a task of your own with add_task."
+        )
+    if id2label is not None:
+        given = {int(key): str(value) for key, value in id2label.items()}
+        if given.keys() != set(range(len(labels))):
+            raise ConfigError(f"id2label={id2label!r} does not name the ids 0 to {len(labels) - 1}.")
+        task = config.tasks[config.active_task]
+        task["labels"] = [given[at] for at in range(len(labels))]
+        check_task(config.active_task, task["type"], task["labels"])
+        config.activate(config.active_task)
+
+
+def _one_device(device_map) -> torch.device | str:
+    """The device of a ``device_map`` with one device; a host that is spread over several has to be loaded before."""
+    if device_map == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or "cpu"
+    if isinstance(device_map, dict) and len({*map(str, device_map.values())}) == 1:
+        device_map = next(iter(device_map.values()))
+    if not isinstance(device_map, str | int | torch.device):
+        raise ConfigError(
+            f"device_map={device_map!r} spreads the host over devices. Load the host so yourself and pass host=."
+        )
+    return torch.device(device_map)
+
+
+def _given(**kwargs) -> dict:
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _part(module: str):
+    """A module beside this one that only adapters with an injected update bring along."""
+    return importlib.import_module(f".{module}", __package__)
+
+
+def _from_package(module: str, what: str):
+    """A module of the installed package.
+
+    Raises:
+        UniHyperLoraError: it is not installed; this code came with an adapter.
+    """
+    try:
+        return importlib.import_module(f"modeling_unihyperlora.{module}")
+    except ImportError as error:
+        raise UniHyperLoraError(
+            f"{what} needs the package ({error}); the code that came with this adapter only loads and scores. Run: "
+            "pip install unihyperlora"
+        ) from error

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .quantization import Half, StoredTensor
+from .storage import Half, StoredTensor
 
 Side = Literal["input", "output"]
 

@@ -1,14 +1,19 @@
-"""The adapter's file: one safetensors file with quantised tensors, checked whole before anything is taken from it.
+"""How an adapter is stored: tensors that are trained in the precision of their file, and the one checked file.
 
-Tensor names are those of the adapter's stored tensors ("atoms_in", "tasks.conll2003.delta", …); a quantised tensor
-with row scales has a second entry "<name>.scale". The header carries the format version and a SHA-256 of all
-contents, so that damage is found even where it would still decode.
+A ``StoredTensor`` keeps a float latent for the optimiser and hands out the value that its file would hold. The
+gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432), so that the saved adapter scores
+what the trained one scored. Every codec is idempotent: encoding a decoded tensor gives the same codes, bit for bit.
+
+The file is safetensors. Tensor names are those of the stored tensors ("tasks.conll2003.delta", …); a quantised tensor
+with row scales has a second entry "<name>.scale". The header carries the format version and a SHA-256 of all contents,
+so that damage is found even where it would still decode. Nothing is taken from a file before all of it was checked.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,19 +22,201 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import cached_file
 
-from .adapter import UniHyperLoraAdapter, part_of
-from .configuration_unihyperlora import FORMAT_VERSION, UniHyperLoraConfig
-from .errors import AdapterFileError, UniHyperLoraError, first_line
-from .quantization import StoredTensor
-from .untrusted import MAX_WEIGHTS_BYTES, check_header, check_inside, read_json_object
+from .errors import AdapterFileError, first_line
 
+FORMAT_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 LATENTS_NAME = "training_latents.safetensors"
+MAX_CONFIG_BYTES = 1_000_000
+MAX_HEADER_BYTES = 1_000_000
+MAX_WEIGHTS_BYTES = 64_000_000  # an adapter has less than 1 MB; this leaves room for thousands of tasks
 
 
-def adapter_tensors(adapter: UniHyperLoraAdapter) -> dict[str, torch.Tensor]:
+class RowInteger:
+    """Signed integers of ``bits`` bits with one bfloat16 scale a row: value = code * scale.
+
+    The scale has 8 significant bits and codes at most 8, so their product is exact in float32, and the largest code
+    of a row is always ``2**(bits-1) - 1``: this is what makes the codec idempotent. A scale so small that it would
+    lose bits (below about 1e-38) counts as zero.
+    """
+
+    def __init__(self, bits: int):
+        self.bits = int(bits)
+        self.largest = 2 ** (self.bits - 1) - 1
+
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [float(self.bits)]
+
+    def codes(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(rows, columns)`` float32 → float codes of the same shape and scales ``(rows, 1)``."""
+        scale = (value.abs().amax(dim=-1, keepdim=True) / self.largest).bfloat16().float()
+        scale = torch.where(scale < torch.finfo(torch.bfloat16).tiny, 0.0, scale)
+        divisor = torch.where(scale > 0, scale, 1.0)
+        return (value / divisor).round().clamp(-self.largest, self.largest), scale
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        codes, scale = self.codes(value)
+        return codes * scale
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes, scale = self.codes(value)
+        packed = pack(codes, 4) if self.bits == 4 else codes.to(torch.int8)
+        return {"": packed, ".scale": scale.bfloat16()}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        codes = unpack(stored[""], shape, 4) if self.bits == 4 else stored[""].float()
+        return codes * stored[".scale"].float()
+
+
+class Grid:
+    """4-bit integers -8…7 times one fixed ``step``: exactly half a byte a value and nothing else."""
+
+    bits = 4
+
+    def __init__(self, step: float):
+        self.step = step
+
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [self.step]
+
+    def codes(self, value: torch.Tensor) -> torch.Tensor:
+        return (value / self.step).round().clamp(-8, 7)
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return self.codes(value) * self.step
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": pack(self.codes(value), self.bits)}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return unpack(stored[""], shape, self.bits) * self.step
+
+
+class TwoBit:
+    """Integers -2…1 at (code + ½)·``step``, four to a byte; of unit variance, step 1 is about the best."""
+
+    bits = 2
+
+    def __init__(self, step: float):
+        self.step = step
+
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return [self.step]
+
+    def codes(self, value: torch.Tensor) -> torch.Tensor:
+        return (value / self.step).floor().clamp(-2, 1)
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return (self.codes(value) + 0.5) * self.step
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": pack(self.codes(value), self.bits)}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return (unpack(stored[""], shape, self.bits) + 0.5) * self.step
+
+
+class Half:
+    """IEEE half precision, for small tensors of mixed range (biases, waves, embeddings)."""
+
+    bits = 16
+
+    def settings(self) -> list[float]:
+        """What it is made with."""
+        return []
+
+    def round(self, value: torch.Tensor) -> torch.Tensor:
+        return value.half().float()
+
+    def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"": value.half()}
+
+    def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return stored[""].float()
+
+
+Codec = RowInteger | Grid | TwoBit | Half
+CODECS = {codec.__name__: codec for codec in (RowInteger, Grid, TwoBit, Half)}
+
+
+# The name is that of the module, since a copy of it may be loaded from a Hub beside the package.
+@torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::rounded", mutates_args=())
+def _rounded(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
+    """``round`` of a codec as one operation, into which no compiler looks."""
+    return CODECS[codec](*settings).round(value)
+
+
+@_rounded.register_fake
+def _(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+def as_stored(value: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """The value as a file of this codec holds it, without a gradient; under a compiler as well."""
+    value = value.detach().float()
+    if torch.compiler.is_compiling():  # one that fuses casts would keep the very digits that rounding drops
+        return _rounded(value, type(codec).__name__, codec.settings())
+    return codec.round(value)
+
+
+class StoredTensor(nn.Module):
+    """One tensor of the adapter: a trainable float32 ``latent`` and the codec of its file.
+
+    Calling it returns the value as the file holds it, in float32, with the shape of the latent.
+    """
+
+    def __init__(self, initial: torch.Tensor, codec: Codec):
+        super().__init__()
+        self.codec = codec
+        self.latent = nn.Parameter(initial.float())
+
+    def forward(self) -> torch.Tensor:
+        return _StraightThrough.apply(self.latent, as_stored(self.latent, self.codec))
+
+    def encode(self) -> dict[str, torch.Tensor]:
+        """File tensors by suffix ("" for the codes, ".scale" for the row scales), on the CPU, contiguous."""
+        return {k: v.contiguous() for k, v in self.codec.encode(self.latent.detach().float().cpu()).items()}
+
+    def decode(self, stored: dict[str, torch.Tensor]) -> None:
+        """Take over what ``encode`` gave; the caller has checked dtypes and shapes."""
+        with torch.no_grad():
+            self.latent.copy_(self.codec.decode(stored, self.latent.shape))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the rounded value. Backward: the gradient of the latent is that of the rounded value."""
+
+    @staticmethod
+    def forward(ctx, latent: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes of 2 or 4 ``bits`` and any shape → uint8, 8/bits of them in a byte, the first one lowest."""
+    flat, each = codes.reshape(-1).to(torch.int16), 8 // bits
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each) + 2 ** (bits - 1)
+    return (flat << torch.arange(0, 8, bits, device=flat.device)).sum(dim=1).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, shape: torch.Size, bits: int) -> torch.Tensor:
+    """Inverse of ``pack``: float32 codes of ``shape``."""
+    codes = packed[:, None] >> torch.arange(0, 8, bits, device=packed.device) & 2**bits - 1
+    return (codes.float() - 2 ** (bits - 1)).reshape(-1)[: torch.Size(shape).numel()].reshape(shape)
+
+
+# ---- the file ----
+
+
+def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of the file by its name; no tensor of a host is among them."""
     tensors = {}
     for name, module in _stored(adapter).items():
@@ -38,23 +225,6 @@ def adapter_tensors(adapter: UniHyperLoraAdapter) -> dict[str, torch.Tensor]:
         buffer = buffer.detach().cpu()
         tensors[name] = (buffer.half() if buffer.is_floating_point() else buffer).contiguous()
     return tensors
-
-
-def read_config(path: Path) -> UniHyperLoraConfig:
-    """The configuration in a ``config.json``.
-
-    Raises:
-        AdapterFileError: it is not JSON, names a key twice, or is not of this kind.
-    """
-    content = read_json_object(path)
-    if content.pop("model_type", None) != UniHyperLoraConfig.model_type:
-        raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
-    try:
-        return UniHyperLoraConfig(**content)
-    except UniHyperLoraError:
-        raise
-    except Exception as error:  # transformers checks its own keys with many kinds of error
-        raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
 
 
 def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -> Path:
@@ -77,7 +247,7 @@ def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -
         ) from error
 
 
-def save_adapter(adapter: UniHyperLoraAdapter, config: dict[str, object], folder: Path) -> None:
+def save_adapter(adapter: nn.Module, config: dict[str, object], folder: Path) -> None:
     """Write the weights and ``config.json``, or leave what was there before.
 
     Raises:
@@ -96,12 +266,12 @@ def save_adapter(adapter: UniHyperLoraAdapter, config: dict[str, object], folder
                 f"'{name}' holds values beyond {tensor.dtype}, in which it is stored, so nothing was written to "
                 f"{folder}. The training diverged: lower the learning rates, or go back to the last checkpoint."
             )
-    with replacing(folder / CONFIG_NAME) as text, replacing(folder / WEIGHTS_NAME) as weights:
+    with replacing(folder / "config.json") as text, replacing(folder / WEIGHTS_NAME) as weights:
         Path(text).write_text(_json(config), encoding="utf-8")
         save_file(tensors, weights, metadata=signed_metadata(tensors))
 
 
-def load_adapter(adapter: UniHyperLoraAdapter, path: Path) -> None:
+def load_adapter(adapter: nn.Module, path: Path) -> None:
     """Read the file into an adapter that was built from the file's configuration.
 
     Raises:
@@ -115,7 +285,7 @@ def load_adapter(adapter: UniHyperLoraAdapter, path: Path) -> None:
     take_over(adapter, read_checked(path), str(path))
 
 
-def take_over(adapter: UniHyperLoraAdapter, tensors: dict[str, torch.Tensor], origin: str) -> None:
+def take_over(adapter: nn.Module, tensors: dict[str, torch.Tensor], origin: str) -> None:
     """Decode the tensors of a file into an adapter that was built from the file's configuration.
 
     Args:
@@ -166,6 +336,11 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
     version = metadata.get("unihyperlora_format", "")
     if not (version.isascii() and version.isdigit()):
         raise AdapterFileError(f"{path} is no UniHyperLoRA adapter: its header does not say so.")
+    if int(version) < FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path} has format {version}, of the package's version 0.1, whose adapters had coordinates of their own. "
+            f"This package reads format {FORMAT_VERSION}: train the adapter again, or install 'unihyperlora<0.2'."
+        )
     if int(version) > FORMAT_VERSION:
         raise AdapterFileError(f"{path} has format {version}, this package reads up to {FORMAT_VERSION}; update it.")
     if metadata.get("sha256") != digest:
@@ -176,16 +351,22 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors as ``read_checked`` wants them, whole or not at all."""
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the header of a file says beside the tensors; the caller has checked the file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_checked(path: Path, tensors: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> None:
+    """Write tensors as ``read_checked`` wants them, whole or not at all; ``more`` goes into the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=signed_metadata(tensors))
+        save_file(tensors, temporary, metadata=signed_metadata(tensors, more))
 
 
-def signed_metadata(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def signed_metadata(tensors: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> dict[str, str]:
     """What the header says beside the tensors: the format, and the digest of everything in the file."""
-    metadata = {"format": "pt", "unihyperlora_format": str(FORMAT_VERSION)}
+    metadata = {"format": "pt", "unihyperlora_format": str(FORMAT_VERSION), **(more or {})}
     return metadata | {"sha256": content_digest(tensors, metadata)}
 
 
@@ -198,30 +379,21 @@ def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -
     return digest.hexdigest()
 
 
-def file_bytes(adapter: UniHyperLoraAdapter) -> int:
+def file_bytes(adapter: nn.Module) -> int:
     """Size of the weights file that ``save_adapter`` would write now, header and all."""
     tensors = adapter_tensors(adapter)
     return len(serialize(tensors, metadata=signed_metadata(tensors)))
 
 
-def bytes_of_parts(adapter: UniHyperLoraAdapter) -> dict[str, int]:
-    """Bytes of tensor data in the file, by part; "mean_gate" of a task counts as router."""
-    parts: dict[str, int] = {}
-    for name, tensor in adapter_tensors(adapter).items():
-        part = part_of(name)
-        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
-    return parts
-
-
 # ---- training state: the float latents, which a resumed run continues from ----
 
 
-def save_latents(adapter: UniHyperLoraAdapter, path: Path) -> None:
+def save_latents(adapter: nn.Module, path: Path) -> None:
     """Float32 latents and buffers, bit for bit, for resuming; a deployed adapter does not need them."""
     write_checked(path, adapter.state_dict())
 
 
-def load_latents(adapter: UniHyperLoraAdapter, path: Path) -> None:
+def load_latents(adapter: nn.Module, path: Path) -> None:
     """Take over what ``save_latents`` wrote.
 
     Raises:
@@ -283,3 +455,66 @@ def _umask() -> int:
 
 def _stored(adapter: nn.Module) -> dict[str, StoredTensor]:
     return {name: module for name, module in adapter.named_modules() if isinstance(module, StoredTensor)}
+
+
+# ---- files that others wrote ----
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a small JSON file in which no key is written twice.
+
+    Raises:
+        AdapterFileError: it is too large, not readable, no JSON object, or names a key twice.
+    """
+    try:
+        if os.path.getsize(path) > MAX_CONFIG_BYTES:
+            raise AdapterFileError(
+                f"{path} has more than {MAX_CONFIG_BYTES} bytes, so it is no adapter's config.json."
+            )
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} is not a JSON object.")
+    return content
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header is oversized or names a tensor twice.
+
+    Raises:
+        AdapterFileError
+    """
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"it announces a header of {size} bytes, at most {MAX_HEADER_BYTES} are read")
+            json.loads(file.read(size), object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
+
+
+def check_inside(folder: Path, file: str) -> Path:
+    """The path of ``file`` in ``folder``, if that is where it really is.
+
+    A link may lead to the store of the Hub's cache, whose snapshots consist of such links; no other link may leave.
+
+    Raises:
+        AdapterFileError: the name or a link leads out of the folder.
+    """
+    path, root = Path(folder) / file, Path(folder).resolve()
+    real = path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if ".." in Path(file).parts or not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise AdapterFileError(f"{path} leads out of the folder, to {real}; nothing is read from there.")
+    return path
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import HostError, first_line
-from .hosts import call_host, transformers_folder
+from .hosts import call_host, check_states, transformers_folder
 
 NO_WORD = -1  # in ``word_index``: a token of no word
 
@@ -430,6 +430,7 @@ class WordReader:
         flags: of its vocabulary.
         causal: whether the host's tokens see only what stands before them. Then the state of a word is that of its
             last token, which has seen all of the word; else it is that of its first token.
+        num_layers: L, blocks of the host, by the states that it returns.
 
     Raises:
         HostError: a slow tokenizer, one that marks no words, or one that is not the host's.
@@ -439,7 +440,7 @@ class WordReader:
         self.tokenizer = prepare_tokenizer(tokenizer)
         check_vocabulary(host, self.tokenizer)
         self.flags = vocabulary_flags(self.tokenizer)
-        self.causal = is_causal(host, self.flags)
+        self.causal, self.num_layers = probe(host, self.flags)
 
     def places(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
@@ -476,17 +477,18 @@ def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 @torch.no_grad()
-def is_causal(host: nn.Module, flags: torch.Tensor) -> bool:
-    """Whether a host's tokens see only what stands before them.
+def probe(host: nn.Module, flags: torch.Tensor) -> tuple[bool, int]:
+    """Whether a host's tokens see only what stands before them, and how many blocks it has.
 
-    It is tried: two texts that differ in their last token alone have the same states before it.
+    It is tried: two texts that differ in their last token alone have the same states before it in a causal host.
 
     Args:
         flags: of the vocabulary, for ids of ordinary words.
+
+    Raises:
+        HostError: the host returns no hidden states, or states of another width than its configuration says.
     """
     words = (flags[:-1] & BLANK > 0).nonzero().flatten()
-    if len(words) < 2:
-        return False
     one, other = words[len(words) // 2], words[len(words) // 3]
     ids = torch.stack([torch.stack([one, other, one]), torch.stack([one, other, other])]).to(host.device)
     training = [module for module in host.modules() if module.training]
@@ -496,5 +498,6 @@ def is_causal(host: nn.Module, flags: torch.Tensor) -> bool:
     finally:
         for module in training:
             module.training = True
-    changed = max(float((state[0, :2] - state[1, :2]).abs().max()) for state in states or ())
-    return changed <= 1e-4 * max(float(states[-1].abs().max()), 1e-6)
+    states = check_states(host, states, ids)
+    changed = max(float((state[0, :2] - state[1, :2]).abs().max()) for state in states)
+    return changed <= 1e-4 * max(float(states[-1].abs().max()), 1e-6), len(states) - 1

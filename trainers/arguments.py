@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from transformers import HfArgumentParser
 
+from modeling_unihyperlora.configuration_unihyperlora import reader_shape
 from modeling_unihyperlora.errors import ConfigError, DataError
 
 from .baselines import BASELINES, require_peft
@@ -55,8 +56,8 @@ class ModelArguments:
     pathway: str | None = field(
         default=None,
         metadata={
-            "help": "Where the atoms act: stream (of a new adapter the default), which serves hosts that it has not "
-            "seen; inject, for one host; both, with --adapter and --train_scope delta."
+            "help": "stream (default): works on hosts that it has not seen; inject: an update inside the host that it "
+            "is trained on, which does not carry over."
         },
     )
     projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
@@ -64,18 +65,20 @@ class ModelArguments:
     router_top_k: int | None = field(default=None, metadata={"help": "Atoms a token may use, 1 to 3."})
     atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
     anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
-    stream_dim: int | None = field(default=None, metadata={"help": "Canonical coordinates of the stream at a knot."})
-    stream_width: int | None = field(default=None, metadata={"help": "Width of the stream's input map."})
-    stream_hidden: int | None = field(default=None, metadata={"help": "Width of its recurrent layer, each way."})
-    stream_fidelity: float | None = field(
-        default=None, metadata={"help": "Least correlation that noise leaves in training; 1 for no noise."}
+    reader: str | None = field(
+        default=None, metadata={"help": "Size of a new task's reader: small, medium or large (default)."}
+    )
+    reader_bits: int | None = field(default=None, metadata={"help": "Bits of its matrices: 8 (default) or 4."})
+    space: str | None = field(
+        default=None, metadata={"help": "File of the canonical space of a new stream; the package's own if none."}
     )
     source_hosts: list[str] | None = field(
         default=None,
         metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
     )
     anchor_file: str | None = field(
-        default=None, metadata={"help": "Anchor text of a new stream, one sentence a line; the package's own if none."}
+        default=None,
+        metadata={"help": "In place of --space: text, one sentence a line, from which a space is made on this host."},
     )
     refine_file: str | None = field(
         default=None,
@@ -118,12 +121,16 @@ class ModelArguments:
 
     def shape(self) -> dict[str, object]:
         """The adapter's choices that were given."""
-        names = (
-            "pathway projector router router_top_k atoms anchor_dim "
-            "stream_dim stream_width stream_hidden stream_fidelity"
-        )
-        given = {name: getattr(self, name) for name in names.split() if getattr(self, name) is not None}
+        names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | self.sat_lora_shape() if self.method == "sat_lora" else given
+
+    def new_reader(self, named: bool = True) -> dict[str, object]:
+        """The reader of a new task as ``add_task`` takes it, or with ``named`` false ``from_host``; what was given."""
+        bits = {} if self.reader_bits is None else {"bits": self.reader_bits}
+        if named or not bits:
+            return bits | ({} if self.reader is None else {"reader": self.reader})
+        return {"reader": reader_shape(self.reader or "large", self.reader_bits)}
 
     def sat_lora_shape(self) -> dict[str, object]:
         """The same for SAT-LoRA, in the words of ``UniHyperLoraConfig``."""
@@ -340,24 +347,22 @@ def check_arguments(
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
         raise ConfigError(
             "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
-            "with --train_scope source."
+            "with --train_scope task."
         )
-    if model_args.pathway == "both" and model_args.adapter is None:
+    is_stream = model_args.pathway in (None, "stream") and model_args.method == "unihyperlora"
+    if model_args.source_hosts and (not is_stream or training_args.train_scope == "delta"):
         raise ConfigError(
-            "--pathway both tunes a stream adapter that exists, with an injected update on top: give --adapter "
-            "FOLDER_OR_HUB_ID and --train_scope delta, or train a stream first with --pathway stream."
+            "--source_hosts names further hosts to train a task of a stream on. Give it with --train_scope task, or "
+            "leave it out: an injected update, δθ and the baselines are trained on one host."
         )
-    if model_args.pathway == "both" and training_args.do_train and training_args.train_scope != "delta":
-        raise ConfigError(
-            "--pathway both is tuned to one host by δθ alone: give --train_scope delta with it, or train the stream "
-            "itself with --pathway stream."
-        )
-    new_but_no_stream = model_args.adapter is None and not model_args.makes_stream
-    if model_args.source_hosts and (new_but_no_stream or training_args.train_scope == "delta"):
-        raise ConfigError(
-            "--source_hosts names further hosts to train a stream on. Give it with --pathway stream and --train_scope "
-            "source, or leave it out: an injected update, δθ and the baselines are trained on one host."
-        )
+    of_a_stream = ("reader", "reader_bits", "space", "anchor_file")
+    if not is_stream and (given := [name for name in of_a_stream if getattr(model_args, name) is not None]):
+        raise ConfigError(f"--{given[0]} is of a stream, and this run trains none. Leave it out.")
+    if model_args.space is not None and model_args.anchor_file is not None:
+        raise ConfigError("Give --space or --anchor_file, from which a space is made; not both.")
+    new_space = [name for name in ("space", "anchor_file") if getattr(model_args, name) is not None]
+    if new_space and model_args.adapter is not None:
+        raise ConfigError(f"--{new_space[0]} is of a new adapter; that of --adapter is in its file. Leave it out.")
     if model_args.refine_host is None and model_args.refine_file is not None:
         raise ConfigError("--refine_file is read by --refine_host: give a host that the adapter was trained on.")
     if model_args.refine_host is not None and model_args.refine_file is None and not training_args.do_train:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from modeling_unihyperlora.adapter import UniHyperLoraAdapter, knot_layers
-from modeling_unihyperlora.anchors import word_states
-from modeling_unihyperlora.calibration import standardise
+from modeling_unihyperlora.configuration_unihyperlora import read_config
 from modeling_unihyperlora.errors import ConfigError
-from modeling_unihyperlora.hosts import load_host, num_layers_of
-from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
+from modeling_unihyperlora.hosts import load_host
+from modeling_unihyperlora.reader import StreamAdapter
+from modeling_unihyperlora.space import knot_layers, standardise, word_states
+from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, save_adapter
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 
 
@@ -33,7 +33,7 @@ def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> P
         AdapterFileError, ConfigError: no stream adapter there.
     """
     loaded = _load(adapter)
-    coordinates = loaded.anchors.canonical().detach()
+    coordinates = loaded.space.canonical()
     order = torch.randperm(coordinates.shape[1], generator=torch.Generator().manual_seed(seed))
     return _save(loaded, coordinates[:, order], folder)
 
@@ -60,9 +60,9 @@ def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, t
         tokenizer = tokenizer or load_tokenizer(str(host))
         host = load_host(str(host))
     tokenizer = tokenizer or load_tokenizer(host.config.name_or_path)
-    layers = knot_layers(num_layers_of(host))
-    states = word_states(host, WordReader(host, tokenizer), loaded.anchors.sentences(), layers)
-    return _save(loaded, random_coordinates(states, loaded.config.stream_dim, seed), folder)
+    words = WordReader(host, tokenizer)
+    states = word_states(host, words, loaded.space.sentences(), knot_layers(words.num_layers))
+    return _save(loaded, random_coordinates(states, loaded.config.space["dim"], seed), folder)
 
 
 def random_coordinates(states: torch.Tensor, width: int, seed: int) -> torch.Tensor:
@@ -80,17 +80,17 @@ def random_coordinates(states: torch.Tensor, width: int, seed: int) -> torch.Ten
     return coordinates
 
 
-def _load(folder: str | Path) -> UniHyperLoraAdapter:
+def _load(folder: str | Path) -> StreamAdapter:
     config = read_config(Path(folder) / CONFIG_NAME)
     if config.pathway == "inject":
-        raise ConfigError(f"{folder} has pathway 'inject'; only a stream adapter has anchors.")
-    adapter = UniHyperLoraAdapter(config)
+        raise ConfigError(f"{folder} has pathway 'inject'; only a stream has anchors.")
+    adapter = StreamAdapter(config)
     load_adapter(adapter, Path(folder) / WEIGHTS_NAME)
     return adapter
 
 
-def _save(adapter: UniHyperLoraAdapter, coordinates: torch.Tensor, folder: str | Path) -> Path:
+def _save(adapter: StreamAdapter, coordinates: torch.Tensor, folder: str | Path) -> Path:
     with torch.no_grad():
-        adapter.anchors.coordinates.latent.copy_(coordinates.flatten(0, 1))
+        adapter.space.coordinates.latent.copy_(coordinates.flatten(0, 1))
     save_adapter(adapter, json.loads(adapter.config.to_json_string(use_diff=False)), Path(folder))
     return Path(folder)

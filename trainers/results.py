@@ -19,14 +19,17 @@ RESULT_KEYS = (
     "adapter_bytes",
     "head_bytes",
     "delta_bytes",
+    "reader_bytes",
     "extra_ram_mb",
     "flops_overhead_pct",
     "active_atoms_per_token",
     "trainable_parameters",
     "train_runtime",
     "cpu_seconds",
+    "host_cpu_seconds",
     "peak_memory_mb",
     "budget_ok",
+    "space",
 )
 
 

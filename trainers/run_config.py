@@ -79,6 +79,7 @@ ADAPTER_KEYS = {
         "anchor_dim": Key(int, "anchor_dim"),
         "router_top_k": Key(int, "router_top_k"),
         "refine_host": Key(str, "refine_host"),
+        "reader": Key(str, "reader", allowed=("small", "medium", "large")),
         "quant_bits": Key(int, allowed=(4,)),  # the mixer's; the file format has no other
         "bias_bits": Key(int, allowed=(4,)),  # of δθ, likewise
         "freeze_base_adapter": Key(bool),  # these two become train_scope, see _train_scope
@@ -128,7 +129,6 @@ SECTIONS: dict[str, Any] = {
         "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
         "max_steps": Key(int, "max_steps"),
         "num_train_epochs": Key(float, "num_train_epochs"),
-        "coordinate_epochs": Key(float, "coordinate_epochs"),
         "lr_scheduler": Key(str, "lr_scheduler_type"),
         "warmup_steps": Key(int, "warmup_steps"),
         "seed": Key(int, "seed"),
@@ -239,7 +239,7 @@ def _train_scope(adapter: Mapping, training: Mapping, where: str) -> str:
             f"{where}: training.update_param_groups is {groups}, but train_bias_delta_only is {delta_only}. It must "
             f"be [{DELTA_GROUP}] where only δθ is trained and [adapter] otherwise."
         )
-    return "delta" if delta_only else "source"
+    return "delta" if delta_only else "task"
 
 
 def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, UniHyperLoraModel
-from modeling_unihyperlora.accounting import measure
-from modeling_unihyperlora.modeling_base import UniHyperLoraPreTrainedModel
-from modeling_unihyperlora.storage import WEIGHTS_NAME, read_config, replacing
+from modeling_unihyperlora.configuration_unihyperlora import read_config
+from modeling_unihyperlora.hosts import window_of
+from modeling_unihyperlora.measure.accounting import measure
+from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
+from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
 from modeling_unihyperlora.words import check_vocabulary, load_tokenizer
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
@@ -101,7 +103,7 @@ def run_parsed(
         model = adapter
         if task_labels is None:
             logger.info("Task '%s' is new to the adapter (it has %s).", name, ", ".join(model.config.tasks) or "none")
-            model.add_task(name, labels)
+            model.add_task(name, labels, **model_args.new_reader())
         else:
             model.set_task(name)
     if model_args.refine_host is not None:
@@ -114,6 +116,9 @@ def run_parsed(
     trainer.accelerator.wait_for_everyone()  # until what was trained is saved
     with whole(model.adapter) if isinstance(model, UniHyperLoraPreTrainedModel) else contextlib.nullcontext():
         metrics |= costs(model, model_args, training_args) | process_costs()
+        if isinstance(trainer, UniHyperLoraTrainer) and trainer.sources:
+            read = [source.words.cpu_seconds for source in trainer.sources]
+            metrics["host_cpu_seconds"] = round(model.stream.cpu_seconds + sum(read), 1)
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
@@ -169,8 +174,11 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
         )
-    if args.pathway == "both":
-        model.add_injection()
+    if task_name is not None and task_name in model.config.tasks and args.new_reader():
+        raise ConfigError(
+            f"--reader is of a new task, and the adapter '{args.adapter}' has the task '{task_name}'. Leave it out, "
+            "or give another --task_name."
+        )
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
         if getattr(model.config, name) != value:
             raise ConfigError(
@@ -203,14 +211,17 @@ def make_model(
     if args.method in BASELINES:
         where = {"revision": args.model_revision or "main", **args.hub()}
         return make_baseline(args.method, model_class.task_type, args.model_name_or_path, labels, args.lora_r, **where)
+    config, more = UniHyperLoraConfig(**args.shape()), {}
+    if config.pathway == "stream":
+        more = {"space": args.space, "anchor_file": args.anchor_file, **args.new_reader(named=False)}
     return model_class.from_host(
         args.model_name_or_path,
         labels=labels,
         task=task_name,
-        config=UniHyperLoraConfig(**args.shape()),
+        config=config,
         revision=args.model_revision,
-        anchor_file=args.anchor_file,
         tokenizer=None if args.tokenizer_name is None else named_tokenizer(args),
+        **more,
         **args.hub(),
     )
 
@@ -306,7 +317,8 @@ def make_trainer(
         host_named = dataclasses.replace(model_args, model_name_or_path=name, model_revision=revision)
         tokenizer = named_tokenizer(host_named)
         check_vocabulary(model.host if is_adapter else model, tokenizer)
-    length = min(data_args.max_seq_length, tokenizer.model_max_length, host_config.max_position_embeddings)
+    window = window_of(model.host if is_adapter else model, tokenizer)
+    length = min(data_args.max_seq_length, window or data_args.max_seq_length)
     if length < data_args.max_seq_length:
         logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
     datasets = {split: task.dataset(rows, tokenizer, labels, length) for split, rows in splits.items()}
@@ -325,7 +337,6 @@ def make_trainer(
         if train is not None:
             sources = sources_of(
                 model,
-                tokenizer,
                 train,
                 model_args.source_hosts or [],
                 lambda other: task.dataset(splits["train"], other, labels, length),

@@ -1,7 +1,7 @@
 """What a search may vary, and how: the ``search_space`` of a run config, checked, and the paper's own space.
 
 A name is a key of the run config's ``adapter`` or ``training`` block (``lambda_F``, ``batch_size``) or a flag of the
-script (``router_learning_rate``, ``stream_width``). A name that a run would not read is an error.
+script (``router_learning_rate``, ``reader``). A name that a run would not read is an error.
 """
 
 import difflib
@@ -33,14 +33,12 @@ TRAINING_FLAGS = (
     "warmup_steps lr_scheduler_type optim per_device_train_batch_size gradient_accumulation_steps "
     "label_smoothing_factor seed"
 ).split()
-STREAM_FLAGS = (
-    "stream_dim stream_width stream_hidden stream_fidelity anchor_file coordinate_epochs stream_learning_rate"
-).split()
+STREAM_FLAGS = ("reader reader_bits space anchor_file fidelity reader_learning_rate").split()
 ADAPTER_FLAGS = (  # of --method unihyperlora alone
     "lambda_f lambda_q atoms anchor_dim router_top_k dictionary_learning_rate projector_learning_rate "
     "mixer_learning_rate router_learning_rate delta_learning_rate head_learning_rate"
 ).split() + STREAM_FLAGS
-SHAPE_FLAGS = "atoms anchor_dim stream_dim stream_width stream_hidden stream_fidelity anchor_file".split()
+SHAPE_FLAGS = "atoms anchor_dim reader reader_bits space anchor_file".split()
 
 
 def seed_of_draw(seed: int, trials: int) -> int:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,12 +22,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from modeling_unihyperlora.adapter import near_layers
-from modeling_unihyperlora.calibration import HostFit, HostToKnots, cache_folder, layers_of
 from modeling_unihyperlora.errors import DataError
-from modeling_unihyperlora.hosts import call_host, fingerprint, num_layers_of
+from modeling_unihyperlora.hosts import call_host, fingerprint
+from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_of, near_layers
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.stream import states_of_words
 from modeling_unihyperlora.words import WordPlaces, WordReader
 
 from .decoding import IGNORED
@@ -54,19 +53,21 @@ class WordStates:
         offsets: (windows + 1,) where a window's words begin.
         starts: for each window the sub-tokens at which its words begin.
         labels: for each window those of its words, or its own.
+        cpu_seconds: that reading the host took, next to none where the states were on disk.
 
     Raises:
         DataError: the cache folder has no room, or cannot be written.
     """
 
     def __init__(self, host: nn.Module, words: WordReader, windows: Dataset, batch_size: int = 32):
-        self.layers = layers = layers_of(near_layers(num_layers_of(host)))
+        self.layers = layers = layers_of(near_layers(words.num_layers))
         items = [windows[index] for index in range(len(windows))]
         places = [_places(words, item) for item in items]
         self.offsets = np.cumsum([0, *(int(at.lengths[0]) for at in places)])
         self.starts = [at.first[0].tolist() for at in places]
         self.labels = [_labels(item["labels"], at) for item, at in zip(items, self.starts, strict=True)]
         shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
+        start = time.process_time()
         path = cache_folder() / f"states-{_digest(host, words, layers, items)}.f16"
         try:
             locks = path.parent / "locks"
@@ -80,6 +81,7 @@ class WordStates:
                 "that can be written."
             ) from error
         self.states = np.memmap(path, np.float16, "r", shape=shape)
+        self.cpu_seconds = time.process_time() - start
 
     def _compute(self, path: Path, shape, host, words: WordReader, items, batch_size) -> None:
         needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
@@ -215,7 +217,9 @@ def read_words(
     places = words.places(inputs["input_ids"], mask, inputs.get("word_index"))
     given = {name: value for name, value in inputs.items() if name in known}
     hidden = call_host(host, mask, output_hidden_states=True, **given).hidden_states
-    return states_of_words(hidden, layers, words.read_at(places)).half(), places.lengths
+    at = words.read_at(places)
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    return torch.stack([hidden[layer][rows, at] for layer in layers], dim=2).half(), places.lengths
 
 
 def _places(words: WordReader, item: dict) -> WordPlaces:

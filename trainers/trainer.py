@@ -10,28 +10,42 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 
-from modeling_unihyperlora.accounting import check_budget
-from modeling_unihyperlora.adapter import PARTS, part_of
-from modeling_unihyperlora.card import write_card
 from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError
-from modeling_unihyperlora.hosts import describe_host, is_among
-from modeling_unihyperlora.hub import Push, create_repository, push_folder
+from modeling_unihyperlora.hosts import describe_host
+from modeling_unihyperlora.measure.accounting import PARTS, check_budget, part_of
+from modeling_unihyperlora.publish.card import write_card
+from modeling_unihyperlora.publish.hub import Push, create_repository, push_folder
+from modeling_unihyperlora.sites import is_among
 from modeling_unihyperlora.storage import LATENTS_NAME, load_latents, save_latents
 
 from .first_candidate import StartIsACandidate
 from .interruption import resumable
 from .launching import fill_in_frozen, whole
 from .searchable import SearchableTrainer
-from .sources import Source, calibrate_all, learn_coordinates
+from .sources import Source
 from .training_args import UniHyperLoraTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
+def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
+    """What another host would do to the coordinates: each correlates less with the source's.
+
+    A host that is lined up has coordinates of unit variance whose correlation with the source's is some ρ < 1. A
+    sentence draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
+
+    Args:
+        z: (B, W, K, D) coordinates of unit variance.
+        fidelity: the least ρ; 1 leaves the coordinates alone.
+    """
+    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
+    return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
+
+
 class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
-    With pathway "both" δθ is that of the stream and that of the injected update. E[k] is the mean over the labelled
+    E[k], which an injected update alone has, is the mean over the labelled
     tokens (sentences for sequence classification) of the batch; with gradient accumulation and several processes every
     term is normalised over the whole batch, so that the loss does not depend on how a batch is cut. ``task_loss``,
     ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
@@ -39,8 +53,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
     Args:
         model: a UniHyperLoRA model.
         args: how to train it.
-        sources: hosts that a stream is trained on, the model's own first; a new stream learns its coordinates on them
-            before the first step.
+        sources: hosts that a task of a stream is trained on, the model's own first.
         **kwargs: those of ``Trainer``.
 
     Raises:
@@ -81,34 +94,32 @@ class UniHyperLoraTrainer(SearchableTrainer):
         """
         if self._trains:
             check_budget(model, self.args.max_adapter_bytes, self.args.max_flops_overhead_pct)
-        if self._trains or model.config.pathway != "both":  # which is scored in any scope, and trained in one
-            model.set_train_scope(self.args.train_scope)
-        if model.stream is not None:  # δθ is tuned to one host as it is
-            model.stream.disturbs = self.args.train_scope == "source"
+        model.set_train_scope(self.args.train_scope)
 
     # ---- loss ----
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         labelled = inputs["labels"] != -100  # with label smoothing the Trainer takes the labels out
+        if model.training and self.args.train_scope == "task" and "canonical_states" in inputs:
+            z = disturb(inputs["canonical_states"], self.args.fidelity)
+            inputs = {**inputs, "canonical_states": z}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
-        if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
-            real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
-            atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        items = items.to(atoms.device).clamp_min(1)
-        across = self._processes_in(num_items_in_batch)
+        items, across = items.to(loss.device).clamp_min(1), self._processes_in(num_items_in_batch)
         own = self.unwrapped.adapter.tasks[self.unwrapped.config.active_task]
-        squares = sum(delta().square().sum() for delta in own.deltas())
-        terms = {
-            "lambda_f_loss": self.args.lambda_f * across * (atoms * labelled).sum() / items,
-            "lambda_q_loss": self.args.lambda_q * across * squares * labelled.sum() / items,
-        }
+        shares = {"lambda_q_loss": self.args.lambda_q * own.delta().square().sum() * labelled.sum()}
+        if self.unwrapped.config.pathway == "inject":
+            atoms, active = outputs["expected_atoms"], outputs["active_atoms"]
+            if labelled.dim() == 1:  # one label a sentence: the mean over its tokens
+                real = inputs.get("attention_mask", torch.ones_like(atoms)).to(atoms.dtype)
+                atoms, active = ((x * real).sum(dim=1) / real.sum(dim=1).clamp_min(1) for x in (atoms, active))
+            shares["lambda_f_loss"] = self.args.lambda_f * (atoms * labelled).sum()
+            if not model.training:
+                self._active[0] += float((active * labelled).sum())
+                self._active[1] += int(labelled.sum())
+        terms = {name: across * share / items for name, share in shares.items()}
         if model.training:
             self._note_losses({"task_loss": loss, **terms})
-        else:
-            self._active[0] += float((active * labelled).sum())
-            self._active[1] += int(labelled.sum())
         loss = loss + sum(terms.values())
         return (loss, outputs) if return_outputs else loss
 
@@ -124,9 +135,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Lines the sources of a stream up first, with the coordinates that the adapter has by now."""
-        if self.sources and self.args.train_scope == "source":
-            calibrate_all(self.unwrapped, self.sources)
+        """Lines copies of a stream's sources up first, where a task is trained; δθ is tuned to one host as it is."""
+        if self.args.train_scope == "task":
+            for source in self.sources:
+                source.line_up_copies()
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -188,32 +200,26 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``Trainer.train``; ``train_runtime`` includes learning the coordinates of a new stream."""
+        """As ``Trainer.train``."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
-        is_new, seconds = False, 0.0
         if self.model_init is None:
-            config = self.unwrapped.config
-            is_new = not any(task.get("trained", False) for task in config.tasks.values())
-            task, stream = config.tasks[config.active_task], self.unwrapped.stream
+            config, model = self.unwrapped.config, self.unwrapped
+            task = config.tasks[config.active_task]
             task["trained"] = True  # from now on its head is no longer new
-            if stream is None and not is_among(self.unwrapped.host, config.source_hosts):
-                config.source_hosts.append(describe_host(self.unwrapped.host, config.base_model_name_or_path))
-            if self.args.train_scope == "delta" and stream is not None:
+            if model.injection is not None:
+                blocks = model.injection.map.num_layers
+                if not is_among(model.host, blocks, config.source_hosts):
+                    config.source_hosts.append(describe_host(model.host, config.base_model_name_or_path, blocks))
+            elif self.args.train_scope == "delta":
                 task.pop("refined", None)
-                task |= {"refined": stream.refined} if stream.refined else {}  # the map that δθ is of use with
-        if self.sources and is_new and self.args.coordinate_epochs and not resume_from_checkpoint:
-            seconds = learn_coordinates(self, self.sources, self.args.coordinate_epochs)
+                task |= {"refined": model.stream.refined} if model.stream.refined else {}  # the map that δθ goes with
         if self.is_deepspeed_enabled:
             self.unwrapped.register_load_state_dict_pre_hook(fill_in_frozen)
         if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(resume_from_checkpoint)  # before they share the weights out
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if seconds:
-            output.metrics["train_runtime"] += seconds
-            output.metrics["coordinates_runtime"] = seconds
-        return output
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter's folder; a checkpoint has two files of it, and the latents for resuming."""

@@ -10,14 +10,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from modeling_unihyperlora.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
 from modeling_unihyperlora.errors import ConfigError
+from modeling_unihyperlora.measure.accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT
 
 from .launching import processes
 
 LEARNING_RATE_FACTORS = {
     **{"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2},
-    **{"stream": 0.4, "delta": 1.0, "head": 1.0},
+    **{"reader": 0.4, "delta": 1.0, "head": 1.0},
 }
 
 
@@ -32,11 +32,11 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         default=5e-3, metadata={"help": "Learning rate of the atoms, from which the parts' follow."}
     )
     train_scope: str = field(
-        default="source",
+        default="task",
         metadata={
-            "help": "What is trained: 'source' (dictionary, projector, mixer, router, head) or 'delta' (δθ alone, "
-            "and the head of a new task).",
-            "choices": ["source", "delta"],
+            "help": "What is trained: 'task' (reader and head of the task; all of an injected update) or 'delta' (δθ "
+            "alone, and the head of a new task).",
+            "choices": ["task", "delta"],
         },
     )
     lambda_f: float = field(default=1e-3, metadata={"help": "Weight λ_F of the expected atoms a token, E[k]."})
@@ -45,14 +45,13 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     mixer_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the mixer."})
     router_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the router."})
-    stream_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the token mixer."})
+    reader_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the reader."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
-    coordinate_epochs: float = field(
-        default=8.0,
+    fidelity: float = field(
+        default=0.7,
         metadata={
-            "help": "Passes over the training text in which a new stream learns its canonical coordinates, before "
-            "--num_train_epochs begin; with 0 it keeps the leading principal components."
+            "help": "Noise on a stream's coordinates in training: the least correlation that it leaves; 1 for none."
         },
     )
     max_adapter_bytes: int | None = field(
@@ -68,9 +67,11 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.train_scope not in ("source", "delta"):
-            raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'source' or 'delta'.")
-        for name in ("lambda_f", "lambda_q", "coordinate_epochs"):
+        if self.train_scope not in ("task", "delta"):
+            raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'task' or 'delta'.")
+        if not 0 <= self.fidelity <= 1:
+            raise ConfigError(f"fidelity={self.fidelity!r} is not allowed; it must be a number from 0 to 1.")
+        for name in ("lambda_f", "lambda_q"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
         if processes() > 1 and not torch.accelerator.is_available():
@@ -83,7 +84,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
             )
 
     def learning_rate_of(self, part: str) -> float:
-        """Learning rate of a part of the adapter, one of ``modeling_unihyperlora.adapter.PARTS``."""
+        """Learning rate of a part of the adapter, one of ``measure.accounting.PARTS``."""
         own = getattr(self, f"{part}_learning_rate")
         return self.learning_rate * LEARNING_RATE_FACTORS[part] if own is None else own
 

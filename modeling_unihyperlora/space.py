@@ -1,7 +1,11 @@
-"""Lining a host up with the canonical space: closed form, from its states on the anchors, without a label.
+"""The canonical space: coordinates that words have on no host in particular, and lining a host up with it.
 
-Letters: K knots, N anchors, d host width, D canonical width, R landmarks, Q their width. The adapter keeps coordinates
-C of its anchors at every knot. On any host a ridge regression maps to C what the host has there:
+Letters: K knots, N anchors, d host width, D canonical width, R landmarks, Q their width, M atoms.
+
+A knot is a relative depth. A space is anchor text and the coordinates C of its words at every knot, in 2 bits; it was
+made without a label and serves all tasks. It also holds the M rank-one atoms in whose directions δθ amends a map.
+
+On any host a ridge regression maps to C what the host has there:
 
 - the states of up to three layers near the knot's relative depth, side by side and standardised;
 - how near the word is to each of R landmarks: exp(-|q - q_r|²), where q are the leading principal components of the
@@ -18,6 +22,7 @@ covariance of the coordinates of the anchors, and then scaled so that those on h
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -26,12 +31,23 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock
+from torch import nn
+from transformers.utils import logging as hf_logging
 
-from .anchors import Anchors
-from .errors import AdapterFileError, HostError
-from .storage import read_checked, write_checked
+from .errors import AdapterFileError, DataError, HostError
+from .hosts import call_host, check_states, fingerprint, window_of
+from .storage import RowInteger, StoredTensor, TwoBit, content_digest, metadata_of, read_checked, write_checked
+from .words import NO_WORD, WordReader
 
 logger = logging.getLogger(__name__)
+
+METHOD = "7"  # of lining up; changed whenever a map would come out otherwise
+KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths
+COORDINATE_STEP = 1.0  # of coordinates of unit variance: -1.5, -0.5, 0.5 and 1.5
+ATOM_BITS = 8
+MIN_ANCHORS = 256
+AT_ONCE = 2**18  # numbers that are copied at a time, where fresh memory costs more than the work
+PACKAGE_SPACE = Path(__file__).with_name("space.safetensors")
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # variance of noise, where that of a word's features is about 1
 LANDMARKS, QUERY_WIDTH = 1024, 96
@@ -44,6 +60,225 @@ LOW_FIT = 0.1  # mean R² under which a host is reported as a bad fit
 MIN_SCALE = 1e-6
 
 T = TypeVar("T")
+
+
+class CanonicalSpace(nn.Module):
+    """Anchor text, coordinates of its words, and atoms.
+
+    Args:
+        name: of the space, such as "english".
+        version: of its contents.
+        anchor_words: N.
+        anchor_text_bytes: length of the text.
+        dim: D.
+        atoms: M.
+
+    Attributes:
+        text: (bytes,) uint8, UTF-8, one sentence a line.
+        coordinates: (K·N, D), of unit variance.
+        atoms_in, atoms_out: (M, D), the rows v_j and u_j.
+    """
+
+    def __init__(self, name: str, version: int, anchor_words: int, anchor_text_bytes: int, dim: int, atoms: int = 128):
+        super().__init__()
+        self.name, self.version = name, version
+        self.register_buffer("text", torch.zeros(anchor_text_bytes, dtype=torch.uint8))
+        self.coordinates = StoredTensor(torch.zeros(len(KNOTS) * anchor_words, dim), TwoBit(COORDINATE_STEP))
+        first, second = basis_atoms(dim, atoms)
+        self.atoms_in = StoredTensor(first, RowInteger(ATOM_BITS))
+        self.atoms_out = StoredTensor(second, RowInteger(ATOM_BITS))
+        self.requires_grad_(False)
+
+    def shape(self) -> dict[str, str | int]:
+        """The arguments that it was made with."""
+        words, dim = len(self.coordinates.latent) // len(KNOTS), self.coordinates.latent.shape[1]
+        own = {"name": self.name, "version": self.version, "anchor_words": words, "dim": dim}
+        return own | {"anchor_text_bytes": len(self.text), "atoms": len(self.atoms_in.latent)}
+
+    def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:
+        """Take over anchors and their (K, N, D) coordinates."""
+        self.text = torch.frombuffer(bytearray(join_anchors(sentences)), dtype=torch.uint8).to(self.text.device)
+        with torch.no_grad():
+            self.coordinates.latent.copy_(coordinates.flatten(0, 1))
+
+    def sentences(self) -> list[list[str]]:
+        return split_anchors(bytes(self.text.cpu().tolist()).decode(), "the space's anchor text")
+
+    def canonical(self) -> torch.Tensor:
+        """(K, N, D) as the file holds them."""
+        return self.coordinates().detach().unflatten(0, (len(KNOTS), -1))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that its file holds, by name."""
+        stored = {"text": self.text.cpu()}
+        for name in ("coordinates", "atoms_in", "atoms_out"):
+            stored |= {name + suffix: value for suffix, value in getattr(self, name).encode().items()}
+        return stored
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (16 hex digits) of all that it holds; equal spaces have equal digests, whatever their names."""
+        return content_digest(self.tensors(), {})[:16]
+
+    @classmethod
+    def default(cls) -> "CanonicalSpace":
+        """The space that the package ships."""
+        return cls.load(PACKAGE_SPACE)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CanonicalSpace":
+        """Read a space.
+
+        Raises:
+            AdapterFileError: no file there, or it is damaged or holds no space.
+        """
+        tensors = read_checked(Path(path))
+        try:
+            shape = json.loads(metadata_of(Path(path))["space"])
+            space = cls(**shape)
+            space.text = tensors["text"]
+            for name in ("coordinates", "atoms_in", "atoms_out"):
+                stored = getattr(space, name)
+                stored.decode({suffix: tensors[name + suffix] for suffix in stored.encode()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise AdapterFileError(
+                f"{path} holds no canonical space ({type(error).__name__}: {error}). Give a file that "
+                "CanonicalSpace.save wrote."
+            ) from error
+        return space
+
+    def save(self, path: str | Path) -> None:
+        """Write the space into one file, whole or not at all."""
+        write_checked(Path(path), self.tensors(), {"space": json.dumps(self.shape(), sort_keys=True)})
+
+    @classmethod
+    def make(cls, hosts: list, anchor_file: str | Path | None = None, **kwargs) -> "CanonicalSpace":
+        """A space of one's own; see ``space_making.make_space``, which the installed package has."""
+        from importlib import import_module
+
+        return import_module("modeling_unihyperlora.space_making.make").make_space(hosts, anchor_file, **kwargs)
+
+
+def basis_atoms(dim: int, atoms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Atoms v_j and u_j, (M, D) each: first the gain of each coordinate, then random directions (seed 0)."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(atoms, dim, generator=generator) / dim**0.5 for _ in range(2))
+    gains = min(atoms, dim)
+    first[:gains] = second[:gains] = torch.eye(dim)[:gains]
+    return first, second
+
+
+def read_anchors(path: str | Path) -> list[list[str]]:
+    """The sentences of an anchor file (UTF-8, one sentence a line) as lists of words.
+
+    Raises:
+        DataError: the file cannot be read as UTF-8, or has fewer than ``MIN_ANCHORS`` words.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The anchor file {path} cannot be read as UTF-8 text ({error}).") from error
+    return split_anchors(text, str(path))
+
+
+def join_anchors(sentences: list[list[str]]) -> bytes:
+    """The text as a space keeps it, which ``split_anchors`` takes apart again."""
+    return "\n".join(map(" ".join, sentences)).encode()
+
+
+def split_anchors(text: str, source: str) -> list[list[str]]:
+    """Sentences of words from text with one sentence a line; ``DataError`` if there are too few words."""
+    sentences = [line.split() for line in text.splitlines() if line.strip()]
+    words = sum(map(len, sentences))
+    if words < MIN_ANCHORS:
+        raise DataError(
+            f"{source} has {words} words; at least {MIN_ANCHORS} are needed to line up a host, and 2,000 to 5,000 of "
+            "varied text are better."
+        )
+    return sentences
+
+
+# ---- what a host says of the anchors ----
+
+
+def knot_layers(num_layers: int) -> list[int]:
+    """Which of the L+1 hidden states is nearest to each knot."""
+    return [int(knot * num_layers + 0.5) for knot in KNOTS]
+
+
+def near_layers(num_layers: int) -> list[list[int]]:
+    """For each knot the layers beside it that a map reads: its own, the one before and the one after."""
+    return [[near for near in (at - 1, at, at + 1) if 0 <= near <= num_layers] for at in knot_layers(num_layers)]
+
+
+def layers_of(near: list[list[int]]) -> list[int]:
+    """All layers that the knots use, in order."""
+    return sorted({layer for layers in near for layer in layers})
+
+
+@torch.no_grad()
+def word_states(
+    host: nn.Module, words: WordReader, sentences: list[list[str]], layers: list[int], batch_size: int = 32
+) -> torch.Tensor:
+    """States of every word.
+
+    Args:
+        host: the encoder or decoder.
+        words: how its words are read.
+        sentences: S lists of words, N words in all.
+        layers: which of the L+1 hidden states to take.
+
+    Returns:
+        (len(layers), N, d) float32 on the CPU, words in the order of the text. A word beyond the host's window, or
+        one that its tokenizer gives no sub-token, has NaN.
+    """
+    was_training = host.training
+    host.eval()
+    offsets = [0]
+    for sentence in sentences:
+        offsets.append(offsets[-1] + len(sentence))
+    states = torch.full((len(layers), offsets[-1], host.config.hidden_size), torch.nan)
+    limit = window_of(host, words.tokenizer)
+    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
+    progress = hf_logging.tqdm(total=len(sentences), desc="Reading anchors", unit="sentence", leave=False)
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            encoded = words.tokenizer(
+                [sentences[index] for index in chosen],
+                is_split_into_words=True,
+                padding=True,
+                truncation=limit is not None,
+                max_length=limit,
+                return_tensors="pt",
+            ).to(host.device)
+            ids, mask, index = (encoded[name] for name in ("input_ids", "attention_mask", "word_index"))
+            with full_precision(host.device):
+                hidden = call_host(host, mask, input_ids=ids, output_hidden_states=True).hidden_states
+            check_states(host, hidden, ids)
+            places = words.places(ids, mask, index)
+            number, at = index.gather(1, places.first), words.read_at(places)  # (B, W)
+            there = (torch.arange(at.shape[1], device=at.device) < places.lengths[:, None]) & (number != NO_WORD)
+            row, column = there.nonzero(as_tuple=True)
+            target = torch.tensor([offsets[index] for index in chosen])[row.cpu()] + number[row, column].cpu()
+            for k, layer in enumerate(layers):
+                states[k, target] = hidden[layer][row, at[row, column]].float().cpu()
+            progress.update(len(chosen))
+    finally:
+        progress.close()
+        host.train(was_training)
+    return states
+
+
+def anchor_states(host: nn.Module, words: WordReader, sentences: list[list[str]]) -> torch.Tensor:
+    """The host's states of the sentences' words in every layer that a knot uses, (layers, N, d), kept in the cache."""
+    layers = layers_of(near_layers(words.num_layers))
+    said = json.dumps([fingerprint(host), words.key(), layers, sentences])
+    path = cache_folder() / f"anchors-{hashlib.sha256(said.encode()).hexdigest()[:24]}.safetensors"
+    return kept(path, lambda: {"states": word_states(host, words, sentences, layers)}, lambda made: made["states"])
+
+
+# ---- a host's map into the space ----
 
 
 class KnotFit(NamedTuple):
@@ -144,27 +379,6 @@ def _tensors_of(part: KnotFit | Landmarks, change: Callable = lambda x: x) -> di
     return {name: change(value) for name, value in part._asdict().items() if isinstance(value, torch.Tensor)}
 
 
-def canonical_coordinates(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Whitened principal components of standardised states: (K, N, d) → (K, N, width), unit variance each.
-
-    Raises:
-        HostError: fewer usable anchors or dimensions than coordinates are asked for.
-    """
-    usable = torch.isfinite(states).all(dim=-1).all(dim=0)
-    knots, anchors, dim = states.shape
-    if width > min(dim, int(usable.sum()) - 1):
-        raise HostError(
-            f"{width} canonical coordinates need a source host at least that wide and more anchors; "
-            f"it has width {dim} and {int(usable.sum())} anchors. Ask for fewer, or train on a wider source."
-        )
-    coordinates = torch.zeros(knots, anchors, width)  # an anchor that the source cannot read is an average one
-    for k in range(knots):
-        standard, _, _ = standardise(states[k, usable].double())
-        left, _, _ = torch.linalg.svd(standard, full_matrices=False)
-        coordinates[k, usable] = (left[:, :width] * usable.sum() ** 0.5).float()
-    return coordinates
-
-
 def fit_host(
     states: torch.Tensor,
     near: list[list[int]],
@@ -208,11 +422,6 @@ def fit_host(
             knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
             weights.append((features_of @ knot.weights).T)
     return HostFit(knots, Landmarks(own, matrix, offset, landmarks, torch.cat(weights).contiguous()))
-
-
-def layers_of(near: list[list[int]]) -> list[int]:
-    """All layers that the knots use, in order."""
-    return sorted({layer for layers in near for layer in layers})
 
 
 def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -348,23 +557,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UNIHYPERLORA_CACHE") or Path.home() / ".cache" / "unihyperlora")
 
 
-def cached_fit(
-    host_fingerprint: str, reading: str, anchors: Anchors, compute: Callable[[], HostFit], also: str = ""
-) -> HostFit:
-    """The fit of a host, from an earlier calibration of the very same weights, tokenizer and anchors if there is one.
+def line_up(space: CanonicalSpace, host: nn.Module, words: WordReader, states: torch.Tensor | None = None) -> HostFit:
+    """The map of a host into a space: closed form, no label, seconds; from the cache where it was made before.
 
-    ``reading`` says how the host's words are read (``WordReader.key``), ``also`` what else the map depends on. See
-    ``kept``.
+    Args:
+        space: the canonical space.
+        host: any model that returns its hidden states.
+        words: how its words are read.
+        states: the host's states of the anchors, as ``anchor_states`` gives them, if they are known already.
+
+    Raises:
+        HostError: too few anchors can be read.
     """
-    digest = hashlib.sha256(
-        f"6 {RIDGES} {HELD_OUT} {RUN} {LANDMARKS} {QUERY_WIDTH} {ROUNDS} {LINEAR} {host_fingerprint}".encode()
-    )
-    digest.update(reading.encode())
-    for part in (anchors.text, *anchors.coordinates.encode().values()):
-        digest.update(part.cpu().numpy().tobytes())
-    digest.update(also.encode())
-    path = cache_folder() / f"calibration-{digest.hexdigest()[:24]}.safetensors"
-    return kept(path, lambda: _to_tensors(compute()), _from_tensors)
+
+    def compute() -> HostFit:
+        read = anchor_states(host, words, space.sentences()) if states is None else states
+        layers = words.num_layers
+        return fit_host(read, near_layers(layers), knot_layers(layers), space.canonical().cpu())
+
+    return kept_map(space, host, words, compute)
+
+
+def kept_map(
+    space: CanonicalSpace, host: nn.Module, words: WordReader, compute: Callable[[], HostFit], more: str = ""
+) -> HostFit:
+    """A map from the cache, whose name has all that the map depends on; ``more`` is what else that is."""
+    said = json.dumps([METHOD, fingerprint(host), words.key(), space.digest, more])
+    path = cache_folder() / f"map-{hashlib.sha256(said.encode()).hexdigest()[:24]}.safetensors"
+    return kept(path, lambda: to_tensors(compute()), from_tensors)
 
 
 def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable[[dict[str, torch.Tensor]], T]) -> T:
@@ -390,7 +610,7 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable
     return read(tensors)
 
 
-def _to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
+def to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
     tensors = {"r2": torch.tensor(fit.r2, dtype=torch.float64)}
     for name, part in (*((str(k), knot) for k, knot in enumerate(fit.knots)), ("landmarks", fit.landmarks)):
         tensors |= {f"{name}.{field}": value for field, value in _tensors_of(part).items()}
@@ -398,10 +618,10 @@ def _to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _from_tensors(kept: dict[str, torch.Tensor]) -> HostFit:
+def from_tensors(made: dict[str, torch.Tensor]) -> HostFit:
     def part(kind: type, name: str, **more):
-        fields = {field: kept[f"{name}.{field}"] for field in kind._fields if field not in more}
+        fields = {field: made[f"{name}.{field}"] for field in kind._fields if field not in more}
         return kind(**fields | {"layers": fields["layers"].tolist()} | more)
 
-    knots = [part(KnotFit, str(k), r2=r2) for k, r2 in enumerate(kept["r2"].tolist())]
+    knots = [part(KnotFit, str(k), r2=r2) for k, r2 in enumerate(made["r2"].tolist())]
     return HostFit(knots, part(Landmarks, "landmarks"))

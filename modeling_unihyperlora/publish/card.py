@@ -12,11 +12,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_unihyperlora import UniHyperLoraConfig
-from .errors import ConfigError
-from .publishing import CODE_FILES
-from .storage import WEIGHTS_NAME, read_config, replacing
-from .untrusted import read_json_object
+from ..configuration_unihyperlora import UniHyperLoraConfig, read_config
+from ..errors import ConfigError
+from ..storage import WEIGHTS_NAME, read_json_object, replacing
+from .code_files import code_files
 
 CARD_NAME = "README.md"
 LICENCE_NAME = "LICENSE"
@@ -45,7 +44,7 @@ def _licence_file() -> Path:
         found = [Path(file.locate()) for file in files if file.name == LICENCE_NAME]
     except importlib.metadata.PackageNotFoundError:
         found = []
-    return next((path for path in found if path.is_file()), Path(__file__).parents[1] / LICENCE_NAME)
+    return next((path for path in found if path.is_file()), Path(__file__).parents[2] / LICENCE_NAME)
 
 
 def write_card(folder: Path, repo_id: str | None = None, look_up: bool = False, **facts) -> None:
@@ -103,7 +102,7 @@ def card_text(
         _size(folder, results),
         _origins(config, host_license, run, dataset, data_license),
         _use_and_limits(config),
-        _about_the_code(),
+        _about_the_code(config),
     ]
     return "\n".join(section for section in sections if section)
 
@@ -181,8 +180,6 @@ def _what_it_is(config: UniHyperLoraConfig, task: str | None) -> str:
     )
     how = {
         "stream": stream,
-        "both": f"{stream} On one host, for which it was tuned, it also adds a small update to the linear layers; on "
-        "others that update is left out.",
         "inject": "It adds a small update to the linear layers of a frozen encoder. The file loads on encoders of "
         "other width and depth, but its scores do not carry over: use it on the host it was trained on.",
     }[config.pathway]
@@ -202,8 +199,6 @@ def _snippet(config: UniHyperLoraConfig, kind: str | None, repo_id: str | None) 
     note = (
         "the host that it was trained on; any other encoder works as well"
         if config.pathway == "stream"
-        else "the host that it was tuned for"
-        if config.pathway == "both"
         else "its host"
     )
     if host is None:
@@ -320,12 +315,8 @@ def _use_and_limits(config: UniHyperLoraConfig) -> str:
         "Hosts that are much smaller than the source, or of another language, fit worse.\n"
         "- A stream is no update of weights: it cannot be merged into a host.\n"
     )
-    both = (
-        "- The injected update is for one host and can be merged into it; on any other host the file is a stream "
-        "whose δθ was tuned elsewhere.\n"
-    )
     inject = "- On other hosts than its own it loads, but its scores there are near those of chance.\n"
-    limits = {"stream": stream, "both": stream + both, "inject": inject}[config.pathway]
+    limits = {"stream": stream, "inject": inject}[config.pathway]
     return f"""## Intended use and limits
 
 Labelling text of the kind that it was trained on. It has the errors and biases of its host and of its training data,
@@ -334,11 +325,12 @@ and scores only for what the tables above were measured on; do not base decision
 {limits}"""
 
 
-def _about_the_code() -> str:
-    lines = sum(Path(__file__).with_name(name).read_text(encoding="utf-8").count("\n") for name in CODE_FILES)
+def _about_the_code(config: UniHyperLoraConfig) -> str:
+    files = code_files(config.pathway)
+    lines = sum((Path(__file__).parents[1] / name).read_text(encoding="utf-8").count("\n") for name in files)
     return f"""## The code in this repository
 
-{len(CODE_FILES)} Python files, {lines:,} lines, copies of those of the package `unihyperlora`. It reads safetensors
+{len(files)} Python files, {lines:,} lines, copies of those of the package `unihyperlora`. It reads safetensors
 and JSON only, and never runs code of a host's repository.
 """
 

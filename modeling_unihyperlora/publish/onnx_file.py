@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import KNOTS, UniHyperLoraAdapter, knot_features
-from .calibration import nearness
-from .errors import ExportError, first_line
-from .routing import Routing, route
-from .storage import replacing
-from .token_mixer import TokenMixer, with_neighbours
-from .words import Continuation, begins_of, word_places
+from ..errors import ExportError, first_line
+from ..reader import Reader
+from ..space import nearness
+from ..storage import replacing
+from ..words import Continuation, begins_of, word_places
 
 OPSET = 18
 
@@ -30,8 +28,8 @@ def export_onnx(model, path: str | Path) -> None:
     Output is ``logits``: (B, T, C), or (B, C) for sentences.
 
     Args:
-        model: a stream, or an injected update with the static router; an update is merged for the export, also one on
-            top of a stream.
+        model: a stream, or an injected update with the static router; an update is merged for the
+            export.
         path: of the file; written whole or not at all.
 
     Raises:
@@ -103,7 +101,7 @@ class _InjectedGraph(_Graph):
     """The merged host and the head on its knots."""
 
     def __init__(self, model, task: str, sentence: bool):
-        from .export import host_head
+        from ..export import host_head
 
         super().__init__(model, task, sentence)
         self.layers = model.injection.knot_layers
@@ -120,43 +118,32 @@ class _InjectedGraph(_Graph):
 
 
 class _StreamGraph(_Graph):
-    """The host, its map amended by δθ, the atoms, the recurrent layer and the head; W = T places for words."""
+    """The host, its map amended by δθ, the reader and the head; W = T places for words."""
 
     def __init__(self, model, task: str, sentence: bool):
         super().__init__(model, task, sentence)
-        stream = model.bound_stream
-        adapter: UniHyperLoraAdapter = model.adapter
-        own, config = adapter.tasks[task], model.config
-        landmarks = stream.fit.landmarks
-        self.near = [list(knot.layers) for knot in stream.fit.knots]
-        self.asked = list(landmarks.layers)
-        self.top_k = config.router_top_k
-        places = knot_features(torch.tensor(KNOTS))
-        router = adapter.router_weight()
+        stream, own = model.bound_stream, model.adapter.tasks[task]
+        landmarks, knots = stream.fit.landmarks, stream.fit.knots
+        dim = model.config.space["dim"]
+        self.near, self.asked = [list(knot.layers) for knot in knots], list(landmarks.layers)
+        with torch.enable_grad():  # which gives δθ's amendment also where it is zero
+            amended = own.values(model.adapter.space).amended.detach().cpu() + torch.eye(dim)  # (K, D, D)
         values = {
             "flags": stream.words.flags.cpu(),
             "query": landmarks.matrix.cpu(),
             "query_offset": landmarks.offset.cpu(),
             "landmarks": landmarks.at.cpu(),
-            "rows_in": adapter.atoms_in(),
-            "rows_out": adapter.atoms_out(),
-            "router": router,
-            "router_bias": adapter.router_bias() + router @ own.embedding(),
-            "coefficients": adapter.mixer(places),
             "head_weight": own.head_weight(),
         }
-        by_knot = landmarks.weights.cpu().unflatten(0, (len(KNOTS), -1))
-        parts = zip(stream.fit.knots, by_knot, places @ own.delta(), strict=True)
-        for k, (knot, weights, amendment) in enumerate(parts):
-            amended = torch.eye(config.stream_dim) + (values["rows_in"].T * amendment) @ values["rows_out"]
-            values[f"matrix_{k}"], values[f"offset_{k}"] = amended.T @ knot.matrix.cpu(), knot.offset.cpu() @ amended
-            values[f"weights_{k}"] = amended.T @ weights
+        by_knot = landmarks.weights.cpu().unflatten(0, (len(knots), -1))
+        for k, (knot, weights, change) in enumerate(zip(knots, by_knot, amended, strict=True)):
+            values[f"matrix_{k}"], values[f"offset_{k}"] = change.T @ knot.matrix.cpu(), knot.offset.cpu() @ change
+            values[f"weights_{k}"] = change.T @ weights
+        values |= Continuation.of(model.config.tasks[task]["labels"])._asdict()
         for name, value in values.items():
             self.register_buffer(name, value.detach().clone())
-        self.mixer = _MixerGraph(adapter.token_mixer)
+        self.reader = _ReaderGraph(own.reader)
         self.causal = stream.words.causal
-        for name, part in Continuation.of(config.tasks[task]["labels"])._asdict().items():
-            self.register_buffer(name, part)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         states = self.states(input_ids, attention_mask)
@@ -167,12 +154,8 @@ class _StreamGraph(_Graph):
         positions = places.last if self.causal else places.first  # (B, W), 0 beyond a sentence's words
         query = F.linear(self.of_words(self.asked, states, positions), self.query, self.query_offset)
         near = nearness(query.flatten(0, 1), self.landmarks).view(*positions.shape, -1)  # (B, W, R)
-        moved = [self.move(k, states, positions, near) for k in range(len(KNOTS))]
-        coordinates = torch.cat(moved, dim=-1)
-        features = self.mixer(coordinates, lengths)
-        more = self.head_weight.shape[1] - features.shape[2]
-        beside = with_neighbours(coordinates, number, lengths[:, None], more, dim=1)
-        features = torch.cat([features, *beside], dim=-1)  # (B, W, F)
+        z = torch.cat([self.coordinates(k, states, positions, near) for k in range(len(self.near))], dim=-1)
+        features = self.reader(z, lengths)  # (B, W, F)
         inside = (number < lengths[:, None])[:, :, None]
         features = torch.where(inside, features, torch.zeros_like(features))
         if self.sentence:
@@ -182,36 +165,30 @@ class _StreamGraph(_Graph):
         return Continuation(self.partner, self.inner)(logits, begins)
 
     def of_words(self, layers: list[int], states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
-        """States of some layers side by side, where words begin: (B, W, len(layers)·d)."""
+        """States of some layers side by side at each word's token: (B, W, len(layers)·d)."""
         index = positions[:, :, None]
         beside = [states[layer].gather(1, index.expand(-1, -1, states[layer].shape[2])) for layer in layers]
         return torch.cat(beside, dim=-1)
 
-    def move(self, k: int, states: tuple[torch.Tensor, ...], positions: torch.Tensor, near: torch.Tensor):
-        """Coordinates of knot k with its atoms' update: (B, W, D)."""
+    def coordinates(self, k: int, states: tuple[torch.Tensor, ...], positions: torch.Tensor, near: torch.Tensor):
+        """Of knot k, with δθ: (B, W, D)."""
         beside = self.of_words(self.near[k], states, positions)
         z = F.linear(beside, getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
-        z = z + F.linear(near, getattr(self, f"weights_{k}"))
-        routing: Routing = route(z.flatten(0, 1), self.router, self.router_bias, self.top_k)
-        flat, weight = z.flatten(0, 1), self.coefficients[k][routing.atoms] * routing.gates
-        dots = (F.embedding(routing.atoms, self.rows_in) * flat[:, None, :]).sum(dim=-1)
-        update = (F.embedding(routing.atoms, self.rows_out) * (dots * weight)[:, :, None]).sum(dim=1)
-        return z + update.view_as(z)
+        return z + F.linear(near, getattr(self, f"weights_{k}"))
 
 
-class _MixerGraph(nn.Module):
-    """``TokenMixer`` without packing; its rows beyond a sentence's end are not to be read."""
+class _ReaderGraph(nn.Module):
+    """``Reader`` without packing; its rows beyond a sentence's end are not to be read."""
 
-    def __init__(self, mixer: TokenMixer):
+    def __init__(self, reader: Reader):
         super().__init__()
-        self.inward = nn.Linear(*reversed(mixer.inward().shape))
-        self.directions = nn.ModuleList(
-            nn.LSTM(mixer.inward().shape[0], mixer.hidden, batch_first=True) for _ in mixer.directions
-        )
+        width, inputs = reader.inward().shape
+        self.inward = nn.Linear(inputs, width)
+        self.directions = nn.ModuleList(nn.LSTM(width, reader.hidden, batch_first=True) for _ in reader.directions)
         with torch.no_grad():
-            self.inward.weight.copy_(mixer.inward())
-            self.inward.bias.copy_(mixer.inward_bias())
-            for lstm, direction in zip(self.directions, mixer.directions, strict=True):
+            self.inward.weight.copy_(reader.inward())
+            self.inward.bias.copy_(reader.inward_bias())
+            for lstm, direction in zip(self.directions, reader.directions, strict=True):
                 lstm.weight_ih_l0.copy_(direction["from_input"]())
                 lstm.weight_hh_l0.copy_(direction["from_state"]())
                 lstm.bias_ih_l0.copy_(direction["bias"]())

@@ -12,55 +12,57 @@ import math
 
 import torch
 
-from .adapter import knot_layers
-from .anchors import MIN_ANCHORS
-from .calibration import HostFit, cache_folder, cached_fit, fit_host, kept
-from .errors import ConfigError, DataError, HostError
-from .hosts import fingerprint
-from .modeling_base import UniHyperLoraPreTrainedModel
-from .storage import content_digest
-from .stream import Stream, read_anchor_states, what_is_read
-from .words import WordReader
+from ..errors import ConfigError, DataError, HostError
+from ..hosts import fingerprint
+from ..modeling_unihyperlora import Stream, UniHyperLoraPreTrainedModel
+from ..space import (
+    MIN_ANCHORS,
+    HostFit,
+    anchor_states,
+    cache_folder,
+    fit_host,
+    kept,
+    kept_map,
+    knot_layers,
+    layers_of,
+    near_layers,
+)
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
 
 
 def refine(
-    model: UniHyperLoraPreTrainedModel,
-    sentences: list[list[str]],
-    source: UniHyperLoraPreTrainedModel,
-    tokenizer,
-    source_tokenizer,
+    model: UniHyperLoraPreTrainedModel, sentences: list[list[str]], source: UniHyperLoraPreTrainedModel
 ) -> None:
     """Replace the map of a model's host; see ``UniHyperLoraPreTrainedModel.refine``.
 
     Args:
         model: on the host that is to be lined up.
         sentences: lists of words.
-        source: the same adapter on a host that it was trained on.
-        tokenizer, source_tokenizer: the fast tokenizers of both hosts.
+        source: an adapter of the same space, on a host that it was trained on.
     """
     here, there = _checked(model, source)
     sentences = _as_many_as_are_read(sentences)
-    anchors = here.adapter.anchors
-    words, source_words = WordReader(model.host, tokenizer), WordReader(source.host, source_tokenizer)
-    said = json.dumps([what_is_read(source.host, source_words, sentences), there.fit.r2])
+    space = here.adapter.space
+    said = json.dumps([fingerprint(source.host), there.words.key(), there.fit.r2, sentences])
 
     def read_source() -> dict[str, torch.Tensor]:
-        read = read_anchor_states(source.host, source_words, sentences).unsqueeze(1)  # all words as one row
-        [z] = there.canonical_states(dict(zip(there.layers, read, strict=True)), torch.arange(read.shape[2])[None])
+        read = anchor_states(source.host, there.words, sentences).unsqueeze(1)  # all words as one row
+        layers = layers_of(near_layers(there.words.num_layers))
+        [z] = there.canonical_states(dict(zip(layers, read, strict=True)), torch.arange(read.shape[2])[None])
         return {"coordinates": z}  # (N, K, D), not a number where a word cannot be read
 
     def compute() -> HostFit:
-        stored = content_digest({"text": anchors.text, **anchors.coordinates.encode()}, {"said": said})
-        z = kept(cache_folder() / f"text-{stored[:24]}.safetensors", read_source, lambda made: made["coordinates"])
+        name = hashlib.sha256(f"{space.digest} {said}".encode()).hexdigest()
+        z = kept(cache_folder() / f"text-{name[:24]}.safetensors", read_source, lambda made: made["coordinates"])
         readable = torch.isfinite(z).flatten(1).all(dim=1)
-        coordinates = torch.cat([anchors.canonical().detach().cpu(), z[readable].transpose(0, 1)], dim=1)
-        states = read_anchor_states(model.host, words, [*anchors.sentences(), *sentences])
+        coordinates = torch.cat([space.canonical().cpu(), z[readable].transpose(0, 1)], dim=1)
+        states = anchor_states(model.host, here.words, [*space.sentences(), *sentences])
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
-        return fit_host(states[:, known], here.near, knot_layers(here.num_layers), coordinates)
+        layers = here.words.num_layers
+        return fit_host(states[:, known], near_layers(layers), knot_layers(layers), coordinates)
 
-    here.fit = cached_fit(fingerprint(model.host), words.key(), anchors, compute, also=said)
+    here.fit = kept_map(space, model.host, here.words, compute, said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()
     here.refined = {"words": sum(map(len, sentences)), "sha256": digest}
 
@@ -71,9 +73,8 @@ def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedM
         if one.config.pathway == "inject":
             raise ConfigError("The injected update has no map of its host to refine; only a stream has one.")
     here, there = model.bound_stream, source.bound_stream
-    mine, yours = here.adapter.anchors, there.adapter.anchors
-    if not torch.equal(mine.text, yours.text) or not torch.equal(mine.coordinates(), yours.coordinates()):
-        raise ConfigError("The source is another adapter: its anchors differ. Load the same file on both hosts.")
+    if here.adapter.space.digest != there.adapter.space.digest:
+        raise ConfigError("The source is of another space: its coordinates mean other things. Load the same adapter.")
     known = {host["fingerprint"]: host["name"] for host in model.config.source_hosts}
     if fingerprint(source.host) not in known:
         raise HostError(

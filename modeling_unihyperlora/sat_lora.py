@@ -13,27 +13,29 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from .adapter import (
+from .configuration_unihyperlora import UniHyperLoraConfig
+from .errors import ConfigError, HostError
+from .injected_adapter import (
     DICTIONARY_BITS,
-    KNOTS,
     ROUTER_BITS,
     Mixer,
     ProjectedAtoms,
     TaskParameters,
     UniHyperLoraAdapter,
 )
-from .configuration_unihyperlora import UniHyperLoraConfig
-from .errors import ConfigError, HostError
-from .hosts import MODULE_TYPES, HostMap, identify_host, unlike
+from .layouts import MODULE_TYPES
 from .mixed_tasks import MixedTasks, StackedTasks
 from .projectors import Side
-from .quantization import Half, RowInteger, StoredTensor
+from .sites import HostMap, identify_host, unlike
+from .space import KNOTS
+from .storage import Half, RowInteger, StoredTensor
 
 
 def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
     """Note in ``config`` the host that its atoms are made for: family, sizes, weights, shapes of linear layers."""
-    shapes = {(s.widths["input"], s.widths["output"]) for s in HostMap(host, config.host_layouts).sites}
-    config.bound_host = identify_host(host) | {"shapes": sorted(map(list, shapes))}
+    found = HostMap(host, config.host_layouts)
+    shapes = {(s.widths["input"], s.widths["output"]) for s in found.sites}
+    config.bound_host = identify_host(host, found.num_layers) | {"shapes": sorted(map(list, shapes))}
     config.check()
 
 

@@ -15,17 +15,17 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.utils import CONFIG_NAME
 
+from ..configuration_unihyperlora import UniHyperLoraConfig, read_config
+from ..errors import AdapterFileError, ConfigError, HubError, first_line, http_status
+from ..modeling_unihyperlora import make_adapter
+from ..storage import WEIGHTS_NAME, check_inside, load_adapter, read_json_object, write_json
+from .bundle import copy_code
 from .card import CARD_NAME, LICENCE_NAME, is_hub_id, public_name, write_card, write_licence
-from .errors import AdapterFileError, ConfigError, HubError, first_line, http_status
-from .host_bound import make_adapter
-from .publishing import AUTO_MAP, CODE_FILES, copy_code
-from .storage import WEIGHTS_NAME, load_adapter, read_config, write_json
-from .untrusted import check_inside, read_json_object
+from .code_files import code_files
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, LICENCE_NAME, *CODE_FILES)
 PASSING = (408, 429, 500, 502, 503, 504)  # answers that a later attempt may not get
 PATIENCE = 30.0  # seconds in which a push is tried again; the client itself waits as well
 REASONS = {
@@ -37,6 +37,11 @@ REASONS = {
     422: "the Hub received other bytes than were sent; try again",
     429: "the Hub asks to send fewer requests; wait a few minutes and try again",
 }
+
+
+def files_of(pathway: str) -> tuple[str, ...]:
+    """The files of an adapter's repository."""
+    return (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, LICENCE_NAME, *code_files(pathway))
 
 
 @dataclass
@@ -87,19 +92,33 @@ def push_folder(
         HubError: it cannot be pushed; what the repository had is untouched.
     """
     with tempfile.TemporaryDirectory() as staged:
-        stage(Path(folder), Path(staged), repo_id, base_model_name_or_path, look_up=not dry_run, **facts)
-        sizes = {name: (Path(staged) / name).stat().st_size for name in FILES}
+        config = stage(Path(folder), Path(staged), repo_id, base_model_name_or_path, look_up=not dry_run, **facts)
+        names = files_of(config.pathway)
+        sizes = {name: (Path(staged) / name).stat().st_size for name in names}
         logger.info("To push to %s:\n%s", repo_id, listing(sizes))
         if dry_run:
-            return Push(repo_id, sizes, list(FILES))
+            return Push(repo_id, sizes, list(names))
         with _in_one_sentence(repo_id):
             message = (commit_message, commit_description)
             push = _patiently(
-                lambda: _push_once(Path(staged), repo_id, private, revision, create_pr, token, *message),
+                lambda: _push_once(Path(staged), names, repo_id, private, revision, create_pr, token, *message),
                 once=create_pr,  # an answer that was lost must not lead to a second pull request
             )
     logger.info("In %s now, %d changed:\n%s", push.url, len(push.changed), listing(push.files | push.others))
     return push
+
+
+def push_model(model, repo_id: str, **kwargs) -> str:
+    """Push a model's adapter; see ``push_to_hub`` of the model.
+
+    Returns:
+        The URL of the commit.
+    """
+    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+    own = {name: kwargs.get(name) for name in (*names, "base_model_name_or_path")} | {"create_pr": False}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_files(Path(folder))
+        return push_folder(folder, repo_id, **own | {"create_pr": kwargs.get("create_pr", False)}).url
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: bool | str | None = None) -> str:
@@ -135,7 +154,9 @@ def listing(files: dict[str, int]) -> str:
     return "\n".join([*lines, f"{sum(files.values()):>10,}  bytes in {len(files)} files"])
 
 
-def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_path: str | None = None, **card) -> None:
+def stage(
+    folder: Path, staged: Path, repo_id: str | None, base_model_name_or_path: str | None = None, **card
+) -> UniHyperLoraConfig:
     """Put together what is pushed: checked weights, a configuration without local paths, code, card, licence.
 
     Raises:
@@ -150,9 +171,10 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
         sources[name] = check_inside(folder, name)
         if not sources[name].is_file():
             raise AdapterFileError(f"{folder} has no {name}. Give the folder that save_pretrained or a run wrote.")
-    load_adapter(make_adapter(read_config(sources[CONFIG_NAME])), sources[WEIGHTS_NAME])
+    config = read_config(sources[CONFIG_NAME])
+    load_adapter(make_adapter(config), sources[WEIGHTS_NAME])
     (staged / WEIGHTS_NAME).write_bytes(sources[WEIGHTS_NAME].read_bytes())
-    content = read_json_object(sources[CONFIG_NAME]) | {"auto_map": AUTO_MAP}
+    content = read_json_object(sources[CONFIG_NAME])
     name = content.get("base_model_name_or_path")
     if base_model_name_or_path is not None:
         for host in content.get("source_hosts") or []:
@@ -168,12 +190,13 @@ def stage(folder: Path, staged: Path, repo_id: str | None, base_model_name_or_pa
     for host in content.get("source_hosts") or []:
         host["name"] = public_name(host["name"])
     write_json(staged / CONFIG_NAME, content)
-    copy_code(staged)
+    copy_code(staged, config.pathway)
     write_licence(staged)
     for name in (CARD_NAME, "all_results.json", "run_arguments.json"):  # what the card is made of
         if (folder / name).is_file():
             (staged / name).write_bytes(check_inside(folder, name).read_bytes())
     write_card(staged, repo_id, **card)
+    return config
 
 
 def _patiently(work: Callable[[], T], once: bool = False) -> T:
@@ -192,7 +215,9 @@ def _patiently(work: Callable[[], T], once: bool = False) -> T:
             wait *= 2
 
 
-def _push_once(staged: Path, repo_id: str, private, revision, create_pr, token, message, description) -> Push:
+def _push_once(
+    staged: Path, names: tuple[str, ...], repo_id: str, private, revision, create_pr, token, message, description
+) -> Push:
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     branch = revision or "main"
@@ -200,7 +225,7 @@ def _push_once(staged: Path, repo_id: str, private, revision, create_pr, token, 
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     before = api.model_info(repo_id, revision=branch).sha
     known = _remote_files(api, repo_id, before)
-    operations = [CommitOperationAdd(name, staged / name) for name in FILES]
+    operations = [CommitOperationAdd(name, staged / name) for name in names]
     done = api.create_commit(
         repo_id,
         operations,
@@ -211,11 +236,11 @@ def _push_once(staged: Path, repo_id: str, private, revision, create_pr, token, 
         create_pr=create_pr,
     )
     now = _remote_files(api, repo_id, done.oid)
-    own = {name: (staged / name).stat().st_size for name in FILES}
+    own = {name: (staged / name).stat().st_size for name in names}
     wrong = [name for name, size in own.items() if name not in now or now[name][0] != size]
     if wrong:
         raise HubError(f"{repo_id} has other files than were pushed: {', '.join(wrong)}. Push again.")
-    changed = [name for name in FILES if known.get(name) != now[name]]
+    changed = [name for name in names if known.get(name) != now[name]]
     others = {name: size for name, (size, _) in now.items() if name not in own}
     return Push(repo_id, own, changed, others, done.pr_url or done.commit_url, done.oid)
 

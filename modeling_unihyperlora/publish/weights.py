@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .adapter import KNOTS
-from .errors import ExportError, MergeError
-from .storage import replacing, write_json
-from .words import load_tokenizer
+from ..errors import ExportError, MergeError
+from ..space import KNOTS
+from ..storage import replacing, write_json
+from ..words import load_tokenizer
 
 HEAD_NAME = "unihyperlora_head.safetensors"
 HOW_TO_USE_THE_HEAD = """# {title}

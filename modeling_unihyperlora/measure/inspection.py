@@ -4,14 +4,13 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
-from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct
-from .adapter import KNOTS, part_of
-from .calibration import LOW_FIT
-from .host_bound import make_adapter
-from .hosts import MODULE_TYPES, is_among
-from .modeling_unihyperlora import UniHyperLoraModel
-from .quantization import StoredTensor
-from .storage import WEIGHTS_NAME, adapter_file, load_adapter, read_config
+from ..configuration_unihyperlora import read_config
+from ..layouts import MODULE_TYPES
+from ..modeling_unihyperlora import UniHyperLoraModel, make_adapter
+from ..sites import is_among
+from ..space import KNOTS, LOW_FIT
+from ..storage import WEIGHTS_NAME, StoredTensor, adapter_file, load_adapter
+from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct, part_of
 
 FAIR_FIT = 0.3  # mean R² under which a host is reported as a fair fit only
 
@@ -64,17 +63,16 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
 
     Returns:
         ``describe`` (one line), ``sites`` (module type → blocks that have it) and ``blocks``, or ``knots`` (rows of
-        depth, layers, R²), or all three; ``flops_overhead_pct`` at 128 tokens with the active task's head,
+        depth, layers, R²); ``flops_overhead_pct`` at 128 tokens with the active task's head,
         ``warnings``.
 
     Raises:
         AdapterFileError, ConfigError, HostError
     """
     model = UniHyperLoraModel.from_pretrained(name, base_model_name_or_path=host, revision=revision)
-    task = model.config.tasks.get(model.config.active_task, {"labels": []})
     report = {
         "describe": model.describe(),
-        "flops_overhead_pct": flops_overhead_pct(model.path, len(task["labels"])),
+        "flops_overhead_pct": flops_overhead_pct(model),
         "warnings": [],
     }
     if model.injection is not None:
@@ -83,7 +81,7 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
         report["sites"] = {
             role: len({site.block for site in sites if role in site.module_types}) for role in MODULE_TYPES
         }
-        if model.config.pathway == "inject" and not is_among(model.host, model.config.source_hosts):
+        if not is_among(model.host, report["blocks"], model.config.source_hosts):
             report["warnings"].append(
                 "The adapter was not trained on this host, and the injected update does not carry over to others: "
                 "expect what an untrained adapter would score, unless it is trained here."

@@ -1,0 +1,1 @@
+"""What an adapter costs, and how it fits a host."""

@@ -1,0 +1,180 @@
+"""What an adapter costs: bytes of the file, multiply-adds a token, memory held, parameters trained."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import BudgetError
+from ..sites import linear_multiply_adds
+from ..space import KNOTS, near_layers
+from ..storage import WEIGHTS_NAME, StoredTensor, adapter_tensors, file_bytes
+
+MAX_ADAPTER_BYTES = 1_000_000
+MAX_FLOPS_OVERHEAD_PCT = 10.0
+# The parts of an adapter: names of learning rates and of byte tables.
+PARTS = ("space", "reader", "dictionary", "projector", "mixer", "router", "delta", "head")
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor of the adapter belongs to, by its name in the file or in the state dict."""
+    first, *rest = name.split(".")
+    if first == "tasks":
+        parts = {"delta": "delta", "head_weight": "head", "head_bias": "head", "reader": "reader"}
+        return parts.get(rest[1], "router")
+    return "dictionary" if first.startswith("atoms_") else first.split("_")[0]
+
+
+def bytes_of_parts(adapter: torch.nn.Module) -> dict[str, int]:
+    """Bytes of tensor data in the file, by part; "mean_gate" of a task counts as router."""
+    parts: dict[str, int] = {}
+    for name, tensor in adapter_tensors(adapter).items():
+        part = part_of(name)
+        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
+    return parts
+
+
+def host_multiply_adds(model, sequence_length: int) -> int:
+    """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
+    if model.injection is None:
+        blocks = model.bound_stream.words.num_layers
+        return linear_multiply_adds(model.host) + 2 * sequence_length * model.host.config.hidden_size * blocks
+    sites = model.injection.map.sites
+    linear = sum(
+        site.widths["input"] * site.widths["output"] * len(site.module_types) // getattr(site.linear, "groups", 1)
+        for site in sites
+    )
+    queries = (site.widths["output"] for site in sites if "query" in site.module_types)
+    return linear + sum(2 * sequence_length * width for width in queries)
+
+
+def added_multiply_adds(model) -> int:
+    """Multiply-adds that the adapter adds for a token, with the head of the active task.
+
+    A token has at most one word to itself. Of an injected update the squares of the norms count as well.
+    """
+    labels = len(model.labels) if model.config.active_task else 0
+    if model.injection is None:
+        return _map_multiply_adds(model) + (_task_multiply_adds(model, labels) if labels else 0)
+    width = model.injection.map.hidden_size
+    return len(KNOTS) * ((labels + 1) * width + labels) + update_multiply_adds(model.injection)
+
+
+def _map_multiply_adds(model) -> int:
+    """Those of the host's map into the space, which all tasks share."""
+    landmarks, width = model.bound_stream.fit.landmarks, model.host.config.hidden_size
+    dim = model.config.space["dim"]
+    linear = dim * width * sum(map(len, near_layers(model.stream.words.num_layers)))
+    query = len(landmarks.offset) * width * len(landmarks.layers)
+    return linear + query + len(landmarks.at) * (landmarks.at.shape[1] + len(KNOTS) * dim)
+
+
+def _task_multiply_adds(model, labels: int) -> int:
+    """Those of the active task: its amendment of the map, its reader and its head."""
+    shape, dim = model.config.tasks[model.config.active_task]["reader"], model.config.space["dim"]
+    inward = len(KNOTS) * dim * shape["width"]
+    recurrent = 2 * 4 * shape["hidden"] * (shape["width"] + shape["hidden"])
+    return len(KNOTS) * dim * dim + inward + recurrent + labels * 2 * shape["hidden"]
+
+
+def update_multiply_adds(injection) -> int:
+    """Those of an injected update alone; none when merged.
+
+    A block scores M atoms once; each layer then reads and writes k atoms (all M where the update is the same for all
+    tokens), and query, key and value share the reading.
+    """
+    config, total = injection.adapter.config, 0
+    if injection.merged:
+        return 0
+    used = config.atoms if injection.static else config.router_top_k
+    if not injection.static:
+        total += injection.map.num_layers * (config.atoms + 1) * injection.map.hidden_size
+    for site, (read_side, _, write_side, _) in injection.plans.items():
+        shares_reading = read_side == "input" and site.module_types in (("key",), ("value",))
+        writes = site.widths[write_side] * len(site.module_types)
+        total += used * (writes + (0 if shares_reading else site.widths[read_side]))
+    return total
+
+
+def flops_overhead_pct(model, sequence_length: int = 128) -> float:
+    """Added multiply-adds a token over the host's own, in per cent, at a given sentence length."""
+    return 100 * added_multiply_adds(model) / host_multiply_adds(model, sequence_length)
+
+
+def held_tensors(model) -> list[torch.Tensor]:
+    """What is made for this host and this task: the map, or the atoms in the host's coordinates."""
+    task = model.config.active_task
+    if model.injection is not None:
+        atoms = model.injection.project(task)
+        return [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
+    stream = model.bound_stream
+    made = stream.map_on(stream.words.flags.device)
+    parts = (*stream.fit.knots, stream.fit.landmarks)
+    by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
+    by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
+    amended, reader, *head = model.adapter.values(task)
+    return [*by_knot, *by_layer, stream.words.flags, *([] if amended is None else [amended]), *reader, *head]
+
+
+def held_megabytes(model) -> float:
+    """Megabytes of tensors that the adapter keeps beside its host: parameters, buffers, what is made for this host."""
+    tensors = [*model.adapter.parameters(), *model.adapter.buffers(), *held_tensors(model)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+def measure(model, folder: str | Path | None = None) -> dict[str, object]:
+    """Figures of one adapter on its host.
+
+    Args:
+        model: a UniHyperLoRA model.
+        folder: where it was saved; ``adapter_bytes`` is then the size of its weights file.
+
+    Returns:
+        ``adapter_bytes`` (None without ``folder``), ``head_bytes``, ``reader_bytes`` and ``delta_bytes`` of the active
+        task (None where there is no reader, or δθ is never trained), ``extra_ram_mb``, ``flops_overhead_pct`` at 128
+        tokens, ``trainable_parameters``, ``parts`` (bytes by part, all tasks), ``budget_ok``, and of a stream
+        ``space`` (its name, version and digest).
+    """
+    own = model.adapter.tasks[model.config.active_task]
+    size = None if folder is None else (Path(folder) / WEIGHTS_NAME).stat().st_size
+    overhead, stream = flops_overhead_pct(model), model.injection is None
+    stored = size if size is not None else file_bytes(model.adapter)
+    space = model.adapter.space if stream else None
+    return {
+        "adapter_bytes": size,
+        "head_bytes": _file_bytes(own.head_weight, own.head_bias),
+        "reader_bytes": _file_bytes(*_stored_in(own.reader)) if stream else None,
+        "delta_bytes": None if model.config.projector == "host" else _file_bytes(own.delta),
+        "extra_ram_mb": round(held_megabytes(model), 3),
+        "flops_overhead_pct": round(overhead, 4),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parts": bytes_of_parts(model.adapter),
+        "budget_ok": stored <= MAX_ADAPTER_BYTES and overhead <= MAX_FLOPS_OVERHEAD_PCT,
+        "space": None if space is None else f"{space.name} {space.version} {space.digest}",
+    }
+
+
+def check_budget(
+    model, max_bytes: int = MAX_ADAPTER_BYTES, max_flops_overhead_pct: float = MAX_FLOPS_OVERHEAD_PCT
+) -> None:
+    """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds would be over budget."""
+    size, overhead = file_bytes(model.adapter), flops_overhead_pct(model)
+    if size > max_bytes or overhead > max_flops_overhead_pct:
+        smaller = "a smaller reader (--reader), or a space of fewer coordinates or anchors (--space)"
+        if model.config.projector == "host":
+            smaller = "a smaller rank (--lora_r) or router_top_k"
+        elif model.config.pathway == "inject":
+            smaller = "fewer atoms, a smaller router_top_k or a narrower canonical space (anchor_dim)"
+        raise BudgetError(
+            f"Over budget: {size:,} bytes of {max_bytes:,} allowed, {overhead:.2f} % extra multiply-adds of "
+            f"{max_flops_overhead_pct:g} % allowed. Use {smaller}, or raise the budget (--max_adapter_bytes, "
+            "--max_flops_overhead_pct).",
+            excess={"bytes": size - max_bytes, "flops_overhead_pct": overhead - max_flops_overhead_pct},
+        )
+
+
+def _stored_in(module: torch.nn.Module) -> list[StoredTensor]:
+    return [part for part in module.modules() if isinstance(part, StoredTensor)]
+
+
+def _file_bytes(*stored: StoredTensor) -> int:
+    return sum(t.numel() * t.element_size() for module in stored for t in module.encode().values())

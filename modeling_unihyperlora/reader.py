@@ -1,0 +1,293 @@
+"""Tasks of a stream: for each a small recurrent reader of canonical states, a head, and δθ.
+
+Letters: B sentences, W words of a sentence, N words of a batch, K knots, D coordinates a knot, M atoms, F features of
+a word, C labels.
+
+The coordinates z of a word at all knots go through the reader of a task: a linear map, GELU, and a bidirectional LSTM
+over the words of the sentence. The head is linear. δθ, which is tuned on one host, amends the map of that host in the
+directions of the space's atoms before the reader reads, at every knot k:
+
+    z_k ← z_k + Σ_j δθ(k)_j · u_j (v_jᵀ z_k)
+
+Nothing of this depends on the host's width, depth or tokenizer.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import ConfigError
+from .space import KNOTS, CanonicalSpace
+from .storage import Grid, Half, RowInteger, StoredTensor
+
+HEAD_BITS = 8
+DELTA_ROWS = 8  # of δθ: one for all knots, one for their depth, one for each of up to six knots
+TOGETHER = 8  # sentences that the CPU reads together, each group padded to its own longest
+
+# Width of the linear map and of each direction of the LSTM.
+READERS = {"small": (64, 32), "medium": (96, 64), "large": (160, 128)}
+
+
+class Words(NamedTuple):
+    """Where the N words of B sentences lie among rows: those of a sentence one after the other.
+
+    ``starts`` and ``lengths`` (B,): first row of a sentence, and how many words it has. ``sentence`` and ``place``
+    (N,): of each row the sentence, and how many words of it come before.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    sentence: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def one_after_the_other(cls, lengths: torch.Tensor, total: int) -> "Words":
+        """Sentences without a gap, ``total`` words in all."""
+        starts = lengths.cumsum(dim=0) - lengths
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        sentence = numbers.repeat_interleave(lengths, output_size=total)
+        place = torch.arange(total, device=lengths.device) - starts[sentence]
+        return cls(starts, lengths, sentence, place)
+
+    @classmethod
+    def in_rows(cls, lengths: torch.Tensor, width: int) -> "Words":
+        """``width`` rows for each sentence, however long it is; a place from its length on is no word."""
+        cells = torch.arange(len(lengths) * width, device=lengths.device)
+        return cls(cells[::width], lengths, cells // width, cells % width)
+
+
+class Reader(nn.Module):
+    """Linear map, GELU, bidirectional LSTM over words.
+
+    Args:
+        inputs: K·D.
+        width: of the linear map.
+        hidden: of each direction of the LSTM; features F = 2·hidden.
+        bits: of its matrices, 4 or 8.
+        dropout: before and after the LSTM, in training.
+    """
+
+    def __init__(self, inputs: int, width: int, hidden: int, bits: int = 8, dropout: float = 0.2):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        codec = RowInteger(bits)
+        self.inward = StoredTensor(torch.randn(width, inputs) / math.sqrt(inputs), codec)
+        self.inward_bias = StoredTensor(torch.zeros(width), Half())
+        bound = 1 / math.sqrt(hidden)
+
+        def uniform(*shape: int) -> torch.Tensor:
+            return torch.empty(shape).uniform_(-bound, bound)
+
+        self.directions = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "from_input": StoredTensor(uniform(4 * hidden, width), codec),
+                    "from_state": StoredTensor(uniform(4 * hidden, hidden), codec),
+                    "bias": StoredTensor(uniform(4 * hidden), Half()),
+                }
+            )
+            for _ in range(2)
+        )
+        self.hidden = hidden
+
+    def weights(self) -> list[torch.Tensor]:
+        """The values of all its tensors: of the linear map, then of both directions."""
+        values = [self.inward(), self.inward_bias()]
+        for direction in self.directions:
+            bias = direction["bias"]()
+            values += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
+        return values
+
+    def forward(self, z: torch.Tensor, words: Words, weights: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The words of the batch's sentences, (N, K·D) → (N, F); ``weights`` where they are known already.
+
+        Backwards a sentence is read from its last word on, so that nothing comes before that word; what is read after
+        the sentence's first word is not looked at.
+        """
+        inward, bias, *weights = self.weights() if weights is None else weights
+        x = self.dropout(F.gelu(F.linear(z, inward, bias)))
+        starts, lengths, sentence, place = words
+        onward, back = [], []
+        rows = torch.zeros_like(lengths)  # a sentence's first row among the outputs of all groups
+        done = 0
+        for chosen in self._groups(lengths):
+            first, count = starts[chosen, None], lengths[chosen, None]
+            longest = len(x) // len(lengths) if torch.compiler.is_compiling() else int(count.max())
+            step = torch.arange(longest, device=x.device)
+            inside = step < count
+            ahead = torch.where(inside, first + step, first)
+            behind = torch.where(inside, first + count - 1 - step, first)
+            onward.append(self._read(x[ahead], weights[:4]))
+            back.append(self._read(x[behind], weights[4:]))
+            rows[chosen] = done + torch.arange(len(chosen), device=x.device) * longest
+            done += inside.numel()
+        at, mirrored = rows[sentence], lengths[sentence] - 1 - place
+        ends = [torch.cat(onward)[at + place], torch.cat(back)[at + torch.where(mirrored >= 0, mirrored, place)]]
+        return self.dropout(torch.cat(ends, dim=-1))
+
+    def _groups(self, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sentences that are read together: on the CPU a few of similar length."""
+        if torch.compiler.is_compiling() or lengths.device.type != "cpu" or len(lengths) <= TOGETHER:
+            return (torch.arange(len(lengths), device=lengths.device),)
+        return lengths.argsort(descending=True).split(TOGETHER)
+
+    def _read(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        """One direction of the recurrent layer, (b, w, …) → (b·w, hidden)."""
+        state = x.new_zeros(1, len(x), self.hidden)
+        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, False, True)
+        return out.flatten(0, 1)
+
+
+class StreamTask(nn.Module):
+    """What one task has of its own: a reader, a head (C, F) with its bias (C,), and δθ (8, M).
+
+    Args:
+        inputs: K·D.
+        labels: C.
+        atoms: M.
+        shape: "width", "hidden" and "bits" of the reader.
+        delta_step: value of one step of the 4-bit δθ.
+    """
+
+    def __init__(self, inputs: int, labels: int, atoms: int, shape: dict[str, int], delta_step: float, dropout: float):
+        super().__init__()
+        self.reader = Reader(inputs, **shape, dropout=dropout)
+        self.head_weight = StoredTensor(torch.zeros(labels, 2 * self.reader.hidden), RowInteger(HEAD_BITS))
+        self.head_bias = StoredTensor(torch.zeros(labels), Half())
+        self.delta = StoredTensor(torch.zeros(DELTA_ROWS, atoms), Grid(delta_step))
+
+    def values(self, space: nn.Module) -> "TaskValues":
+        """What the task computes with."""
+        delta, amended = self.delta(), None
+        if torch.is_grad_enabled() or bool(delta.any()):
+            places = knot_features(torch.tensor(KNOTS, device=delta.device))
+            atoms_in, atoms_out = space.atoms_in(), space.atoms_out()
+            amended = torch.einsum("md,km,me->kde", atoms_in, places @ delta, atoms_out)
+        return TaskValues(amended, self.reader.weights(), self.head_weight(), self.head_bias())
+
+    def forward(self, z: torch.Tensor, words: Words, values: "TaskValues") -> torch.Tensor:
+        """Words (N, K, D) → features (N, F)."""
+        if values.amended is not None:
+            by_knot = z.transpose(0, 1)  # (K, N, D)
+            z = torch.baddbmm(by_knot, by_knot, values.amended).transpose(0, 1)
+        return self.reader(z.flatten(1), words, values.reader)
+
+
+class TaskValues(NamedTuple):
+    """The values of a task, as its file holds them."""
+
+    amended: torch.Tensor | None  # (K, D, D): what δθ adds to the map, to the right of z; None where δθ is zero
+    reader: list[torch.Tensor]
+    head_weight: torch.Tensor  # (C, F)
+    head_bias: torch.Tensor  # (C,)
+
+
+def knot_features(knots: torch.Tensor) -> torch.Tensor:
+    """What the rows of δθ are multiplied with at a knot: [1, its depth, which one it is], (K,) → (K, 8)."""
+    which = torch.eye(len(knots), DELTA_ROWS - 2, device=knots.device)
+    return torch.cat([torch.ones_like(knots)[:, None], knots[:, None], which], dim=-1)
+
+
+class Adapter(nn.Module):
+    """What adapters of both pathways are: tasks by name, and values that are kept between passes."""
+
+    tasks: nn.ModuleDict
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
+
+    def keep(self, task: str, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns without autocast, kept under a name between forward passes that need no gradient.
+
+        It is made of what all tasks share and of one task: anew after any tensor of these changed, and whenever a
+        gradient may be needed. The other tasks, of which there may be thousands, are not looked at.
+        """
+        if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
+            return self._make(make)
+        parts = [part for part_name, part in self._modules.items() if part_name != "tasks"]
+        tensors = [tensor for part in (*parts, self.tasks[task]) for tensor in _tensors_of(part)]
+        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
+            self._kept = {}
+            return self._make(make)
+        state = [(t._version, t.device, id(t)) for t in tensors]
+        if task not in self._kept or self._kept[task][0] != state:
+            self._kept[task] = (state, {})
+        kept = self._kept[task][1]
+        if name not in kept:
+            kept[name] = self._make(make)
+        return kept[name]
+
+    def _make(self, make: Callable[[], Any]) -> Any:
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return make()
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, as a module's own iterators but several times as fast: every pass asks."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
+    for child in module._modules.values():
+        yield from _tensors_of(child)
+
+
+class StreamAdapter(Adapter):
+    """A canonical space, and the tasks that read in it."""
+
+    def __init__(self, config, space: CanonicalSpace | None = None):
+        super().__init__(config)
+        self.space = CanonicalSpace(**config.space) if space is None else space
+        self.tasks = nn.ModuleDict()
+        for name in config.tasks:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Make a task that the configuration describes."""
+        task, space = self.config.tasks[name], self.space.shape()
+        sizes = (len(KNOTS) * space["dim"], len(task["labels"]), space["atoms"])
+        own = StreamTask(*sizes, task["reader"], self.config.delta_step, self.config.dropout)
+        self.tasks[name] = own.to(self.space.text.device).train(self.training)
+
+    def values(self, task: str) -> TaskValues:
+        return self.keep(task, "values", lambda: self.tasks[task].values(self.space))
+
+
+def sentences_by_task(
+    task_ids: torch.Tensor | Sequence[str], known: list[str], sentences: int, device: torch.device
+) -> tuple[list[str], torch.Tensor]:
+    """The different tasks of a batch, and which of them each sentence is of, (B,).
+
+    Args:
+        task_ids: B names, or (B,) numbers of tasks in ``known``.
+        known: the adapter's tasks.
+        sentences: B.
+
+    Raises:
+        ConfigError: another number of tasks than of sentences, or one that the adapter has not.
+    """
+    ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
+    if not isinstance(ids, list) or len(ids) != sentences:
+        given = len(ids) if isinstance(ids, list) else "one number"
+        raise ConfigError(f"task_ids must name one task for each of the {sentences} sentences; given: {given}.")
+    rows: dict[str, int] = {}
+    for value in dict.fromkeys(ids):
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and not 0 <= value < len(known):
+            raise ConfigError(f"task_ids has {value}; the adapter has {len(known)} tasks, numbered from 0.")
+        if not is_number and value not in known:
+            raise ConfigError(f"task_ids has {value!r}, which is no task of the adapter; it has {known[:10]}.")
+        rows[value] = len(rows)
+    names = [known[value] if isinstance(value, int) else value for value in rows]
+    return names, torch.tensor([rows[value] for value in ids], device=device)
+
+
+def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Values of words (N, …) → (B, W, …) by their cells in it, the others 0."""
+    padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
+    return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])

@@ -1,0 +1,1 @@
+"""Making a canonical space, and refining a map into it."""
