@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from modeling_unihyperlora.errors import BudgetError, ConfigError, HostError
-from modeling_unihyperlora.hosts import HostMap, encoder_of, linear_multiply_adds, num_layers_of
+from modeling_unihyperlora.hosts import encoder_of
+from modeling_unihyperlora.sites import HostMap, linear_multiply_adds, num_layers_of
 
 BASELINES = ("probe", "lora", "full")
 LORA_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's
