@@ -14,6 +14,7 @@ from .untrusted import MAX_WEIGHTS_BYTES
 
 FORMAT_VERSION = 1
 TASK_TYPES = ("token_classification", "sequence_classification")
+TAG_SCHEMES = ("IOB1", "IOB2", "IOBES", "BILOU", "BMES", "IO")  # IO: an unbroken run of a tag is one entity
 WINDOWS = {"token_classification": 1, "sequence_classification": 0}  # of the head of a task that is added later
 
 _ALLOWED = {
@@ -61,7 +62,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
             that the optimiser goes (at most learning rate × steps) would never be taken.
         tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}. "trained" says that its head is,
             "window" that the head reads coordinates of a word and of so many on both sides of it as well, "refined"
-            which text the map of its δθ was refined on.
+            which text the map of its δθ was refined on, "scheme" which of TAG_SCHEMES its tags keep to.
         active_task: the task that a forward pass uses unless told otherwise.
         base_model_name_or_path: Hub id or folder of the host that is loaded when none is given.
         base_model_revision: commit, tag or branch of that host.
@@ -174,6 +175,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
             if window is not None and (type(window) is not int or not 0 <= window <= 4 or self.pathway == "inject"):
                 raise ConfigError(
                     f"Task {name!r}: window={window!r} is not allowed; an integer from 0 to 4, for a stream alone."
+                )
+            scheme = task.get("scheme")
+            if scheme is not None and (scheme not in TAG_SCHEMES or task["type"] != "token_classification"):
+                raise ConfigError(
+                    f"Task {name!r}: scheme={scheme!r} is not allowed; one of {', '.join(TAG_SCHEMES)}, for a task of "
+                    "type token_classification alone."
                 )
             text = task.get("refined", {"words": 0, "sha256": ""})
             if not isinstance(text, dict) or {key: type(text[key]) for key in text} != {"words": int, "sha256": str}:

@@ -33,9 +33,10 @@ TASK = Task(
     read_hub_dataset=classification_data.read_hub_dataset,
     collect_labels=classification_data.collect_labels,
     check_splits=classification_data.check_splits,
-    dataset=EncodedTexts,
+    scheme=lambda *_: None,
+    dataset=lambda examples, tokenizer, labels, length, *_: EncodedTexts(examples, tokenizer, labels, length),
     collator=DataCollatorWithPadding,
-    decode=lambda labels: best_class,
+    logits=best_class,
     scores=lambda texts, args: classification_scores,
     words=lambda example: f"{example.text} {example.pair or ''}".split(),
 )

@@ -12,7 +12,6 @@ Every flag of transformers' TrainingArguments works as well. Writes into --outpu
 and, with --do_predict, predictions.txt: one line a sentence, a tag for each word.
 """
 
-import itertools
 import sys
 
 from transformers import DataCollatorForTokenClassification
@@ -20,7 +19,7 @@ from transformers import DataCollatorForTokenClassification
 from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForTokenClassification
 from trainers import ner_data
 from trainers.arguments import NerArguments
-from trainers.decoding import best_labels
+from trainers.decoding import token_scores
 from trainers.ner_windows import SentenceWindows, entity_scores
 from trainers.running import Task, run
 
@@ -32,10 +31,13 @@ TASK = Task(
     read_file=ner_data.read_file,
     read_hub_dataset=ner_data.read_hub_dataset,
     collect_labels=ner_data.collect_labels,
-    check_splits=lambda splits, *labels: ner_data.check_labels(itertools.chain(*splits.values()), *labels),
-    dataset=SentenceWindows,
+    check_splits=ner_data.check_splits,
+    scheme=lambda splits, labels, known, args: ner_data.scheme_of_splits(splits, labels, known, args.tag_scheme),
+    dataset=lambda sentences, tokenizer, labels, length, args, scheme: SentenceWindows(
+        sentences, tokenizer, labels, length, scheme, args.label_all_tokens
+    ),
     collator=DataCollatorForTokenClassification,
-    decode=best_labels,
+    logits=token_scores,
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
     words=lambda sentence: sentence.tokens,
 )

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from transformers import HfArgumentParser
 
+from modeling_unihyperlora.configuration_unihyperlora import TAG_SCHEMES
 from modeling_unihyperlora.errors import ConfigError, DataError
 
 from .baselines import BASELINES, require_peft
@@ -222,12 +223,35 @@ class NerArguments(DataArguments):
     tag_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
     )
+    tag_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scheme of the tags, one of {', '.join(TAG_SCHEMES)}; by default that of --adapter, else "
+            "what the training tags keep to."
+        },
+    )
+    label_all_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on every sub-token of a word, with B- as I- on the further ones; for --pathway inject and "
+            "the baselines. Words are scored at their first one all the same."
+        },
+    )
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
 
     NAMES_FLAG = "--tag_names"
 
     def reading(self, split: str) -> dict[str, object]:
-        return {"text_column": self.text_column_name, "label_column": self.label_column_name}
+        return {
+            "text_column": self.text_column_name,
+            "label_column": self.label_column_name,
+            "needs_tags": split != "test",
+        }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tag_scheme not in (None, *TAG_SCHEMES):
+            raise ConfigError(f"--tag_scheme {self.tag_scheme} is unknown. Choose one of {', '.join(TAG_SCHEMES)}.")
 
 
 @dataclass

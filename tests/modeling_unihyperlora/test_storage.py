@@ -34,6 +34,9 @@ from modeling_unihyperlora.storage import (
 load = UniHyperLoraForTokenClassification.from_pretrained
 
 
+NER = {"type": "token_classification", "labels": ["x", "y"]}
+
+
 def files_in(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -384,6 +387,13 @@ class TestWrongConfig:
             ({"tasks": {"a.b": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "a.b"),
             ({"tasks": {"items": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "items"),
             ({"tasks": {"ner": {"type": "regression", "labels": ["x", "y"]}}}, ConfigError, "regression"),
+            ({"tasks": {"ner": NER | {"scheme": "IOB3"}}}, ConfigError, "scheme='IOB3' is not allowed; one of IOB1"),
+            ({"tasks": {"ner": NER | {"scheme": ["IOB2"]}}}, ConfigError, "scheme=.'IOB2'. is not allowed"),
+            (
+                {"tasks": {"ner": NER | {"type": "sequence_classification", "scheme": "IO"}}},
+                ConfigError,
+                "of type token_classification alone",
+            ),
             ({"active_task": "other"}, ConfigError, "active_task='other'"),
             ({"source_hosts": 5}, ConfigError, "source_hosts a list"),
             ({"id2label": 3}, AdapterFileError, "cannot be used"),
