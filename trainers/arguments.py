@@ -24,6 +24,28 @@ METHOD_LEARNING_RATES = {
     "full": 5e-5,
 }  # where --learning_rate is not given; the others have the adapter's
 
+FOREIGN_FLAGS = {  # of transformers' run_ner.py, run_classification.py and run_glue.py: why each has no place here
+    "config_name": "a host is frozen, and is read by the config.json that was saved with it. For another one save the "
+    "host with it, and give that folder as --model_name_or_path",
+    "preprocessing_num_workers": "the tokenizer itself works on all cores, in one process; RAYON_NUM_THREADS in the "
+    "environment sets on how many",
+    "overwrite_cache": "texts are encoded anew in every run; nothing is kept that could be overwritten",
+    "ignore_mismatched_sizes": "a host is loaded whole or not at all, and a task gets a head of its own (--task_name)",
+    "use_fast_tokenizer": "only fast tokenizers can say to which word a sub-token belongs",
+    "use_auth_token": "its name is --token now",
+    "do_regression": "labels are classes here, not numbers",
+    "text_column_names": "the columns are named by --text_column_name and, for pairs, --text_pair_column_name",
+    "text_column_delimiter": "a pair of texts is read as a pair: --text_column_name and --text_pair_column_name",
+    "train_split_name": "its name is --train_split here",
+    "validation_split_name": "its name is --validation_split here",
+    "test_split_name": "its name is --test_split here",
+    "remove_splits": "only the splits that are named are read",
+    "remove_columns": "only the columns that are named are read",
+    "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first ones",
+    "shuffle_seed": "training shuffles by --data_seed, or else by --seed",
+    "metric_name": "the figures are accuracy and macro F1",
+}
+
 
 @dataclass
 class ModelArguments:
@@ -317,6 +339,9 @@ def parse(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if unknown:
+        foreign = unknown[0].split("=")[0].removeprefix("--")
+        if foreign in FOREIGN_FLAGS:
+            raise ConfigError(f"--{foreign} has no place here: {FOREIGN_FLAGS[foreign]}. Leave it out.")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)[0]
         raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help lists all.")

@@ -380,11 +380,13 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--refine_host", "a"], ConfigError, "--refine_host lines one more host up"),
         (["--refine_host", "a", "--adapter", "b"], ConfigError, "no training but"),
         (["--refine_host", "a", "--do_train", "false", "--do_eval"], ConfigError, "give it with --refine_file TEXT"),
+        (["--config_name", "x"], ConfigError, "--config_name has no place here: a host is frozen"),
         (
             ["--preprocessing_num_workers=4"],
             ConfigError,
             "--preprocessing_num_workers has no place here: .* RAYON_NUM",
         ),
+        (["--overwrite_cache"], ConfigError, "--overwrite_cache has no place here: .* Leave it out"),
         (["--tag_scheme", "BIO"], ConfigError, "--tag_scheme BIO is unknown. Choose one of IOB1, IOB2, IOBES"),
         (["--tag_scheme", "IO"], DataError, "not of the scheme IO"),
         (["--tag_names", "O", "B-PER", "B-LOC", "B-LOC"], DataError, "name 'B-LOC' twice"),
