@@ -18,7 +18,17 @@ from pathlib import Path
 
 from modeling_unihyperlora.errors import DataError
 
-from .reading import JSON_SUFFIXES, check_text, json_rows, listed, load_split, name_of_id, read_text, require_columns
+from .reading import (
+    JSON_SUFFIXES,
+    UNKNOWN_ID,
+    check_text,
+    json_rows,
+    listed,
+    load_split,
+    name_of_id,
+    read_text,
+    require_columns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +43,6 @@ TEXT_COLUMNS = (  # pairs first: a question without its passage is no example
     ("content", None),
 )
 LABEL_COLUMNS = ("label", "labels", "answer")
-UNKNOWN_ID = -1  # what the Hub's data sets have where a label is kept secret
 
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python and JSON write it: 01, +1 and ١ are names
 _DIGITS = re.compile(r"[+-]?\d+")

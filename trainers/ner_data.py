@@ -17,6 +17,7 @@ from modeling_unihyperlora.errors import DataError
 
 from .reading import (
     JSON_SUFFIXES,
+    UNKNOWN_ID,
     check_text,
     json_rows,
     listed,
@@ -64,7 +65,8 @@ def read_file(
         text_column: name of the list of words, or of the column of the words where columns have names (else FORM).
         label_column: name of the list of tags, strings or ids, or of the column of the tags.
         label_names: the name of id 0, 1, …; needed only where the tags are ids.
-        needs_tags: refuse a file without tags. A column file without them has one column.
+        needs_tags: refuse a file without tags. A column file without them has one column; elsewhere the tags are
+            missing, null or all -1.
 
     Raises:
         DataError: with the file, the line and what to do.
@@ -140,7 +142,7 @@ def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose:
         check_tag(label, f"The labels of {whose}")
     for split, sentences in splits.items():
         untagged = [sentence for sentence in sentences if sentence.tags is None]
-        if untagged and (split != "test" or len(untagged) < len(sentences)):
+        if untagged and (split != "test" or any(sentence.tags for sentence in sentences)):
             raise DataError(
                 f"{untagged[0].origin} has no tags. Tag every sentence; only a whole test set may have none."
             )
@@ -381,7 +383,8 @@ def _sentence(words: object, tags: object, label_names: list[str] | None, origin
         raise DataError(f"{origin}: the words must be a list of strings, not {str(words)[:80]!r}.")
     for word in words:
         check_word(word, origin)
-    if tags is None and not needs_tags:
+    unknown = tags is None or (isinstance(tags, list) and tags and all(tag == UNKNOWN_ID for tag in tags))
+    if unknown and not needs_tags:
         return Sentence(words, None, origin)
     if not isinstance(tags, list) or not all(isinstance(tag, str | int) and not isinstance(tag, bool) for tag in tags):
         raise DataError(f"{origin}: the tags must be a list of strings or of ids, not {str(tags)[:80]!r}.")

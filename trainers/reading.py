@@ -10,6 +10,7 @@ from modeling_unihyperlora.errors import DataError
 logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".json")
+UNKNOWN_ID = -1  # what the Hub's data sets have where a label is kept secret
 PARQUET_BRANCH = "refs/convert/parquet"  # the Hub's own conversion, there for data sets made by a script
 
 _SHOWN = 24  # labels or columns listed in a message before the rest is only counted

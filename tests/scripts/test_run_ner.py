@@ -309,6 +309,7 @@ def test_a_long_entity_is_found_whole_in_short_windows(run, write_jsonl, method)
     people = [([name] * 12 + ["."], ["B-PER"] + ["I-PER"] * 11 + ["O"]) for name in PEOPLE] * 8
     own = files(write_jsonl, people, people[:4])
     flags = ["--do_train", "--do_eval", "--max_steps", 100, "--learning_rate", "3e-3", "--method", method]
+    flags += ["--pathway", "inject"] if method == "unihyperlora" else []
     cut, whole = (
         run(*flags, "--per_device_train_batch_size", 8, *own, "--max_seq_length", length, output=f"at-{length}")
         for length in (8, 64)

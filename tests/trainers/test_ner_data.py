@@ -265,6 +265,10 @@ def test_a_test_set_may_be_without_tags(write_jsonl, tmp_path, monkeypatch):
         assert contents(read_file(path, needs_tags=False)) == words
         with pytest.raises(DataError, match="line 1"):
             read_file(path)
+    secret = write(tmp_path, '{"tokens": ["Anna", "lives"], "ner_tags": [-1, -1]}\n', "c.jsonl")
+    assert contents(read_file(secret, label_names=["O", "B-X"], needs_tags=False)) == words[:1]
+    with pytest.raises(DataError, match="id -1 is outside the 2 labels"):
+        read_file(secret, label_names=["O", "B-X"])
     data = datasets.Dataset.from_dict({"tokens": [["Anna", "lives"], ["."]]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
     sentences, names = read_hub_dataset("x/y", "test", needs_tags=False)
@@ -277,7 +281,8 @@ def test_a_test_set_may_be_without_tags(write_jsonl, tmp_path, monkeypatch):
 
 def test_tags_are_all_there_or_none_is():
     tagged, bare = Sentence(["a"], ["O"], "x, line 1"), Sentence(["a"], None, "x, line 2")
-    check_splits({"train": [tagged], "test": [bare, bare]}, ["O", "B-X"], "this run")
+    empty = Sentence([], [], "x, line 3")
+    check_splits({"train": [tagged], "test": [bare, empty, bare]}, ["O", "B-X"], "this run")
     for splits in ({"test": [tagged, bare]}, {"validation": [bare, bare]}):
         with pytest.raises(DataError, match="x, line 2 has no tags. .* only a whole test set"):
             check_splits(splits, ["O", "B-X"], "this run")
