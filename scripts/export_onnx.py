@@ -8,6 +8,7 @@ pip install 'unihyperlora[onnx]'.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -90,7 +91,7 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
         labels.append(batch["labels"])
     labels = torch.cat(labels).numpy()
     predicted = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    tags = {name: sum(windows.tags_of(rows_of), []) for name, rows_of in predicted.items()}
+    tags = {name: [*itertools.chain(*windows.tags_of(logits))] for name, logits in predicted.items()}
     return {
         "sentences": len(windows.sentences),
         "words": int((labels != IGNORED).sum()),
