@@ -15,6 +15,7 @@ from .words import HostTokenizer
 
 TASK_TYPES = ("token_classification", "sequence_classification")
 READER_BITS = (4, 8)
+TAG_SCHEMES = ("IOB1", "IOB2", "IOBES", "BILOU", "BMES", "IO")  # IO: an unbroken run of a tag is one entity
 _LARGEST_SIZE = 4096  # far over any budget; keeps a damaged config.json from asking for all memory
 _MOST_COORDINATES = 10_000_000
 _SPACE_SIZES = {"version": 10**6, "anchor_words": 10**6, "anchor_text_bytes": 10**6, "dim": 4096, "atoms": 4096}
@@ -29,7 +30,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
         space: of a stream, the shape of its canonical space: the arguments of ``CanonicalSpace``.
         tasks: task name → {"type": one of TASK_TYPES, "labels": list of str}; of a stream also "reader": its "width",
             "hidden" and "bits". "trained" says that its head is, "refined" which text the map of its δθ was refined
-            on.
+            on, "scheme" which of TAG_SCHEMES its tags keep to.
         active_task: the task that a forward pass uses unless told otherwise.
         dropout: of a stream, before and after the recurrent layer of a reader, in training.
         delta_step: value of one step of the 4-bit δθ; its range is -8 to 7 steps. A larger step than twice the way
@@ -115,6 +116,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
             check_task(name, task.get("type"), task.get("labels"))
             if self.pathway == "stream":
                 check_reader(name, task.get("reader"))
+            scheme = task.get("scheme")
+            if scheme is not None and (scheme not in TAG_SCHEMES or task["type"] != "token_classification"):
+                raise ConfigError(
+                    f"Task {name!r}: scheme={scheme!r} is not allowed; one of {', '.join(TAG_SCHEMES)}, for a task of "
+                    "type token_classification alone."
+                )
             text = task.get("refined", {"words": 0, "sha256": ""})
             if not isinstance(text, dict) or {key: type(text[key]) for key in text} != {"words": int, "sha256": str}:
                 raise ConfigError(

@@ -24,7 +24,6 @@ from transformers import AutoModel, DataCollatorForTokenClassification
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.words import load_tokenizer
 from trainers.controls import shuffle_anchors
-from trainers.decoding import best_labels
 from trainers.ner_data import Sentence, read_file
 from trainers.ner_windows import SentenceWindows
 from trainers.running import run
@@ -187,11 +186,12 @@ def sentences_to_tag(given: str | None):
 
 def tag(model, tokenizer, words: list[str]) -> list[str]:
     """One tag a word, from the adapter as it was saved."""
-    windows = SentenceWindows([Sentence(words, ["O"] * len(words), "the sentence")], tokenizer, model.labels, 128)
+    scheme = model.config.tasks[model.config.active_task].get("scheme")
+    windows = SentenceWindows([Sentence(words, None, "the sentence")], tokenizer, model.labels, 128, scheme)
     batch = DataCollatorForTokenClassification(tokenizer)(list(windows))
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return windows.tags_of(best_labels(model.labels)(logits, batch["labels"]).tolist())[0]
+    return windows.tags_of(logits.numpy())[0]
 
 
 def shown(word: str, found: str) -> str:

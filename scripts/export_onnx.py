@@ -8,6 +8,7 @@ pip install 'unihyperlora[onnx]'.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ from transformers import DataCollatorForTokenClassification, EvalPrediction
 from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.words import load_tokenizer
-from trainers.decoding import IGNORED, best_labels
+from trainers.decoding import IGNORED, token_scores
 from trainers.ner_data import read_file
 from trainers.ner_windows import SentenceWindows, entity_scores
 
@@ -69,10 +70,12 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
     import onnxruntime
 
     tokenizer = load_tokenizer(model.config.base_model_name_or_path)
-    windows = SentenceWindows(read_file(file, label_names=model.labels)[:limit], tokenizer, model.labels, 128)
+    sentences = read_file(file, label_names=model.labels)[:limit]
+    scheme = model.config.tasks[model.config.active_task].get("scheme")
+    windows = SentenceWindows(sentences, tokenizer, model.labels, 128, scheme)
     collate = DataCollatorForTokenClassification(tokenizer, padding="max_length", max_length=128)
     session = onnxruntime.InferenceSession(path)
-    decode, score = best_labels(model.labels), entity_scores(windows)
+    score = entity_scores(windows)
     rows, labels, largest = {"torch": [], "onnx": []}, [], 0.0
     for first in range(0, len(windows), BATCH):
         batch = collate([windows[number] for number in range(first, min(first + BATCH, len(windows)))])
@@ -84,17 +87,17 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
         words = batch["labels"] != IGNORED
         largest = max(largest, float((logits["torch"] - logits["onnx"])[words].abs().max()))
         for name, rows_of in rows.items():
-            rows_of.append(decode(logits[name], batch["labels"]))
+            rows_of.append(token_scores(logits[name]))
         labels.append(batch["labels"])
     labels = torch.cat(labels).numpy()
     predicted = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    words = labels != IGNORED
+    tags = {name: [*itertools.chain(*windows.tags_of(logits))] for name, logits in predicted.items()}
     return {
         "sentences": len(windows.sentences),
-        "words": int(words.sum()),
+        "words": int((labels != IGNORED).sum()),
         "largest_logit_difference": largest,
-        "tags_that_differ": int((predicted["torch"] != predicted["onnx"])[words].sum()),
-        **{f"{name}_f1": score(EvalPrediction(ids, labels))["f1"] for name, ids in predicted.items()},
+        "tags_that_differ": sum(a != b for a, b in zip(tags["torch"], tags["onnx"], strict=True)),
+        **{f"{name}_f1": score(EvalPrediction(logits, labels))["f1"] for name, logits in predicted.items()},
     }
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from transformers import HfArgumentParser
 
-from modeling_unihyperlora.configuration_unihyperlora import reader_shape
+from modeling_unihyperlora.configuration_unihyperlora import TAG_SCHEMES, reader_shape
 from modeling_unihyperlora.errors import ConfigError, DataError
 
 from .baselines import BASELINES, require_peft
@@ -23,6 +23,28 @@ METHOD_LEARNING_RATES = {
     "lora": 1e-3,
     "full": 5e-5,
 }  # where --learning_rate is not given; the others have the adapter's
+
+FOREIGN_FLAGS = {  # of transformers' run_ner.py, run_classification.py and run_glue.py: why each has no place here
+    "config_name": "a host is frozen, and is read by the config.json that was saved with it. For another one save the "
+    "host with it, and give that folder as --model_name_or_path",
+    "preprocessing_num_workers": "the tokenizer itself works on all cores, in one process; RAYON_NUM_THREADS in the "
+    "environment sets on how many",
+    "overwrite_cache": "texts are encoded anew in every run; nothing is kept that could be overwritten",
+    "ignore_mismatched_sizes": "a host is loaded whole or not at all, and a task gets a head of its own (--task_name)",
+    "use_fast_tokenizer": "only fast tokenizers can say to which word a sub-token belongs",
+    "use_auth_token": "its name is --token now",
+    "do_regression": "labels are classes here, not numbers",
+    "text_column_names": "the columns are named by --text_column_name and, for pairs, --text_pair_column_name",
+    "text_column_delimiter": "a pair of texts is read as a pair: --text_column_name and --text_pair_column_name",
+    "train_split_name": "its name is --train_split here",
+    "validation_split_name": "its name is --validation_split here",
+    "test_split_name": "its name is --test_split here",
+    "remove_splits": "only the splits that are named are read",
+    "remove_columns": "only the columns that are named are read",
+    "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first ones",
+    "shuffle_seed": "training shuffles by --data_seed, or else by --seed",
+    "metric_name": "the figures are accuracy and macro F1",
+}
 
 
 @dataclass
@@ -237,12 +259,35 @@ class NerArguments(DataArguments):
     tag_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
     )
+    tag_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scheme of the tags, one of {', '.join(TAG_SCHEMES)}; by default that of --adapter, else "
+            "what the training tags keep to."
+        },
+    )
+    label_all_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on every sub-token of a word, with B- as I- on the further ones; for --pathway inject and "
+            "the baselines. Words are scored at their first one all the same."
+        },
+    )
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
 
     NAMES_FLAG = "--tag_names"
 
     def reading(self, split: str) -> dict[str, object]:
-        return {"text_column": self.text_column_name, "label_column": self.label_column_name}
+        return {
+            "text_column": self.text_column_name,
+            "label_column": self.label_column_name,
+            "needs_tags": split != "test",
+        }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tag_scheme not in (None, *TAG_SCHEMES):
+            raise ConfigError(f"--tag_scheme {self.tag_scheme} is unknown. Choose one of {', '.join(TAG_SCHEMES)}.")
 
 
 @dataclass
@@ -308,6 +353,9 @@ def parse(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if unknown:
+        foreign = unknown[0].split("=")[0].removeprefix("--")
+        if foreign in FOREIGN_FLAGS:
+            raise ConfigError(f"--{foreign} has no place here: {FOREIGN_FLAGS[foreign]}. Leave it out.")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)[0]
         raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help lists all.")

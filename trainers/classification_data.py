@@ -2,7 +2,8 @@
 
 Whatever the source, a label ends up as a *name*. A string is a name already; true and false are named True and False.
 A whole number is one of the given names where those are numbers themselves (1 … 5 stars), else the place of its name
-among them (0 of "negative", "positive"), and its own name where no names are given.
+among them (0 of "negative", "positive"), and its own name where no names are given. A CSV file has strings only: 7 and
+-1 are whole numbers there, 007, +1 and 1.0 are names like any other.
 
 Columns that are not named are guessed: the first entry of ``TEXT_COLUMNS`` and of ``LABEL_COLUMNS`` that is there.
 """
@@ -17,7 +18,17 @@ from pathlib import Path
 
 from modeling_unihyperlora.errors import DataError
 
-from .reading import JSON_SUFFIXES, json_rows, listed, load_split, name_of_id, read_text, require_columns
+from .reading import (
+    JSON_SUFFIXES,
+    UNKNOWN_ID,
+    check_text,
+    json_rows,
+    listed,
+    load_split,
+    name_of_id,
+    read_text,
+    require_columns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +43,9 @@ TEXT_COLUMNS = (  # pairs first: a question without its passage is no example
     ("content", None),
 )
 LABEL_COLUMNS = ("label", "labels", "answer")
-UNKNOWN_ID = -1  # what the Hub's data sets have where a label is kept secret
 
-_NUMBER = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # as Python and JSON write it: 01, +1 and ١ are names
+_DIGITS = re.compile(r"[+-]?\d+")
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,7 @@ def check_splits(splits: Mapping[str, list[Example]], labels: list[str], whose: 
     Raises:
         DataError: a label that is not one of ``labels``, a missing one outside "test", pairs in one split only.
     """
+    check_class_names(labels, whose)
     known = set(labels)
     first = next(iter(splits), None)
     for split, examples in splits.items():
@@ -228,10 +240,47 @@ def check_splits(splits: Mapping[str, list[Example]], labels: list[str], whose: 
         )
 
 
+def check_class_names(labels: list[str], whose: str) -> None:
+    """Check labels wherever they come from; warn of two that hardly differ.
+
+    Raises:
+        DataError: one is empty or has a line break in it, so that predictions.txt could not be read.
+    """
+    alike: dict[str, str] = {}
+    for label in labels:
+        _label_name(label, None, f"The labels of {whose}")
+        other = alike.setdefault(" ".join(label.casefold().split()), label)
+        if other != label:
+            logger.warning(
+                "The labels %r and %r of %s differ in blanks or capitals alone; they are two classes.",
+                other,
+                label,
+                whose,
+            )
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """The rows of a CSV file by column, each with the line that it ends on; every value is a string."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    usual = csv.field_size_limit(
+        max(len(text), csv.field_size_limit())
+    )  # a text may be longer than 131,072 characters
     try:
+        yield from _csv_rows_of(text, path)
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _csv_rows_of(text: str, path: Path) -> Iterator[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = [name for name in reader.fieldnames or [] if name]
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise DataError(
+                f"{path}, line {reader.line_num} names the column {listed(map(repr, twice))} twice. Give every column "
+                "a name of its own; nothing says which of the two is meant."
+            )
         for row in reader:
             origin = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -263,6 +312,7 @@ def _example(row: Mapping[str, object], columns: Columns, label_names: list[str]
     for column, text in zip((columns.text, columns.pair), texts, strict=True):
         if column is not None and not isinstance(text, str):
             raise DataError(f"{origin}: '{column}' must be a string, not {str(text)[:80]!r}. Name another column.")
+        check_text(text or "", f"'{column}'", origin)
     label = None if columns.label is None else _label_name(row[columns.label], label_names, origin)
     return Example(*texts, label, origin)
 
@@ -273,6 +323,7 @@ def _label_name(label: object, names: list[str] | None, origin: str) -> str | No
     if isinstance(label, str):
         if not label.strip() or label.splitlines() != [label]:
             raise DataError(f"{origin}: the label {label!r} is empty or has a line break in it.")
+        check_text(label, "the label", origin)
         return label
     if not isinstance(label, int):
         raise DataError(
@@ -280,6 +331,6 @@ def _label_name(label: object, names: list[str] | None, origin: str) -> str | No
             "Name another column: --label_column_name."
         )
     own_name = str(label)
-    if names is None or own_name in names or all(map(_NUMBER.fullmatch, names)):
+    if names is None or own_name in names or all(map(_DIGITS.fullmatch, names)):
         return own_name
     return name_of_id(int(label), names, origin)

@@ -46,7 +46,13 @@ class EncodedTexts(Dataset):
         )
         cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         if cut:
-            logger.info("%d of %d texts are longer than %d sub-tokens and cut.", cut, len(examples), max_seq_length)
+            logger.warning(
+                "%d of %d texts are longer than %d sub-tokens and are cut at the end: what stands there is not read. "
+                "Give a larger --max_seq_length where the host reads more, or shorter texts.",
+                cut,
+                len(examples),
+                max_seq_length,
+            )
         self._inputs = dict(encoded)
         ids = {label: number for number, label in enumerate(labels)}
         if examples[0].label is not None:

@@ -1,63 +1,71 @@
-"""From scores to tags: the best sequence of tags that IOB2 allows.
+"""From scores to tags: the best sequence of tags that the scheme allows, over a whole sentence.
 
-In IOB2 an I-X only follows B-X or I-X. Taking each word's best tag on its own breaks that rule now and then, and a
-broken entity is a wrong one; the Viterbi algorithm (Viterbi 1967) finds the best sequence that keeps it.
+In IOB2 an I-X only follows B-X or I-X, and the other schemes have such rules too. Taking each word's best tag on its
+own breaks them now and then, and a broken entity is a wrong one; the Viterbi algorithm (Viterbi 1967) finds the best
+sequence that keeps them. The rules are those of sentences: what a host read in several windows is put together first.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from .tag_schemes import may_follow, tags_of_labels
 
 IGNORED = -100  # the label that cross-entropy and the scores skip
 
 
-def best_labels(names: list[str]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``preprocess_logits_for_metrics`` for labels of these names.
+def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """``preprocess_logits_for_metrics``: the logits (B, T, C) alone, which are decoded once all windows are there."""
+    return (logits[0] if isinstance(logits, tuple) else logits).float()
 
-    Returns:
-        logits (B, T, C) and labels (B, T) → ids (B, T). Only where a label is not -100 stands a word; the tags of the
-        words of a row are decoded together, the other positions get their own best id.
+
+class Rules(NamedTuple):
+    """Which of C tags may begin a sentence (C,), follow another (C, C), and end a sentence (C,); all bool."""
+
+    begin: np.ndarray
+    follow: np.ndarray
+    end: np.ndarray
+
+
+def rules_of(labels: Sequence[str], scheme: str | None) -> Rules:
+    """The rules of a scheme for labels of these names."""
+    meaning = tags_of_labels(labels, scheme)
+    tags = [meaning[label] for label in labels]
+    return Rules(
+        np.array([may_follow(scheme, None, tag) for tag in tags]),
+        np.array([[may_follow(scheme, before, after) for after in tags] for before in tags]),
+        np.array([may_follow(scheme, tag, None) for tag in tags]),
+    )
+
+
+def decode(logits: np.ndarray, rules: Rules) -> np.ndarray:
+    """The best tags of a sentence that the rules allow: logits (W, C) → ids (W,).
+
+    Where the rules allow no sequence at all (IOBES without an O, one word, and no S tag) each word gets its best tag.
     """
-    allowed = iob2_transitions(names)
-
-    def decode(logits, labels: torch.Tensor) -> torch.Tensor:
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        best = logits.argmax(dim=-1)
-        if not allowed.all():
-            for row, words in enumerate(labels != IGNORED):
-                if words.any():
-                    best[row, words] = viterbi(logits[row, words].float().log_softmax(dim=-1), allowed)
+    best = logits.argmax(axis=-1)
+    if not len(best) or (rules.begin[best[0]] and rules.end[best[-1]] and rules.follow[best[:-1], best[1:]].all()):
         return best
-
-    return decode
-
-
-def iob2_transitions(names: list[str]) -> torch.Tensor:
-    """(C + 1, C) bool: whether a tag may follow another; the last row is the beginning of a sentence.
-
-    All is allowed where the names are not IOB2, that is where some I-X has no B-X or a prefix is another.
-    """
-    kinds = [("O", "") if name == "O" else tuple(name.split("-", 1)) for name in names]
-    iob2 = all(len(kind) == 2 and kind[0] in "BIO" for kind in kinds)
-    if not iob2 or any(("B", entity) not in kinds for prefix, entity in kinds if prefix == "I"):
-        return torch.ones(len(names) + 1, len(names), dtype=torch.bool)
-    rows = [
-        [prefix != "I" or before in (("B", entity), ("I", entity)) for prefix, entity in kinds]
-        for before in [*kinds, None]
-    ]
-    return torch.tensor(rows)
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    path = viterbi(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), rules)
+    return best if path is None else path
 
 
-def viterbi(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Best allowed path: log-probabilities (W, C), transitions (C + 1, C) bool → ids (W,)."""
-    penalty = torch.zeros(allowed.shape, device=scores.device).masked_fill(~allowed.to(scores.device), -torch.inf)
-    total = scores[0] + penalty[-1]
+def viterbi(scores: np.ndarray, rules: Rules) -> np.ndarray | None:
+    """The best allowed path, log-probabilities (W, C) → ids (W,); None where no path is allowed."""
+    begin, follow, end = (np.where(allowed, 0.0, -np.inf) for allowed in rules)
+    total = scores[0] + begin
     came_from = []
     for score in scores[1:]:
-        total, best = (total[:, None] + penalty[:-1]).max(dim=0)
-        total = total + score
-        came_from.append(best)
-    path = [total.argmax()]
+        ways = total[:, None] + follow
+        came_from.append(ways.argmax(axis=0))
+        total = ways.max(axis=0) + score
+    total = total + end
+    if not np.isfinite(total.max()):
+        return None
+    path = [int(total.argmax())]
     for best in reversed(came_from):
-        path.append(best[path[-1]])
-    return torch.stack(path[::-1])
+        path.append(int(best[path[-1]]))
+    return np.array(path[::-1])

@@ -3,29 +3,49 @@
 Whatever the source, a sentence ends up as words and tag *names*: ids are turned into names at once, so that the order
 in which a file or a data set numbers its labels never matters.
 
-Tags stay in the scheme of the data (IOB2, IOB1, IOBES or bare types).
+Tags stay in the scheme of the data (see ``tag_schemes``). Every reader accepts the same words and the same tags. A
+test set may be without tags.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_unihyperlora.errors import DataError
 
-from .reading import JSON_SUFFIXES, json_rows, listed, load_split, name_of_id, numbered_lines, require_columns
+from .reading import (
+    JSON_SUFFIXES,
+    UNKNOWN_ID,
+    check_text,
+    json_rows,
+    listed,
+    load_split,
+    name_of_id,
+    numbered_lines,
+    require_columns,
+)
+from .tag_schemes import count_broken, infer_scheme, split_tag
+
+logger = logging.getLogger(__name__)
 
 COLUMN_SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2")
+ID, FORM = "ID", "FORM"  # what CoNLL-U calls the columns of the words' numbers and of the words
 
-_PREFIXED_TAG = re.compile(r"([BIESLU])-(.+)")
+_COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*\S)")
+_NOT_A_WORD = re.compile(r"[0-9]+[-.][0-9]+")  # the id of a CoNLL-U line for several words (1-2) or for none (8.1)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and their tags, in equal number (both may be none), and where they were read: "train.jsonl, line 3"."""
+    """Words and their tags, in equal number (both may be none), and where they were read: "train.jsonl, line 3".
+
+    ``tags`` is None where they are unknown.
+    """
 
     tokens: list[str]
-    tags: list[str]
+    tags: list[str] | None
     origin: str
 
 
@@ -34,24 +54,28 @@ def read_file(
     text_column: str = "tokens",
     label_column: str = "ner_tags",
     label_names: list[str] | None = None,
+    needs_tags: bool = True,
 ) -> list[Sentence]:
     """Read every sentence of a JSON-lines or column file.
 
     Args:
         path: ``.jsonl``/``.json`` with one object a line, or ``.txt``/``.conll``/``.tsv``/``.bio``/``.iob`` columns:
-            word first, tag last, a blank line after each sentence.
-        text_column: name of the list of words; JSON lines only.
-        label_column: name of the list of tags, strings or ids; JSON lines only.
+            word first, tag last, a blank line after each sentence. A first line "# global.columns = ID FORM …" names
+            the columns of a CoNLL-U Plus file.
+        text_column: name of the list of words, or of the column of the words where columns have names (else FORM).
+        label_column: name of the list of tags, strings or ids, or of the column of the tags.
         label_names: the name of id 0, 1, …; needed only where the tags are ids.
+        needs_tags: refuse a file without tags. A column file without them has one column; elsewhere the tags are
+            missing, null or all -1.
 
     Raises:
         DataError: with the file, the line and what to do.
     """
     path = Path(path)
     if path.suffix.lower() in JSON_SUFFIXES:
-        sentences = list(_json_lines(path, text_column, label_column, label_names))
+        sentences = list(_json_lines(path, text_column, label_column, label_names, needs_tags))
     elif path.suffix.lower() in COLUMN_SUFFIXES:
-        sentences = list(_columns(path))
+        sentences = _column_sentences(path, text_column, label_column, needs_tags)
     else:
         raise DataError(
             f"{path}: unknown kind of file '{path.suffix}'. Give JSON lines ({', '.join(JSON_SUFFIXES)}) "
@@ -59,7 +83,7 @@ def read_file(
         )
     if not sentences:
         raise DataError(f"{path} has no sentence in it. Give a file with at least one.")
-    return sentences
+    return _noted(sentences, str(path))
 
 
 def read_hub_dataset(
@@ -69,6 +93,7 @@ def read_hub_dataset(
     text_column: str = "tokens",
     label_column: str = "ner_tags",
     label_names: list[str] | None = None,
+    needs_tags: bool = True,
     **load_kwargs,
 ) -> tuple[list[Sentence], list[str] | None]:
     """Read one split of a data set of the Hub, or of a folder that ``datasets.load_dataset`` accepts.
@@ -77,7 +102,8 @@ def read_hub_dataset(
         name: Hub id or folder.
         split: "train", or a slice such as "train[:90%]".
         config_name: configuration of the data set, where it has several.
-        text_column, label_column, label_names: as for ``read_file``; names that the data set declares come first.
+        text_column, label_column, label_names, needs_tags: as for ``read_file``; names that the data set declares come
+            first.
         **load_kwargs: passed on, such as ``cache_dir`` and ``token``.
 
     Returns:
@@ -87,28 +113,95 @@ def read_hub_dataset(
         DataError: it cannot be loaded, or its columns are not those asked for.
     """
     rows = load_split(name, split, config_name, **load_kwargs)
-    require_columns(f"{name} ({split})", rows.column_names, _columns_by_flag(text_column, label_column))
-    element = getattr(rows.features[label_column], "feature", None)
+    has_tags = needs_tags or label_column in rows.column_names
+    require_columns(f"{name} ({split})", rows.column_names, _columns_by_flag(text_column, label_column, has_tags))
+    element = getattr(rows.features[label_column], "feature", None) if has_tags else None
     own_names = list(element.names) if hasattr(element, "names") else None
+    tags_of_rows = rows[label_column] if has_tags else [None] * len(rows)
     sentences = [
-        _sentence(words, tags, own_names or label_names, f"{name} ({split}), row {number}")
-        for number, (words, tags) in enumerate(zip(rows[text_column], rows[label_column], strict=True))
+        _sentence(words, tags, own_names or label_names, f"{name} ({split}), row {number}", needs_tags)
+        for number, (words, tags) in enumerate(zip(rows[text_column], tags_of_rows, strict=True))
     ]
     if not sentences:
         raise DataError(f"{name} ({split}) has no sentence in it. Choose another split.")
-    return sentences, own_names
+    return _noted(sentences, f"{name} ({split})"), own_names
 
 
 def collect_labels(sentences: Iterable[Sentence]) -> list[str]:
     """The tags that occur, in an order that depends on nothing else: O, then by type, B- before I-."""
-    return sorted({tag for sentence in sentences for tag in sentence.tags}, key=_label_order)
+    return sorted({tag for sentence in sentences for tag in sentence.tags or []}, key=_label_order)
+
+
+def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose: str) -> None:
+    """Check what only all splits together show; ``whose`` says where ``labels`` come from.
+
+    Raises:
+        DataError: a tag that is not one of ``labels``, missing tags outside "test", a label that is no tag.
+    """
+    for label in labels:
+        check_tag(label, f"The labels of {whose}")
+    for split, sentences in splits.items():
+        untagged = [sentence for sentence in sentences if sentence.tags is None]
+        if untagged and (split != "test" or any(sentence.tags for sentence in sentences)):
+            raise DataError(
+                f"{untagged[0].origin} has no tags. Tag every sentence; only a whole test set may have none."
+            )
+        check_labels(sentences, labels, whose)
+
+
+def scheme_of_splits(
+    splits: Mapping[str, list[Sentence]], labels: list[str], known: str | None, stated: str | None
+) -> str | None:
+    """The scheme of a task's tags.
+
+    Args:
+        splits: the sentences of "train", "validation", "test", as far as they are there.
+        labels: all labels of the task.
+        known: the scheme that the task has by now, None for a new one or an old adapter's.
+        stated: the scheme that the user says it is.
+
+    Returns:
+        The known one, the stated one, or what the training tags keep to; None where there is none of these.
+
+    Raises:
+        DataError: they contradict each other, or the tags are of no scheme.
+    """
+    if known is not None and stated not in (None, known):
+        raise DataError(
+            f"--tag_scheme {stated}: the task of the adapter is {known}. Leave the flag out, or give the task a name "
+            "of its own with --task_name."
+        )
+    scheme = known or stated
+    tagged = {
+        split: [(x.origin, x.tags) for x in sentences if x.tags is not None] for split, sentences in splits.items()
+    }
+    if "train" in tagged:
+        found = infer_scheme(tagged["train"], labels, stated if known is None else None)
+        if known is not None and found != known and count_broken(tagged["train"], labels, known)[0]:
+            raise DataError(
+                f"The training tags are {found}, the task of the adapter is {known}. Write them in {known}, or give "
+                "the task a name of its own with --task_name."
+            )
+        scheme = known or found
+    for split in tagged.keys() - {"train"} if scheme else ():
+        count, where = count_broken(tagged[split], labels, scheme)
+        if count:
+            logger.warning(
+                "The tags of %s break the rules of %s, the task's scheme, %d times, first in %s. Entities are counted "
+                "as seqeval reads them.",
+                split,
+                scheme,
+                count,
+                where,
+            )
+    return scheme
 
 
 def check_labels(sentences: Iterable[Sentence], labels: list[str], whose: str) -> None:
     """Raise ``DataError`` at the first tag that is not one of ``labels``; ``whose`` says where those come from."""
     known = set(labels)
     for sentence in sentences:
-        for position, tag in enumerate(sentence.tags):
+        for position, tag in enumerate(sentence.tags or []):
             if tag not in known:
                 raise DataError(
                     f"{sentence.origin}: tag '{tag}' of word {position} is not in the label set of {whose}: "
@@ -116,54 +209,157 @@ def check_labels(sentences: Iterable[Sentence], labels: list[str], whose: str) -
                 )
 
 
-def split_tag(tag: str) -> tuple[str, str]:
-    """Prefix and entity type: ("B", "PER") of B-PER, ("", "PER") of a bare PER, ("", "O") of O."""
-    prefixed = _PREFIXED_TAG.fullmatch(tag)
-    return (prefixed[1], prefixed[2]) if prefixed else ("", tag)
+def check_tag(tag: str, origin: str) -> None:
+    """Raise ``DataError`` unless a tag can be told from its neighbours in a line of predictions.txt."""
+    if tag.split() != [tag]:
+        raise DataError(
+            f"{origin}: the tag {tag!r} is empty or has a space in it. Write O where there is none, and a hyphen or "
+            "an underscore instead of a space."
+        )
+    check_text(tag, "the tag", origin)
+
+
+def check_word(word: str, origin: str) -> None:
+    """Raise ``DataError`` where a word cannot be one; an empty or a blank one is read as an unknown word."""
+    if not word.isascii() or "\n" in word or "\r" in word:
+        check_text(word, "the word", origin)
+        if word.strip() and not {"\n", "\r"}.isdisjoint(word):
+            raise DataError(f"{origin}: the word {word[:80]!r} has a line break in it. Make two words of it.")
 
 
 def _label_order(tag: str) -> tuple[bool, str, int]:
     prefix, entity_type = split_tag(tag)
-    return tag != "O", entity_type, "BIESLU".index(prefix) if prefix else -1
+    return tag != "O", entity_type, "BIMESLU".index(prefix) if prefix else -1
 
 
-def _json_lines(path: Path, text_column: str, label_column: str, label_names: list[str] | None) -> Iterator[Sentence]:
+def _json_lines(
+    path: Path, text_column: str, label_column: str, label_names: list[str] | None, needs_tags: bool
+) -> Iterator[Sentence]:
     example = {text_column: ["Ada", "spoke"], label_column: ["B-PER", "O"]}
     for origin, row in json_rows(path, example):
-        require_columns(origin, row, _columns_by_flag(text_column, label_column))
-        yield _sentence(row[text_column], row[label_column], label_names, origin)
+        has_tags = needs_tags or label_column in row
+        require_columns(origin, row, _columns_by_flag(text_column, label_column, has_tags))
+        yield _sentence(row[text_column], row.get(label_column), label_names, origin, needs_tags)
 
 
-def _columns(path: Path) -> Iterator[Sentence]:
-    """Sentences of a column file; tabs separate where a line has one, else spaces."""
-    words: list[str] = []
-    tags: list[str] = []
-    first_line, width = 0, None
-    for number, line in numbered_lines(path):
-        if not line.strip(" \t"):
-            if words:
-                yield Sentence(words, tags, f"{path}, line {first_line}")
-            words, tags = [], []
-            continue
-        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
-        if fields[0] == "-DOCSTART-" or _is_comment(line, fields, width):
-            continue
-        if len(fields) < 2:
-            raise DataError(f"{path}, line {number} has one column ({line!r}). A word and its tag are needed.")
-        if width is not None and len(fields) != width:
+@dataclass
+class _Line:
+    """A line of a column file that is not blank and no comment."""
+
+    number: int
+    fields: list[str]
+    text: str
+
+
+def _column_sentences(path: Path, text_column: str, label_column: str, needs_tags: bool) -> list[Sentence]:
+    """Sentences of a column file; tabs separate where the first line has one, else spaces."""
+    names, blocks = _column_blocks(path)
+    lines = [line for block in blocks for line in block]
+    if not lines:
+        return []
+    width = len(lines[0].fields)
+    for line in lines:
+        if len(line.fields) != width:
             raise DataError(
-                f"{path}, line {number} has {len(fields)} columns ({line!r}), the lines before it have {width}. "
-                "Every line needs the same columns: word first, tag last."
+                f"{path}, line {line.number} has {_counted(len(line.fields))} ({line.text!r}), the lines before it "
+                f"have {width}. Every line needs the same columns, with tabs between them or with spaces: word "
+                "first, tag last."
             )
-        width = len(fields)
-        if not words:
-            first_line = number
-        words.append(fields[0])
-        tags.append(fields[-1].strip())
-        if not tags[-1]:
-            raise DataError(f"{path}, line {number}: the word {fields[0]!r} has no tag. Write O where there is none.")
-    if words:
-        yield Sentence(words, tags, f"{path}, line {first_line}")
+    if names is not None:
+        word_at, tag_at = _places(path, names, width, text_column, label_column, needs_tags)
+    else:
+        word_at, tag_at = 0, width - 1 if width > 1 else None
+        _check_order(path, blocks)
+    if tag_at is None and needs_tags:
+        raise DataError(
+            f"{path}, line {lines[0].number} has one column ({lines[0].text!r}). A word and its tag are needed; only "
+            "a test set may have words alone."
+        )
+    sentences = []
+    for block in blocks:
+        words = [line.fields[word_at] for line in block]
+        tags = None if tag_at is None else [line.fields[tag_at].strip() for line in block]
+        for line, word, tag in zip(block, words, tags or words, strict=True):
+            origin = f"{path}, line {line.number}"
+            check_word(word, origin)
+            if tags is not None:
+                if not tag:
+                    raise DataError(f"{origin}: the word {word!r} has no tag. Write O where there is none.")
+                check_tag(tag, origin)
+        sentences.append(Sentence(words, tags, f"{path}, line {block[0].number}"))
+    return sentences
+
+
+def _column_blocks(path: Path) -> tuple[list[str] | None, list[list[_Line]]]:
+    """The names of the columns where a comment gives them, and the lines of each sentence."""
+    names: list[str] | None = None
+    blocks: list[list[_Line]] = [[]]
+    width, tabs = None, False
+    for number, text in numbered_lines(path):
+        if "\r" in text:
+            raise DataError(
+                f"{path}, line {number} has a carriage return inside ({text[:40]!r}). Write the file again with a "
+                "line feed after each line, for instance: tr '\\r' '\\n'."
+            )
+        if named := _COLUMN_NAMES.fullmatch(text):
+            names = named[1].split()
+            continue
+        if not text.strip(" \t"):
+            blocks.append([])
+            continue
+        own_tabs = "\t" in text if width is None else tabs
+        fields = text.split("\t") if own_tabs else re.split("[ \t]+", text.strip(" \t"))
+        comment = _is_comment(text, text.split("\t") if "\t" in text else fields, width)
+        if comment or text.split()[:1] == ["-DOCSTART-"] or (text.startswith("#") and names and names[0] == ID):
+            continue
+        width, tabs = len(fields), own_tabs
+        if names and names[0] == ID and _NOT_A_WORD.fullmatch(fields[0]):
+            continue
+        blocks[-1].append(_Line(number, fields, text))
+    return names, [block for block in blocks if block]
+
+
+def _places(
+    path: Path, names: list[str], width: int, text_column: str, label_column: str, needs_tags: bool
+) -> tuple[int, int | None]:
+    """Which of the named columns has the words, and which the tags."""
+    if len(names) != width or len(set(names)) != width:
+        raise DataError(
+            f"{path}: '# global.columns' names {_counted(len(names))} ({listed(names)}), the lines have {width}. Name "
+            "each column once."
+        )
+    word = text_column if text_column in names else FORM
+    require_columns(str(path), names, {"--text_column_name": word})
+    if label_column in names:
+        return names.index(word), names.index(label_column)
+    require_columns(str(path), names, {"--label_column_name": label_column} if needs_tags else {})
+    return names.index(word), None
+
+
+def _check_order(path: Path, blocks: list[list[_Line]]) -> None:
+    """Raise ``DataError`` where the first column has ids or tags, so that it is not that of the words."""
+    first = [[line.fields[0] for line in block] for block in blocks]
+    width = len(blocks[0][0].fields)
+    ids = [[field for field in block if not _NOT_A_WORD.fullmatch(field)] for block in first]
+    for start in (0, 1):
+        counted = all(block == [str(start + number) for number in range(len(block))] for block in ids)
+        if counted and width > 2 and any(len(block) > 1 for block in ids):
+            raise DataError(
+                f"{path}: the first column counts the words of each sentence ({', '.join(first[0][:3])} …), as in "
+                "CoNLL-U. Name the columns in the first line, such as '# global.columns = "
+                f"{' '.join([ID, FORM, 'NER', *(f'OTHER{n}' for n in range(1, width - 2))])}', and give "
+                "--label_column_name NER; or leave the ids out: word first, tag last."
+            )
+    share = [
+        sum(line.fields[at] == "O" or split_tag(line.fields[at])[0] != "" for block in blocks for line in block)
+        for at in (0, -1)
+    ]
+    if width > 1 and share[0] > share[1] and 2 * share[0] > sum(map(len, blocks)):
+        line = blocks[0][0]
+        raise DataError(
+            f"{path}, line {line.number}: the first column seems to hold the tags ({line.text!r}). The word has to "
+            "come first, the tag last; for instance: awk 'NF {print $2, $1; next} {print}'."
+        )
 
 
 def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
@@ -173,25 +369,43 @@ def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
     return line.startswith("# ") and (several_words or (not ends_with_tag and len(fields) != width))
 
 
-def _columns_by_flag(text_column: str, label_column: str) -> dict[str, str]:
-    return {"--text_column_name": text_column, "--label_column_name": label_column}
+def _counted(columns: int) -> str:
+    return "one column" if columns == 1 else f"{columns} columns"
 
 
-def _sentence(words: object, tags: object, label_names: list[str] | None, origin: str) -> Sentence:
+def _columns_by_flag(text_column: str, label_column: str, has_tags: bool) -> dict[str, str]:
+    return {"--text_column_name": text_column} | ({"--label_column_name": label_column} if has_tags else {})
+
+
+def _sentence(words: object, tags: object, label_names: list[str] | None, origin: str, needs_tags: bool) -> Sentence:
     """Check one row and name its tags."""
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{origin}: the words must be a list of strings, not {str(words)[:80]!r}.")
+    for word in words:
+        check_word(word, origin)
+    unknown = tags is None or (isinstance(tags, list) and tags and all(tag == UNKNOWN_ID for tag in tags))
+    if unknown and not needs_tags:
+        return Sentence(words, None, origin)
     if not isinstance(tags, list) or not all(isinstance(tag, str | int) and not isinstance(tag, bool) for tag in tags):
         raise DataError(f"{origin}: the tags must be a list of strings or of ids, not {str(tags)[:80]!r}.")
     if len(words) != len(tags):
         raise DataError(f"{origin} has {len(words)} words and {len(tags)} tags. Give one tag a word.")
-    return Sentence(words, [_tag_name(tag, label_names, origin) for tag in tags], origin)
+    names = [_tag_name(tag, label_names, origin) for tag in tags]
+    for name in names:
+        check_tag(name, origin)
+    return Sentence(words, names, origin)
+
+
+def _noted(sentences: list[Sentence], where: str) -> list[Sentence]:
+    """The same sentences; words that no host can read are counted in a warning."""
+    blank = sum(not word.strip() for sentence in sentences for word in sentence.tokens)
+    if blank:
+        logger.warning("%s: %d words are empty or blank; each is read as an unknown word.", where, blank)
+    return sentences
 
 
 def _tag_name(tag: str | int, label_names: list[str] | None, origin: str) -> str:
     if isinstance(tag, str):
-        if tag.split() != [tag]:
-            raise DataError(f"{origin}: the tag {tag!r} is empty or has a space in it. Write O where there is none.")
         return tag
     if label_names is None:
         raise DataError(

@@ -1,7 +1,8 @@
 """From sentences to model inputs and back: windows of sub-tokens, entity scores, one line of tags a sentence.
 
 A word is scored once, at its first sub-token; every other position has the label -100, which losses skip. A sentence
-that does not fit is cut between words into several windows, and put together again before it is scored.
+that does not fit is cut between words into windows that overlap, and each word is scored in the window in which it has
+most context. The scores of all windows are put together before the sentence is decoded.
 """
 
 import logging
@@ -16,38 +17,40 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from modeling_unihyperlora.errors import ConfigError, DataError
 from modeling_unihyperlora.words import NO_WORD
 
-from .decoding import IGNORED
-from .ner_data import Sentence, split_tag
+from .decoding import IGNORED, decode, rules_of
+from .ner_data import Sentence
+from .tag_schemes import default_scheme, reader_of_tags, tags_of_labels
 
 logger = logging.getLogger(__name__)
+
+OVERLAP = 0.5  # of a window's sub-tokens may be read again in the next one
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sub-token ids of consecutive words of one sentence, with the special tokens around them."""
+    """Sub-token ids of consecutive words of one sentence, with the special tokens around them.
+
+    ``starts`` and ``sizes`` are of the words that are scored in this window; at its edges there may be others.
+    """
 
     sentence: int
-    first_word: int
+    first_word: int  # of those that are scored
     input_ids: list[int]
+    word_index: list[int]  # for each sub-token the number of its word in the sentence, or ``NO_WORD``
     starts: list[int]  # position in ``input_ids`` of each word's first sub-token, in order
-    end: int  # position after the last word's sub-tokens
-
-    def word_index(self) -> list[int]:
-        """For each sub-token the number of its word in the window, or ``NO_WORD``."""
-        index = [NO_WORD] * len(self.input_ids)
-        for number, (start, end) in enumerate(zip(self.starts, [*self.starts[1:], self.end], strict=True)):
-            index[start:end] = [number] * (end - start)
-        return index
+    sizes: list[int]  # how many sub-tokens each word has there
 
 
 class SentenceWindows(Dataset):
     """Sentences cut into windows, ready for ``DataCollatorForTokenClassification``.
 
     Args:
-        sentences: words and tags.
+        sentences: words and tags, or all without tags.
         tokenizer: a fast tokenizer, as ``words.load_tokenizer`` returns it.
         labels: names of the ids 0 … C-1; every tag must be one of them.
         max_seq_length: sub-tokens a window may have, special ones included.
+        scheme: by whose rules predictions are decoded and scored; by default IOB2 where the labels are such.
+        label_all_tokens: also label the further sub-tokens of a word; there B-X becomes I-X where that label exists.
 
     Raises:
         ConfigError: no word fits into ``max_seq_length``.
@@ -55,12 +58,27 @@ class SentenceWindows(Dataset):
     """
 
     def __init__(
-        self, sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_seq_length: int
+        self,
+        sentences: list[Sentence],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str],
+        max_seq_length: int,
+        scheme: str | None = None,
+        label_all_tokens: bool = False,
     ):
         self.sentences = sentences
         self.labels = labels
+        self.scheme = scheme or default_scheme(labels)
+        self.label_all_tokens = label_all_tokens
         self.windows: list[Window] = []
         self._label_ids = {label: number for number, label in enumerate(labels)}
+        self._rules = rules_of(labels, self.scheme)
+        meaning = tags_of_labels(labels, self.scheme)
+        inside = {meaning[label].type: label for label in labels if meaning[label].role == "I"}
+        self._further_ids = {  # what a word's further sub-tokens have: inside where the word begins an entity
+            label: self._label_ids[inside.get(meaning[label].type, label) if meaning[label].role == "B" else label]
+            for label in labels
+        }
         before, after = _special_ids(tokenizer)
         room = max_seq_length - len(before) - len(after)
         if room < 1:
@@ -68,8 +86,17 @@ class SentenceWindows(Dataset):
                 f"max_seq_length={max_seq_length} leaves no room for a word beside {len(before) + len(after)} special "
                 "tokens. Choose a larger one, such as 128."
             )
+        shortened = 0
         for index, pieces in enumerate(_word_pieces(sentences, tokenizer)):
-            self.windows.extend(_cut(index, pieces, room, before, after))
+            shortened += sum(len(word) > room for word in pieces)
+            self.windows.extend(_cut(index, [word[:room] for word in pieces], room, before, after))
+        if shortened:
+            logger.warning(
+                "%d words are longer than %d sub-tokens and are cut at the end. Give a larger --max_seq_length where "
+                "the host reads more.",
+                shortened,
+                room,
+            )
         if not self.windows:
             raise DataError(
                 f"{sentences[0].origin}: not one sentence has a word in it. Check the column of the words."
@@ -79,55 +106,58 @@ class SentenceWindows(Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """``input_ids``, ``attention_mask``, ``word_index``, ``labels``: (T,) each, not padded."""
+        """``input_ids``, ``attention_mask``, ``word_index`` and, of tagged sentences, ``labels``: (T,) each."""
         window = self.windows[index]
+        item = {"input_ids": window.input_ids, "attention_mask": [1] * len(window.input_ids)}
+        item["word_index"] = window.word_index
         tags = self.sentences[window.sentence].tags
+        if tags is None:
+            return item
         labels = [IGNORED] * len(window.input_ids)
-        for offset, position in enumerate(window.starts):
-            labels[position] = self._label_ids[tags[window.first_word + offset]]
-        return {
-            "input_ids": window.input_ids,
-            "attention_mask": [1] * len(window.input_ids),
-            "word_index": window.word_index(),
-            "labels": labels,
-        }
+        for word, (start, size) in enumerate(zip(window.starts, window.sizes, strict=True), window.first_word):
+            labels[start] = self._label_ids[tags[word]]
+            if self.label_all_tokens:
+                labels[start + 1 : start + size] = [self._further_ids[tags[word]]] * (size - 1)
+        return item | {"labels": labels}
 
-    def tags_of(self, label_ids: np.ndarray) -> list[list[str]]:
+    def tags_of(self, logits: np.ndarray) -> list[list[str]]:
         """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
 
         Args:
-            label_ids: (windows, T) predicted ids, rows in the order of this data set, padding on the right.
+            logits: (windows, T, C), or log-probabilities, rows in the order of this data set, padding on the right.
         """
-        if len(label_ids) != len(self.windows):
-            raise DataError(f"{len(label_ids)} rows of predictions for {len(self.windows)} windows.")
-        tags: list[list[str]] = [[] for _ in self.sentences]
-        for window, row in zip(self.windows, label_ids, strict=True):
-            tags[window.sentence].extend(self.labels[row[position]] for position in window.starts)
-        return tags
+        if len(logits) != len(self.windows):
+            raise DataError(f"{len(logits)} rows of predictions for {len(self.windows)} windows.")
+        parts: list[list[np.ndarray]] = [[] for _ in self.sentences]
+        for window, row in zip(self.windows, logits, strict=True):
+            parts[window.sentence].append(np.asarray(row)[window.starts])
+        found = [decode(np.concatenate(rows), self._rules) if rows else [] for rows in parts]
+        return [[self.labels[number] for number in numbers] for numbers in found]
 
-    def lines_of(self, label_ids: np.ndarray) -> list[str]:
+    def lines_of(self, logits: np.ndarray) -> list[str]:
         """One line a sentence, its tags separated by spaces, from what ``tags_of`` takes."""
-        return [" ".join(tags) for tags in self.tags_of(label_ids)]
+        return [" ".join(tags) for tags in self.tags_of(logits)]
 
 
 def entity_scores(windows: SentenceWindows, by_type: bool = False) -> Callable[[EvalPrediction], dict[str, float]]:
     """``compute_metrics`` for one data set: micro precision, recall and F1 over entities, accuracy over words.
 
-    Entities are those of seqeval's default mode, over whole sentences. Tags without a B- or I- are read as one
-    entity for each unbroken run of a tag. Needs
-    ``preprocess_logits_for_metrics=best_labels(labels)``.
+    Entities are those of seqeval's default mode, over whole sentences, once each tag is written as that mode reads it:
+    by the data set's scheme. Tags that are types alone make one entity of each unbroken run of a tag. Needs
+    ``preprocess_logits_for_metrics=token_scores``.
 
     Args:
         windows: the data set that is evaluated, in its own order.
         by_type: also return the three figures of every entity type, as ``PER_f1`` and so on.
     """
-    gold = [[_scored(tag) for tag in sentence.tags] for sentence in windows.sentences]
-    if any(label != "O" and not split_tag(label)[0] for label in windows.labels):
+    read = reader_of_tags(windows.labels, windows.scheme)
+    gold = [[read(tag) for tag in sentence.tags or []] for sentence in windows.sentences]
+    if any(label != "O" and read(label)[2:] == label for label in windows.labels):
         logger.warning("Some labels have no B- or I-: an unbroken run of such a tag counts as one entity.")
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         _require_own_order(windows, prediction.label_ids)
-        found = [[_scored(tag) for tag in tags] for tags in windows.tags_of(prediction.predictions)]
+        found = [[read(tag) for tag in tags] for tags in windows.tags_of(prediction.predictions)]
         scores = {
             "precision": precision_score(gold, found, zero_division=0),
             "recall": recall_score(gold, found, zero_division=0),
@@ -137,23 +167,15 @@ def entity_scores(windows: SentenceWindows, by_type: bool = False) -> Callable[[
         if by_type and any(tag != "O" for row in gold + found for tag in row):
             report = classification_report(gold, found, output_dict=True, zero_division=0)
             for name, row in report.items():
-                if not name.endswith(" avg"):
+                if name not in _AVERAGES:
                     scores |= {f"{name}_{short}": row[key] for short, key in _REPORTED.items()}
         return {name: float(value) for name, value in scores.items()}
 
     return compute
 
 
-_SEQEVAL_PREFIX = {"": "I", "L": "E", "U": "S"}
+_AVERAGES = ("micro avg", "macro avg", "weighted avg")
 _REPORTED = {"precision": "precision", "recall": "recall", "f1": "f1-score", "number": "support"}
-
-
-def _scored(tag: str) -> str:
-    """The tag as seqeval is to read it: L- and U- are its E- and S-; a bare type counts as inside."""
-    if tag == "O":
-        return tag
-    prefix, entity_type = split_tag(tag)
-    return f"{_SEQEVAL_PREFIX.get(prefix, prefix)}-{entity_type}"
 
 
 def _require_own_order(windows: SentenceWindows, label_ids: np.ndarray) -> None:
@@ -192,20 +214,50 @@ def _word_pieces(sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _cut(sentence: int, words: list[list[int]], room: int, before: list[int], after: list[int]) -> list[Window]:
-    """Fill windows of ``room`` sub-tokens with whole words; a word that is longer is cut short, in a window alone."""
-    windows: list[Window] = []
-    ids: list[int] = []
-    starts: list[int] = []
-    first_word = 0
-    for number, pieces in enumerate(words):
-        if ids and len(ids) + len(pieces) > room:
-            windows.append(Window(sentence, first_word, before + ids + after, starts, len(before) + len(ids)))
-            ids, starts, first_word = [], [], number
-        starts.append(len(before) + len(ids))
-        ids.extend(pieces[:room])
-    if ids:
-        windows.append(Window(sentence, first_word, before + ids + after, starts, len(before) + len(ids)))
+    """Windows of at most ``room`` sub-tokens, of whole words; each word is scored in one of them."""
+    at = [0]  # sub-tokens before each word of the sentence, and in all
+    for pieces in words:
+        at.append(at[-1] + len(pieces))
+    spans = _spans(at, room)
+
+    def context(word: int, first: int, end: int) -> float:
+        """Sub-tokens that a span has on the shorter side of a word; beyond the sentence there is nothing to miss."""
+        left = at[word] - at[first] if first > 0 else float("inf")
+        right = at[end] - at[word + 1] if end < len(words) else float("inf")
+        return min(left, right)
+
+    scored: list[list[int]] = [[] for _ in spans]
+    last = 0  # spans that end before a word have no further one
+    for word in range(len(words)):
+        while spans[last][1] <= word:
+            last += 1
+        holding = [number for number in range(last, len(spans)) if spans[number][0] <= word]
+        scored[max(holding, key=lambda number: context(word, *spans[number]))].append(word)
+    windows = []
+    for (first, end), own in zip(spans, scored, strict=True):
+        if own:
+            ids = [piece for pieces in words[first:end] for piece in pieces]
+            starts = [len(before) + at[word] - at[first] for word in own]
+            sizes = [len(words[word]) for word in own]
+            inner = [word for word in range(first, end) for _ in words[word]]
+            index = [NO_WORD] * len(before) + inner + [NO_WORD] * len(after)
+            windows.append(Window(sentence, own[0], before + ids + after, index, starts, sizes))
     return windows
+
+
+def _spans(at: list[int], room: int) -> list[tuple[int, int]]:
+    """The words of each window, (first, end). The next window begins ``OVERLAP`` before the end of the last one, or
+    later where it would not get any further.
+    """
+    count, spans, first, end = len(at) - 1, [], 0, 0
+    while end < count:
+        while first < end and (at[end] - at[first] > OVERLAP * room or at[end + 1] - at[first] > room):
+            first += 1
+        while end < count and at[end + 1] - at[first] <= room:
+            end += 1
+        spans.append((first, end))
+        first += 1  # the next one begins later
+    return spans
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

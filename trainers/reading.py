@@ -1,4 +1,4 @@
-"""What every kind of data shares: lines of a file, splits of the Hub, columns, names of labels."""
+"""What every kind of data shares: lines of a file, splits of the Hub, columns, texts, names of labels."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from modeling_unihyperlora.errors import DataError
 logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".json")
+UNKNOWN_ID = -1  # what the Hub's data sets have where a label is kept secret
 PARQUET_BRANCH = "refs/convert/parquet"  # the Hub's own conversion, there for data sets made by a script
 
 _SHOWN = 24  # labels or columns listed in a message before the rest is only counted
@@ -48,8 +49,12 @@ def json_rows(path: Path, example: Mapping[str, object]) -> Iterator[tuple[str, 
             continue
         origin = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=_each_once)
+        except _Twice as error:
+            raise DataError(
+                f"{origin} names '{error}' twice. Give each name one value; nothing says which of the two is meant."
+            ) from error
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{origin} is not JSON ({error}). Each line must be one object such as {json.dumps(example)}."
             ) from error
@@ -59,6 +64,19 @@ def json_rows(path: Path, example: Mapping[str, object]) -> Iterator[tuple[str, 
                 "not one list for the whole file."
             )
         yield origin, row
+
+
+class _Twice(ValueError):
+    """A name that a JSON object has twice: Python would silently keep the last value."""
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row: dict[str, object] = {}
+    for name, value in pairs:
+        if name in row:
+            raise _Twice(name)
+        row[name] = value
+    return row
 
 
 def load_split(name: str, split: str, config_name: str | None, **load_kwargs):
@@ -89,6 +107,17 @@ def load_split(name: str, split: str, config_name: str | None, **load_kwargs):
         ) from error
 
 
+def check_text(text: str, what: str, origin: str) -> None:
+    """Raise ``DataError`` where no tokenizer can read a text: half of a surrogate pair is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{origin}: {what} has half of a surrogate pair in it ({text[:40]!a}), which is no character. Write the "
+            "file again in UTF-8."
+        ) from error
+
+
 def require_columns(origin: str, present: Iterable[str], columns: Mapping[str, str]) -> None:
     """Raise ``DataError`` where a column is not ``present``; ``columns`` maps the flag that names it to its name."""
     for flag, column in columns.items():
@@ -106,7 +135,12 @@ def name_of_id(number: int, names: list[str], origin: str) -> str:
 
 
 def check_label_names(names: list[str], labels: list[str], whose: str) -> None:
-    """Raise ``DataError`` where a data set declares labels that ``labels`` lacks, used in a sentence or not."""
+    """Raise ``DataError`` where a data set declares labels that ``labels`` lacks, or where a label is named twice."""
+    twice = [name for number, name in enumerate(labels) if name in labels[:number]]
+    if twice:
+        raise DataError(
+            f"The labels of {whose} name {listed(map(repr, twice))} twice: {listed(labels)}. Name each once."
+        )
     extra = [name for name in names if name not in set(labels)]
     if extra:
         raise DataError(

@@ -56,9 +56,10 @@ class Task:
     read_hub_dataset: Callable  # (name, split, config_name, label_names, **…) → rows and declared label names or None
     collect_labels: Callable  # (rows) → label names in order
     check_splits: Callable  # ({split: rows}, labels, whose labels) → None, or DataError
-    dataset: Callable[..., Dataset]  # (rows, tokenizer, labels, max_seq_length)
+    scheme: Callable  # ({split: rows}, labels, scheme of the task if known, data arguments) → tag scheme, None without
+    dataset: Callable[..., Dataset]  # (rows, tokenizer, labels, max_seq_length, data arguments, tag scheme)
     collator: Callable  # (tokenizer, padding, max_length, pad_to_multiple_of)
-    decode: Callable  # (labels) → preprocess_logits_for_metrics
+    logits: Callable  # preprocess_logits_for_metrics
     scores: Callable  # (data set, arguments) → compute_metrics
     words: Callable  # (row) → its words, as far as blanks tell them
 
@@ -94,8 +95,10 @@ def run_parsed(
 
     adapter = load_adapter(task.model_class, model_args, data_args.task_name) if model_args.adapter else None
     name = data_args.task_name or (adapter and adapter.config.active_task) or task.default_name
-    task_labels = adapter.config.tasks[name]["labels"] if adapter and name in adapter.config.tasks else None
+    known = adapter.config.tasks.get(name, {}) if adapter else {}
+    task_labels = known.get("labels")
     splits, labels = read_data(task, data_args, training_args, name, task_labels)
+    scheme = task.scheme(splits, labels, known.get("scheme"), data_args)
 
     if adapter is None:
         model = make_model(task.model_class, model_args, name, labels)
@@ -106,9 +109,11 @@ def run_parsed(
             model.add_task(name, labels, **model_args.new_reader())
         else:
             model.set_task(name)
+    if scheme is not None and isinstance(model, UniHyperLoraPreTrainedModel):
+        model.config.tasks[name]["scheme"] = scheme
     if model_args.refine_host is not None:
         refine(task, model, model_args, splits)
-    trainer, datasets = make_trainer(task, model, splits, labels, model_args, data_args, training_args)
+    trainer, datasets = make_trainer(task, model, splits, labels, scheme, model_args, data_args, training_args)
     for callback in callbacks:
         trainer.add_callback(callback)
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
@@ -292,6 +297,7 @@ def make_trainer(
     model: nn.Module,
     splits: dict[str, list],
     labels: list[str],
+    scheme: str | None,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: UniHyperLoraTrainingArguments,
@@ -299,6 +305,11 @@ def make_trainer(
     """The Trainer of the method, and every split as its host reads it."""
     is_adapter = isinstance(model, UniHyperLoraPreTrainedModel)
     if is_adapter:
+        if getattr(data_args, "label_all_tokens", False) and model.config.pathway != "inject":
+            raise ConfigError(
+                f"--label_all_tokens does not go with --pathway {model.config.pathway}, which reads one state of each "
+                "word and has no others to label. Leave it out, or train with --pathway inject."
+            )
         host_config, trainer_class = model.host.config, UniHyperLoraTrainer
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
         logger.info(model.describe())
@@ -321,7 +332,8 @@ def make_trainer(
     length = min(data_args.max_seq_length, window or data_args.max_seq_length)
     if length < data_args.max_seq_length:
         logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
-    datasets = {split: task.dataset(rows, tokenizer, labels, length) for split, rows in splits.items()}
+    own = (data_args, scheme)
+    datasets = {split: task.dataset(rows, tokenizer, labels, length, *own) for split, rows in splits.items()}
     validation, train = datasets.get("validation"), datasets.get("train")
     collator = task.collator(
         tokenizer,
@@ -339,7 +351,7 @@ def make_trainer(
                 model,
                 train,
                 model_args.source_hosts or [],
-                lambda other: task.dataset(splits["train"], other, labels, length),
+                lambda other: task.dataset(splits["train"], other, labels, length, *own),
                 **model_args.hub(),
             )
             train, more = SourceStates(sources), {"sources": sources}
@@ -354,7 +366,7 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=collator,
         compute_metrics=scores,
-        preprocess_logits_for_metrics=task.decode(labels),
+        preprocess_logits_for_metrics=task.logits,
         **more,
     )
     return trainer, datasets

@@ -169,11 +169,12 @@ def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]
 
     Args:
         words: what is evaluated.
-        compute: takes predicted and true label ids (windows, T).
+        compute: takes logits (windows, T, C) and true label ids (windows, T).
     """
 
-    def on_tokens(values: np.ndarray) -> np.ndarray:  # (windows, W) → (windows, T)
-        spread = np.full((len(values), 1 + max(at[-1] for at in words.starts)), IGNORED, dtype=np.int64)
+    def on_tokens(values: np.ndarray) -> np.ndarray:  # (windows, W, …) → (windows, T, …)
+        tokens = 1 + max(at[-1] for at in words.starts)
+        spread = np.full((len(values), tokens, *values.shape[2:]), IGNORED, dtype=values.dtype)
         for row, at in enumerate(words.starts):
             spread[row, at] = values[row, : len(at)]
         return spread

@@ -1,7 +1,5 @@
 """The kinds of task that there are: tags of words, and classes of texts or of pairs of texts."""
 
-import itertools
-
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHyperLoraForTokenClassification
@@ -9,7 +7,7 @@ from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHype
 from . import classification_data, ner_data
 from .arguments import ClassificationArguments, NerArguments
 from .classification_inputs import EncodedTexts, best_class, classification_scores
-from .decoding import best_labels
+from .decoding import token_scores
 from .ner_windows import SentenceWindows, entity_scores
 from .running import Task
 
@@ -21,10 +19,13 @@ NER = Task(
     read_file=ner_data.read_file,
     read_hub_dataset=ner_data.read_hub_dataset,
     collect_labels=ner_data.collect_labels,
-    check_splits=lambda splits, *labels: ner_data.check_labels(itertools.chain(*splits.values()), *labels),
-    dataset=SentenceWindows,
+    check_splits=ner_data.check_splits,
+    scheme=lambda splits, labels, known, args: ner_data.scheme_of_splits(splits, labels, known, args.tag_scheme),
+    dataset=lambda sentences, tokenizer, labels, length, args, scheme: SentenceWindows(
+        sentences, tokenizer, labels, length, scheme, args.label_all_tokens
+    ),
     collator=DataCollatorForTokenClassification,
-    decode=best_labels,
+    logits=token_scores,
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
     words=lambda sentence: sentence.tokens,
 )
@@ -38,9 +39,10 @@ CLASSIFICATION = Task(
     read_hub_dataset=classification_data.read_hub_dataset,
     collect_labels=classification_data.collect_labels,
     check_splits=classification_data.check_splits,
-    dataset=EncodedTexts,
+    scheme=lambda *_: None,
+    dataset=lambda examples, tokenizer, labels, length, *_: EncodedTexts(examples, tokenizer, labels, length),
     collator=DataCollatorWithPadding,
-    decode=lambda labels: best_class,
+    logits=best_class,
     scores=lambda texts, args: classification_scores,
     words=lambda example: f"{example.text} {example.pair or ''}".split(),
 )

@@ -8,6 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from modeling_unihyperlora.adapter import PARTS, UniHyperLoraAdapter
+from modeling_unihyperlora.hub import FILES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +21,6 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
     storage,
 )
-from modeling_unihyperlora.adapter import PARTS, UniHyperLoraAdapter
-from modeling_unihyperlora.hub import FILES
 from modeling_unihyperlora.storage import (
     WEIGHTS_NAME,
     adapter_tensors,
@@ -32,6 +32,9 @@ from modeling_unihyperlora.storage import (
 )
 
 load = UniHyperLoraForTokenClassification.from_pretrained
+
+
+NER = {"type": "token_classification", "labels": ["x", "y"]}
 
 
 def files_in(folder) -> dict[str, bytes]:
@@ -392,6 +395,13 @@ class TestWrongConfig:
             ({"tasks": {"a.b": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "a.b"),
             ({"tasks": {"items": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "items"),
             ({"tasks": {"ner": {"type": "regression", "labels": ["x", "y"]}}}, ConfigError, "regression"),
+            ({"tasks": {"ner": NER | {"scheme": "IOB3"}}}, ConfigError, "scheme='IOB3' is not allowed; one of IOB1"),
+            ({"tasks": {"ner": NER | {"scheme": ["IOB2"]}}}, ConfigError, "scheme=.'IOB2'. is not allowed"),
+            (
+                {"tasks": {"ner": NER | {"type": "sequence_classification", "scheme": "IO"}}},
+                ConfigError,
+                "of type token_classification alone",
+            ),
             ({"active_task": "other"}, ConfigError, "active_task='other'"),
             ({"source_hosts": 5}, ConfigError, "source_hosts a list"),
             ({"id2label": 3}, AdapterFileError, "cannot be used"),

@@ -270,6 +270,81 @@ def test_a_refusal_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+# ---- schemes, long sentences, text without tags ----
+
+
+def iob1(rows: list[tuple]) -> list[tuple]:
+    """The same rows in IOB1, in which no two entities stand side by side."""
+    return [(words, [tag.replace("B-", "I-") for tag in tags]) for words, tags in rows]
+
+
+def files(write_jsonl, train: list[tuple], validation: list[tuple]) -> list:
+    return [
+        "--train_file",
+        write_jsonl("own-train.jsonl", train),
+        "--validation_file",
+        write_jsonl("own-dev.jsonl", validation),
+    ]
+
+
+def task_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["tasks"]["ner"]
+
+
+def test_the_scheme_is_kept_with_the_task_and_obeyed(run, tmp_path, write_jsonl):
+    pair = (["anna", "ben"], ["I-PER", "B-PER"])  # two people side by side
+    own = files(write_jsonl, iob1(ROWS[4:]) + [pair] * 20, iob1(ROWS[:4]) + [pair])
+    flags = ["--do_train", "--do_eval", "--max_steps", 60, "--learning_rate", "1e-2"]
+    first = run(*flags, "--per_device_train_batch_size", 16, *own, output="first")
+    assert first["eval_f1"] > 0.9  # read as IOB2 no entity could begin
+    assert task_of(tmp_path / "first")["scheme"] == "IOB1"
+    again = run("--do_eval", "--adapter", tmp_path / "first", *own, output="again")
+    assert again["eval_f1"] == again["zero_shot_f1"] == first["eval_f1"]
+    with pytest.raises(DataError, match="--tag_scheme IOB2: the task of the adapter is IOB1"):
+        run("--do_eval", "--adapter", tmp_path / "first", "--tag_scheme", "IOB2", *own, output="x")
+    run("--do_train", "--max_steps", 1, output="second")
+    assert task_of(tmp_path / "second")["scheme"] == "IOB2"
+    run("--do_train", "--max_steps", 1, "--tag_scheme", "IOB1", output="third")
+    assert task_of(tmp_path / "third")["scheme"] == "IOB1"
+
+
+@pytest.mark.parametrize("method", ["full", "unihyperlora"])
+def test_a_long_entity_is_found_whole_in_short_windows(run, write_jsonl, method):
+    people = [([name] * 12 + ["."], ["B-PER"] + ["I-PER"] * 11 + ["O"]) for name in PEOPLE] * 8
+    own = files(write_jsonl, people, people[:4])
+    flags = ["--do_train", "--do_eval", "--max_steps", 100, "--learning_rate", "3e-3", "--method", method]
+    flags += ["--pathway", "inject"] if method == "unihyperlora" else []
+    cut, whole = (
+        run(*flags, "--per_device_train_batch_size", 8, *own, "--max_seq_length", length, output=f"at-{length}")
+        for length in (8, 64)
+    )
+    assert whole["eval_f1"] == 1 and cut["eval_f1"] == 1
+
+
+def test_text_without_tags_is_tagged(run, tmp_path, write_jsonl):
+    run(*TRAIN, output="first")
+    (tmp_path / "bare.txt").write_text("Anna\nflew\n\nrome\n")
+    results = run("--do_predict", "--adapter", tmp_path / "first", "--test_file", tmp_path / "bare.txt", output="bare")
+    lines = (tmp_path / "bare" / "predictions.txt").read_text().splitlines()
+    assert [len(line.split()) for line in lines] == [2, 1]
+    assert results["predict_samples"] == 2 and "predict_f1" not in results and "predict_loss" not in results
+    tagged = write_jsonl("tagged.jsonl", [(["Anna", "flew"], ["B-PER", "O"]), (["rome"], ["B-LOC"])])
+    run("--do_predict", "--adapter", tmp_path / "first", "--test_file", tagged, output="tagged")
+    assert (tmp_path / "tagged" / "predictions.txt").read_text().splitlines() == lines
+
+
+def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
+    rows = [(["supercalifragilistic", "lives"], ["B-PER", "O"])] * 8 + [(["anna"], ["I-PER"])]
+    own = files(write_jsonl, rows, rows)
+    first, further = (
+        run("--do_train", "--max_steps", 2, "--method", "full", *own, *flags, output=name)
+        for name, flags in (("first", []), ("further", ["--label_all_tokens"]))
+    )
+    assert first["train_loss"] != further["train_loss"]
+    with pytest.raises(ConfigError, match="--label_all_tokens does not go with --pathway stream"):
+        run("--do_train", "--pathway", "stream", *own, "--label_all_tokens", output="stream")
+
+
 # ---- refusals: one clear error, nothing written ----
 
 
@@ -310,6 +385,17 @@ def test_a_refusal_is_one_line(tmp_path):
         (["--refine_host", "a"], ConfigError, "--refine_host lines one more host up"),
         (["--refine_host", "a", "--adapter", "b"], ConfigError, "no training but"),
         (["--refine_host", "a", "--do_train", "false", "--do_eval"], ConfigError, "give it with --refine_file TEXT"),
+        (["--config_name", "x"], ConfigError, "--config_name has no place here: a host is frozen"),
+        (
+            ["--preprocessing_num_workers=4"],
+            ConfigError,
+            "--preprocessing_num_workers has no place here: .* RAYON_NUM",
+        ),
+        (["--overwrite_cache"], ConfigError, "--overwrite_cache has no place here: .* Leave it out"),
+        (["--tag_scheme", "BIO"], ConfigError, "--tag_scheme BIO is unknown. Choose one of IOB1, IOB2, IOBES"),
+        (["--tag_scheme", "IO"], DataError, "not of the scheme IO"),
+        (["--tag_names", "O", "B-PER", "B-LOC", "B-LOC"], DataError, "name 'B-LOC' twice"),
+        (["--tag_names", "O", "B-PER", "B-LOC", "B-a b"], DataError, "'B-a b' is empty or has a space"),
         (["--warmup_steps", "x"], SystemExit, "2"),
     ],
 )

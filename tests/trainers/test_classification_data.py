@@ -1,5 +1,6 @@
 """Readers of labelled texts: columns found, labels named, and one clear error for everything else."""
 
+import csv
 import json
 import logging
 
@@ -102,11 +103,43 @@ def test_columns_that_nobody_knows():
         ([0, 2], ["0", "2"], ["0", "2"]),
         ([1, 0], ["False", "True"], ["True", "False"]),
         ([-1, 1], None, ["-1", "1"]),
+        (["01", "1", 1], None, ["01", "1", "1"]),
     ],
 )
 def test_labels_become_names(write, labels, names, expected):
     path = write("a.jsonl", [{"text": "x", "label": label} for label in labels])
     assert [example.label for example in read_file(path, label_names=names)] == expected
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["01", "1", "007"], ["+1", "1", "1.0"], ["-0", "0", "00"], ["1_000", "1000"], ["1e3", "1000"], ["\u0661", "1"]]
+    + [["TRUE", "True", "true"], [" 1", "1"], ["9" * 5000, "9" * 4999]],
+)
+def test_a_csv_keeps_labels_as_they_are_written(write, labels):
+    path = write("a.csv", "text,label\n" + "".join(f"x,{label}\n" for label in labels))
+    examples = read_file(path)
+    assert [example.label for example in examples] == labels
+    assert sorted(collect_labels(examples)) == sorted(labels)
+    assert collect_labels(examples) == collect_labels(examples[::-1])
+
+
+def test_only_a_canonical_number_is_a_place(write):
+    names = ["negative", "positive"]
+    assert [x.label for x in read_file(write("a.csv", "text,label\nx,1\nx,01\n"), label_names=names)] == [
+        "positive",
+        "01",
+    ]
+    path = write("b.csv", "text,label\nx,1\n")
+    assert read_file(path, label_names=["01", "02"])[0].label == "1"  # a name that is not there, not the place of 02
+
+
+def test_labels_that_hardly_differ_are_named(caplog):
+    check_splits({"validation": split_of("pos")}, ["pos", "pos ", "Pos", "neg"], "this run")
+    assert [record.getMessage().split(" of ")[0] for record in caplog.records] == [
+        "The labels 'pos' and 'pos '",
+        "The labels 'pos' and 'Pos'",
+    ]
 
 
 def test_the_order_of_labels():
@@ -175,12 +208,29 @@ def test_unknown_labels(write):
         ("a.csv", b"text,label\n\xff,1\n", "line 2 is not UTF-8"),
         ("a.jsonl", '{"text": 1', 'line 1 is not JSON .* \\{"text": "well done", "label": "positive"\\}'),
         ("a.json", '[{"text": "x", "label": 1}]', "is a JSON list, not an object"),
+        ("a.csv", "text,label,text\nx,1,y\n", "line 1 names the column 'text' twice. Give every column a name"),
+        ("a.jsonl", '{"text": "x", "label": 1, "label": 0}', "line 1 names 'label' twice"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "'text' has half of a surrogate pair in it"),
         ("a.parquet", "x", "unknown kind of file '.parquet'. Give JSON lines .* or CSV"),
     ],
 )
 def test_bad_files(write, name, content, expected):
     with pytest.raises(DataError, match=expected):
         read_file(write(name, content))
+
+
+def test_a_csv_field_may_be_long(write):
+    usual = csv.field_size_limit()
+    long = "word " * 40_000
+    assert read_file(write("a.csv", f'text,label\n"{long}",1\n'))[0].text == long
+    with pytest.raises(DataError, match="is not CSV"):
+        read_file(write("b.csv", 'text,label\n"open,1\n'))
+    assert csv.field_size_limit() == usual
+
+
+def test_columns_without_a_name_may_be_several(write):
+    """A table that was written with commas at the end of each line."""
+    assert contents(read_file(write("a.csv", "text,label,,\nx,1,,\n"))) == [("x", None, "1")]
 
 
 def test_a_missing_file(tmp_path):

@@ -54,6 +54,15 @@ def test_the_longer_text_is_cut_first(tokenizer, pair, length, kept):
     assert (separator - 1, length - separator - 2) == kept
 
 
+def test_what_is_cut_is_counted_in_a_warning(tokenizer, caplog):
+    encoded(tokenizer, "anna works in rome", "anna", "rome", length=6)
+    assert not caplog.records
+    encoded(tokenizer, "anna works in rome", "anna", "a b c d e f", length=5)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("2 of 3 texts are longer than 5 sub-tokens and are cut at the end")
+
+
 def test_no_room(tokenizer):
     encoded(tokenizer, "anna", length=3)
     with pytest.raises(ConfigError, match="max_seq_length=2 leaves no room for a text beside 2 special"):

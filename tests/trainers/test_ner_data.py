@@ -1,5 +1,8 @@
 """Readers of tagged text: what they accept, and one clear error for everything else."""
 
+import json
+import logging
+
 import datasets
 import pytest
 
@@ -7,9 +10,11 @@ from modeling_unihyperlora.errors import DataError
 from trainers.ner_data import (
     Sentence,
     check_labels,
+    check_splits,
     collect_labels,
     read_file,
     read_hub_dataset,
+    scheme_of_splits,
 )
 
 ROWS = [(["Anna", "lives", "in", "Paris"], ["B-PER", "O", "O", "B-LOC"]), (["."], ["O"])]
@@ -62,6 +67,14 @@ def test_odd_characters_survive(write_jsonl):
         ('{"tokens": ["a"], "ner_tags": ["B-work of art"]}', "is empty or has a space"),
         ('{"tokens": ["a"], "ner_tags": [0]}', "--tag_names"),
         ('{"tokens": ["a"], "ner_tags": ["O"]', "is not JSON"),
+        ('{"tokens": ["a"], "ner_tags": ["O"], "tokens": ["b"]}', "names 'tokens' twice. Give each name one value"),
+        ('{"tokens": ["a"], "ner_tags": ["O"], "more": {"a": 1, "a": 2}}', "names 'a' twice"),
+        ('{"tokens": ["a"], "ner_tags": [' + "1" * 5000 + "]}", "is not JSON"),
+        ('{"tokens": ["a"], "ner_tags": ["O"], "x": ' + "[" * 9999 + "]" * 9999 + "}", "is not JSON"),
+        ('{"tokens": ["\\ud83d"], "ner_tags": ["O"]}', "the word has half of a surrogate pair"),
+        ('{"tokens": ["a"], "ner_tags": ["B-\\ud83d"]}', "the tag has half of a surrogate pair"),
+        ('{"tokens": ["New\\nYork"], "ner_tags": ["O"]}', "the word 'New\\nYork' has a line break in it"),
+        ('{"tokens": ["a"], "ner_tags": null}', "strings or of ids"),
         ('[{"tokens": ["a"], "ner_tags": ["O"]}]', "not an object"),
     ],
 )
@@ -117,6 +130,201 @@ def test_bad_columns_name_the_line(tmp_path, text, expected):
     path.write_text(text)
     with pytest.raises(DataError, match=expected):
         read_file(path)
+
+
+def write(tmp_path, text: str, name: str = "a.tsv"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def test_a_line_without_the_files_tabs_is_not_split_at_its_spaces(tmp_path):
+    """ "New York" would be the word New with the tag York."""
+    with pytest.raises(DataError, match="line 2 has one column .'New York'., the lines before it have 2"):
+        read_file(write(tmp_path, "Anna\tB-PER\nNew York\n"))
+    mixed = write(tmp_path, "Anna  B-PER\nlives\tO\nin \t O\n")
+    assert contents(read_file(mixed)) == [(["Anna", "lives", "in"], ["B-PER", "O", "O"])]
+
+
+def test_a_conll_u_file_says_what_its_columns_are(tmp_path):
+    rows = "1\tAnna\tPROPN\tB-PER\t_\n2-3\tdel\t_\t_\t_\n2\tde\tADP\tO\t_\n3\tel\tDET\tO\t_\n3.1\tx\t_\t_\t_\n"
+    head = "# global.columns = ID FORM UPOS NER MISC\n# sent_id = 1\n# text = Anna del\n"
+    path = write(tmp_path, head + rows)
+    expected = [(["Anna", "de", "el"], ["B-PER", "O", "O"])]
+    assert contents(read_file(path, label_column="NER")) == expected
+    assert contents(read_file(path, label_column="UPOS"))[0][1] == ["PROPN", "ADP", "DET"]
+    assert contents(read_file(path, text_column="UPOS", label_column="NER"))[0][0] == ["PROPN", "ADP", "DET"]
+    assert contents(read_file(path, needs_tags=False)) == [(expected[0][0], None)]
+    with pytest.raises(
+        DataError, match="no column 'ner_tags'; it has ID, FORM, UPOS, NER, MISC. .*--label_column_name"
+    ):
+        read_file(path)
+    with pytest.raises(DataError, match="names 4 columns .ID, FORM, UPOS, NER., the lines have 5"):
+        read_file(write(tmp_path, head.replace(" MISC", "") + rows), label_column="NER")
+    with pytest.raises(DataError, match="no column 'FORM'; it has .*--text_column_name"):
+        read_file(write(tmp_path, head.replace("FORM", "WORD") + rows), label_column="NER")
+
+
+def test_columns_with_names_and_without_ids_keep_a_hash(tmp_path):
+    path = write(tmp_path, "# global.columns = FORM NER\n#\tO\n# x\tO\nAnna\tB-PER\n")
+    assert contents(read_file(path, label_column="NER")) == [(["#", "Anna"], ["O", "B-PER"])]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ids_are_not_words(tmp_path, first):
+    lines = [f"{number}\t{word}\tO" for number, word in enumerate("Anna lives here".split(), first)]
+    path = write(tmp_path, "\n".join([*lines, "", *lines[:2], ""]))
+    with pytest.raises(DataError, match="first column counts the words .*# global.columns = ID FORM NER'"):
+        read_file(path)
+    # two columns, and numbers that do not count: words
+    assert read_file(write(tmp_path, "1\tO\n2\tO\n"))[0].tokens == ["1", "2"]
+    assert read_file(write(tmp_path, "1\tx\tO\n3\tx\tO\n"))[0].tokens == ["1", "3"]
+
+
+def test_tags_first_is_refused(tmp_path):
+    with pytest.raises(DataError, match="line 1: the first column seems to hold the tags .'O.tAnna'.*awk"):
+        read_file(write(tmp_path, "O\tAnna\nB-PER\tlives\n"))
+    with pytest.raises(DataError, match="the first column seems to hold the tags"):
+        read_file(write(tmp_path, "O a\nPER b\nO c\n", "a.bio"))
+    assert read_file(write(tmp_path, "O O\nO O\n", "a.bio"))[0].tokens == ["O", "O"]
+    assert read_file(write(tmp_path, "a NOUN\nb VERB\n", "a.bio"))[0].tags == ["NOUN", "VERB"]
+
+
+def test_line_breaks_of_another_age(tmp_path):
+    with pytest.raises(DataError, match="line 1 has a carriage return inside .* tr "):
+        read_file(write(tmp_path, "Anna B-PER\rlives O\r\rAda B-PER\r", "a.txt"))
+
+
+# ---- every reader checks the same ----
+
+
+def readers(tmp_path, monkeypatch, word: str, tag: str):
+    """The same word with the same tag in every kind of source, as functions that read it."""
+    row = {"tokens": ["Anna", word], "ner_tags": ["O", tag]}
+    json_lines = write(tmp_path, json.dumps(row) + "\n", "a.jsonl")
+    ids = write(tmp_path, json.dumps(row | {"ner_tags": [0, 1]}) + "\n", "ids.jsonl")
+    tsv = write(tmp_path, f"Anna\tO\n{word}\t{tag}\n")
+    text = datasets.List(datasets.Value("string"))
+    names = datasets.List(datasets.ClassLabel(names=["O", tag]))
+    sets = [
+        datasets.Dataset.from_dict(
+            {"tokens": [row["tokens"]], "ner_tags": [tags]},
+            features=datasets.Features({"tokens": text, "ner_tags": feature}),
+        )
+        for feature, tags in ((text, row["ner_tags"]), (names, [0, 1]))
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *args, **kwargs: sets[int(name)])
+    return {
+        "json": lambda: read_file(json_lines),
+        "ids": lambda: read_file(ids, label_names=["O", tag]),
+        "tsv": lambda: read_file(tsv),
+        "hub, strings": lambda: read_hub_dataset("0", "train")[0],
+        "hub, ClassLabel": lambda: read_hub_dataset("1", "train")[0],
+    }
+
+
+def outcome(read) -> str:
+    try:
+        return repr(contents(read()))
+    except DataError as error:
+        return str(error).split(": ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "tag", "expected"),
+    [
+        ("rome", "B-work of art", "the tag 'B-work of art' is empty or has a space"),
+        ("rome", "B-a\u00a0b", "is empty or has a space"),
+        ("rome", "B-LOC", "B-LOC"),
+        ("", "B-LOC", "['Anna', '']"),
+        (" ", "B-LOC", "['Anna', ' ']"),
+        ("a\u2028b", "B-LOC", "u2028b"),
+        ("New York", "B-LOC", "New York"),
+    ],
+)
+def test_every_reader_says_the_same(tmp_path, monkeypatch, word, tag, expected):
+    said = {name: outcome(read) for name, read in readers(tmp_path, monkeypatch, word, tag).items()}
+    assert len(set(said.values())) == 1, said
+    assert expected in said["json"]
+
+
+def test_blank_words_are_counted_in_a_warning(write_jsonl, caplog):
+    path = write_jsonl("a.jsonl", [(["a", "", "\n\n", "\u00a0", "\x00"], ["O"] * 5)])
+    assert len(read_file(path)[0].tokens) == 5
+    assert "3 words are empty or blank; each is read as an unknown word" in caplog.text
+
+
+# ---- without tags ----
+
+
+def test_a_test_set_may_be_without_tags(write_jsonl, tmp_path, monkeypatch):
+    words = [(["Anna", "lives"], None), (["."], None)]
+    one = write(tmp_path, "Anna\nlives\n\n.\n", "a.txt")
+    bare = write(tmp_path, '{"tokens": ["Anna", "lives"]}\n{"tokens": ["."], "ner_tags": null}\n', "b.jsonl")
+    for path in (one, bare):
+        assert contents(read_file(path, needs_tags=False)) == words
+        with pytest.raises(DataError, match="line 1"):
+            read_file(path)
+    secret = write(tmp_path, '{"tokens": ["Anna", "lives"], "ner_tags": [-1, -1]}\n', "c.jsonl")
+    assert contents(read_file(secret, label_names=["O", "B-X"], needs_tags=False)) == words[:1]
+    with pytest.raises(DataError, match="id -1 is outside the 2 labels"):
+        read_file(secret, label_names=["O", "B-X"])
+    data = datasets.Dataset.from_dict({"tokens": [["Anna", "lives"], ["."]]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
+    sentences, names = read_hub_dataset("x/y", "test", needs_tags=False)
+    assert (contents(sentences), names) == (words, None)
+    with pytest.raises(DataError, match="no column 'ner_tags'; it has tokens"):
+        read_hub_dataset("x/y", "train")
+    with pytest.raises(DataError, match="line 2 has 2 columns .*the lines before it have 1"):
+        read_file(write(tmp_path, "Anna\nNew York\n", "c.txt"), needs_tags=False)
+
+
+def test_tags_are_all_there_or_none_is():
+    tagged, bare = Sentence(["a"], ["O"], "x, line 1"), Sentence(["a"], None, "x, line 2")
+    empty = Sentence([], [], "x, line 3")
+    check_splits({"train": [tagged], "test": [bare, empty, bare]}, ["O", "B-X"], "this run")
+    for splits in ({"test": [tagged, bare]}, {"validation": [bare, bare]}):
+        with pytest.raises(DataError, match="x, line 2 has no tags. .* only a whole test set"):
+            check_splits(splits, ["O", "B-X"], "this run")
+    assert collect_labels([tagged, bare]) == ["O"]
+
+
+def test_labels_that_nobody_uses_are_checked_too():
+    """They may be predicted, and a line of predictions.txt has to be read again."""
+    with pytest.raises(DataError, match="The labels of this run: the tag 'B-work of art' is empty or has a space"):
+        check_splits({"train": [Sentence(["a"], ["O"], "x")]}, ["O", "B-work of art"], "this run")
+
+
+# ---- the scheme of a task ----
+
+
+def tagged(*lines: str) -> list[Sentence]:
+    return [Sentence(["a"] * len(line.split()), line.split(), f"line {n}") for n, line in enumerate(lines, 1)]
+
+
+IOB = ["O", "B-PER", "I-PER"]
+
+
+def test_the_scheme_comes_from_the_training_tags(caplog):
+    iob1, iob2 = tagged("I-PER B-PER O"), tagged("B-PER I-PER O")
+    assert scheme_of_splits({"train": iob1}, IOB, None, None) == "IOB1"
+    assert scheme_of_splits({"train": iob1}, IOB, "IOB1", None) == "IOB1"
+    assert scheme_of_splits({"train": iob2}, IOB, None, None) == "IOB2"
+    assert scheme_of_splits({"validation": iob1}, IOB, None, None) is None  # only training may tell
+    assert scheme_of_splits({"validation": iob1}, IOB, None, "IOB1") == "IOB1"
+    assert scheme_of_splits({"test": [Sentence(["a"], None, "x")]}, IOB, "IOB1", None) == "IOB1"
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert scheme_of_splits({"train": iob2, "validation": iob1}, IOB, None, None) == "IOB2"
+    assert "tags of validation break the rules of IOB2, the task's scheme, 1 times, first in line 1" in caplog.text
+
+
+def test_a_task_keeps_its_scheme():
+    with pytest.raises(DataError, match="The training tags are IOB1, the task of the adapter is IOB2"):
+        scheme_of_splits({"train": tagged("I-PER B-PER O")}, IOB, "IOB2", None)
+    with pytest.raises(DataError, match="--tag_scheme IOB1: the task of the adapter is IOB2. Leave the flag out"):
+        scheme_of_splits({}, IOB, "IOB2", "IOB1")
+    assert scheme_of_splits({"train": tagged("I-PER I-PER O")}, IOB, "IOB1", None) == "IOB1"  # fits both
 
 
 # ---- files ----

@@ -6,6 +6,7 @@ from seqeval.metrics import f1_score
 from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import ConfigError, DataError
+from trainers.decoding import rules_of
 from trainers.ner_data import Sentence
 from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
 
@@ -28,9 +29,14 @@ def as_batch(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows])
 
 
+def as_logits(label_ids: np.ndarray, count: int = len(LABELS)) -> np.ndarray:
+    """(windows, T, C) in which each of these ids is by far the best."""
+    return 9.0 * np.eye(count)[np.maximum(label_ids, 0)]
+
+
 def perfect_prediction(windows: SentenceWindows) -> EvalPrediction:
-    rows = [row["labels"] for row in windows]
-    return EvalPrediction(predictions=as_batch(rows, 0), label_ids=as_batch(rows, IGNORED))
+    label_ids = as_batch([row["labels"] for row in windows], IGNORED)
+    return EvalPrediction(predictions=as_logits(label_ids, len(windows.labels)), label_ids=label_ids)
 
 
 def test_the_first_sub_token_has_the_label(tokenizer):
@@ -50,7 +56,7 @@ def test_no_label_is_lost_at_any_length(tokenizer, length):
     sentences = []
     for size in generator.integers(0, 30, 20):
         words = [str(word) for word in generator.choice(choices, size)]
-        sentences.append(Sentence(words, [str(tag) for tag in generator.choice(LABELS, size)], "x"))
+        sentences.append(Sentence(words, [str(tag) for tag in generator.choice(["O", "B-LOC", "B-PER"], size)], "x"))
     windows = SentenceWindows(sentences, tokenizer, LABELS, length)
     assert all(len(row["input_ids"]) <= length for row in windows)
     assert [LABELS[label] for label in scored(windows)] == [tag for s in sentences for tag in s.tags]
@@ -62,6 +68,7 @@ def test_windows_are_cut_between_words(tokenizer):
     windows = SentenceWindows([sentence(f"anna {LONG_WORD} lives in rome")], tokenizer, LABELS, 7)
     pieces = [tokenizer.convert_ids_to_tokens(row["input_ids"])[1:-1] for row in windows]
     assert pieces == [["anna", "super", "##cali", "##fragi", "##listic"], ["lives", "in", "rome"]]
+    assert [(window.first_word, len(window.starts)) for window in windows.windows] == [(0, 2), (2, 3)]
 
 
 def test_a_word_longer_than_the_window_is_cut_short(tokenizer):
@@ -80,7 +87,7 @@ def test_a_word_without_sub_tokens_is_unknown(tokenizer):
 def test_an_empty_sentence_has_an_empty_line(tokenizer):
     windows = SentenceWindows([sentence(""), sentence("rome", "B-LOC"), sentence("")], tokenizer, LABELS, 16)
     assert len(windows) == 1
-    assert windows.tags_of([[0, 1, 0]]) == [[], ["B-LOC"], []]
+    assert windows.tags_of(as_logits(np.array([[0, 1, 0]]))) == [[], ["B-LOC"], []]
 
 
 def test_nothing_but_empty_sentences(tokenizer):
@@ -93,6 +100,112 @@ def test_no_room_for_a_word(tokenizer):
         SentenceWindows([sentence("rome")], tokenizer, LABELS, 2)
 
 
+# ---- overlapping windows ----
+
+
+def most_context(lengths: list[int], spans: list[tuple[int, int]], word: int) -> int:
+    """Sub-tokens on the shorter side of a word in the span where it has most, by plain counting."""
+    sides = []
+    for first, end in spans:
+        if first <= word < end:
+            left = sum(lengths[first:word]) if first else 10**6
+            right = sum(lengths[word + 1 : end]) if end < len(lengths) else 10**6
+            sides.append(min(left, right))
+    return max(sides)
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 9, 14, 30])
+def test_each_word_is_scored_where_it_has_most_context(tokenizer, length):
+    generator, room = np.random.default_rng(length), length - 2
+    for size in generator.integers(1, 60, 30):
+        words = [str(word) for word in generator.choice(["anna", "cali", LONG_WORD], size, p=[0.7, 0.1, 0.2])]
+        windows = SentenceWindows([Sentence(words, ["O"] * size, "x")], tokenizer, LABELS, length)
+        lengths = [min(room, 4 if word == LONG_WORD else 1) for word in words]
+        assert [w for win in windows.windows for w in range(win.first_word, win.first_word + len(win.starts))] == [
+            *range(size)
+        ]
+        spans, contexts = [], []
+        for window in windows.windows:
+            before = window.starts[0] - 1  # sub-tokens of words that another window scores
+            first = window.first_word
+            while before:
+                first, before = first - 1, before - lengths[first - 1]
+            end, inside = first, len(window.input_ids) - 2
+            while inside:
+                end, inside = end + 1, inside - lengths[end]
+            spans.append((first, end))
+            for word, start in enumerate(window.starts, window.first_word):
+                left = start - 1 if first else 10**6
+                right = len(window.input_ids) - 1 - start - lengths[word] if end < size else 10**6
+                contexts.append(min(left, right))
+        assert contexts == [most_context(lengths, spans, word) for word in range(size)]
+        if room >= 16:
+            assert min(contexts) >= room // 4 - 4  # a quarter, but for whole words
+
+
+def test_a_sentence_that_fits_is_one_window_and_long_ones_overlap_by_half(tokenizer):
+    assert len(SentenceWindows([sentence("anna " * 14)], tokenizer, LABELS, 16)) == 1
+    windows = SentenceWindows([sentence("anna " * 28)], tokenizer, LABELS, 16)
+    assert [len(row["input_ids"]) for row in windows] == [16, 16, 16]
+    assert [(window.first_word, len(window.starts)) for window in windows.windows] == [(0, 11), (11, 7), (18, 10)]
+
+
+def test_an_entity_across_the_border_is_whole(tokenizer):
+    """The scores of both windows are put together before the rules of the sentence are kept."""
+    tags = "B-PER " + "I-PER " * 11
+    windows = SentenceWindows([sentence("anna " * 12, tags)], tokenizer, LABELS, 8)
+    assert len(windows) > 2
+    prediction = perfect_prediction(windows)
+    assert windows.tags_of(prediction.predictions) == [tags.split()]
+    assert entity_scores(windows)(prediction)["f1"] == 1
+    rules = rules_of(LABELS, "IOB2")
+    assert not rules.begin[LABELS.index("I-PER")], "each window for itself would begin anew"
+
+
+def test_a_window_alone_does_not_begin_a_sentence(tokenizer):
+    """I-LOC in the second window is allowed by B-LOC in the first, and B-LOC in the first is not drawn from it."""
+    windows = SentenceWindows([sentence("anna " * 6)], tokenizer, LABELS, 5)
+    label_ids = as_batch([row["labels"] for row in windows], IGNORED)
+    logits = as_logits(label_ids)
+    second = windows.windows[1]
+    logits[1, second.starts[0]] = [0, 0, 5, 0, 0]  # I-LOC, best by 5
+    assert windows.tags_of(logits) == [["O"] * 6]  # 9 for the O before it: O I-LOC is not allowed
+    logits[0, windows.windows[0].starts[-1]] = [0, 9, 0, 0, 0]
+    found = windows.tags_of(logits)[0]
+    assert found[second.first_word - 1 : second.first_word + 1] == ["B-LOC", "I-LOC"]
+
+
+def test_cut_words_are_counted_in_a_warning(tokenizer, caplog):
+    SentenceWindows([sentence(f"anna {LONG_WORD} {LONG_WORD}")], tokenizer, LABELS, 5)
+    assert "2 words are longer than 3 sub-tokens" in caplog.text
+
+
+def test_sentences_without_tags_are_tagged(tokenizer):
+    windows = SentenceWindows([Sentence(["anna", "lives"], None, "x")], tokenizer, LABELS, 16)
+    assert set(windows[0]) == {"input_ids", "attention_mask"}
+    assert windows.lines_of(as_logits(np.array([[0, 3, 0, 0]]))) == ["B-PER O"]
+    assert callable(entity_scores(windows))
+
+
+@pytest.mark.parametrize(
+    ("tags", "labels", "scheme", "expected"),
+    [
+        ("B-PER I-PER", LABELS, "IOB2", [3, 4, 4, 4, 4]),
+        ("I-PER O", LABELS, "IOB1", [4, 4, 4, 4, 0]),
+        ("B-PER O", ["O", "B-PER"], "IOB2", [1, 1, 1, 1, 0]),  # no I-PER to have
+        ("S-PER O", ["O", "B-PER", "I-PER", "E-PER", "S-PER"], "IOBES", [4, 4, 4, 4, 0]),
+        ("B O", ["O", "B", "I"], "IOB2", [1, 2, 2, 2, 0]),
+        ("PER O", ["O", "PER"], "IO", [1, 1, 1, 1, 0]),
+    ],
+)
+def test_all_sub_tokens_may_be_labelled(tokenizer, tags, labels, scheme, expected):
+    words = [sentence(f"{LONG_WORD} anna", tags)]
+    windows = SentenceWindows(words, tokenizer, labels, 16, scheme, label_all_tokens=True)
+    assert windows[0]["labels"] == [IGNORED, *expected, IGNORED]
+    assert windows.tags_of(perfect_prediction(windows).predictions) == [tags.split()]
+    assert entity_scores(windows)(perfect_prediction(windows))["accuracy"] == 1
+
+
 # ---- scores ----
 
 
@@ -100,10 +213,10 @@ def test_scores_are_those_of_whole_sentences(tokenizer):
     """An entity that a window border cuts counts once, as in the sentence."""
     sentences = [sentence("anna and ben flew to the rome", "B-PER I-PER I-PER O O B-LOC I-LOC")]
     windows = SentenceWindows(sentences, tokenizer, LABELS, 4)  # two words a window
-    assert len(windows) == 4
+    assert [window.first_word for window in windows.windows] == [0, 2, 3, 4, 5, 6]
     prediction = perfect_prediction(windows)
     assert entity_scores(windows)(prediction) == {"precision": 1, "recall": 1, "f1": 1, "accuracy": 1}
-    prediction.predictions[1, 1] = 0  # the third word, inside the first entity
+    prediction.predictions[1, 2] = [9, 0, 0, 0, 0]  # the third word, inside the first entity
     scores = entity_scores(windows)(prediction)
     found = [["B-PER", "I-PER", "O", "O", "O", "B-LOC", "I-LOC"]]
     assert scores["f1"] == f1_score([sentences[0].tags], found) == 0.5
@@ -113,7 +226,7 @@ def test_scores_are_those_of_whole_sentences(tokenizer):
 def test_scores_by_type(tokenizer):
     windows = SentenceWindows([sentence("anna in rome", "B-PER O B-LOC")], tokenizer, LABELS, 16)
     prediction = perfect_prediction(windows)
-    prediction.predictions[0, 3] = 0
+    prediction.predictions[0, 3] = [9, 0, 0, 0, 0]
     scores = entity_scores(windows, by_type=True)(prediction)
     assert (scores["PER_f1"], scores["LOC_f1"], scores["LOC_number"]) == (1, 0, 1)
     assert all(type(value) is float for value in scores.values())
@@ -127,11 +240,12 @@ def test_text_without_entities_scores_zero(tokenizer):
 
 @pytest.mark.parametrize(
     ("tags", "entities"),
-    [("PER PER O LOC", 2), ("B-X L-X U-X U-X", 3), ("B-X E-X S-X S-X", 3), ("I-X I-X O I-Y", 2), ("B-X I-X B-X O", 2)],
+    [("PER PER O LOC", 2), ("B-X L-X U-X U-X", 3), ("B-X E-X S-X S-X", 3), ("I-X I-X O I-Y", 2)],
 )
 def test_other_tag_schemes(tokenizer, tags, entities):
     labels = sorted(set(tags.split()) | {"O"})
     windows = SentenceWindows([sentence("anna anna anna anna", tags)], tokenizer, labels, 16)
+    assert windows.scheme is None
     scores = entity_scores(windows, by_type=True)(perfect_prediction(windows))
     assert sum(value for name, value in scores.items() if name.endswith("_number")) == entities
     assert scores["f1"] == 1

@@ -12,6 +12,11 @@ def test_declared_labels_that_the_adapter_lacks():
     check_label_names(["B-PER"], ["O", "B-PER"], "the adapter")
 
 
+def test_a_label_that_is_named_twice():
+    with pytest.raises(DataError, match="The labels of this run name 'yes' twice: no, yes, yes. Name each once"):
+        check_label_names([], ["no", "yes", "yes"], "this run")
+
+
 def test_ids_are_places_in_the_names():
     assert [name_of_id(number, ["no", "yes"], "here") for number in (0, 1)] == ["no", "yes"]
     for number in (-1, 2):

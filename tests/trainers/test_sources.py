@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
-
-from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.adapter import knot_layers, near_layers
 from modeling_unihyperlora.anchors import read_anchors
 from modeling_unihyperlora.calibration import fit_host
+from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
+
+from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
@@ -118,14 +118,16 @@ class TestWordStates:
             labels[row, : len(own)] = own
         seen = {}
         scores_of_words(words, lambda p: seen.update(predicted=p.predictions, true=p.label_ids) or {})(
-            EvalPrediction(labels, labels)
+            EvalPrediction(np.stack([labels, labels - 0.5], axis=-1), labels)  # as logits, (windows, W, C)
         )
         for index in range(len(windows)):
             item = windows[index]["labels"]
             row = seen["true"][index]
             assert row[row != IGNORED].tolist() == [label for label in item if label != IGNORED]
             assert [at for at in range(len(row)) if row[at] != IGNORED] == windows.windows[index].starts
-        assert (seen["predicted"] == seen["true"]).all()
+        at_words = seen["true"] != IGNORED
+        assert (seen["predicted"][..., 0] == seen["true"])[at_words].all()
+        assert (seen["predicted"][..., 1] == seen["true"] - 0.5)[at_words].all()
 
 
 @pytest.fixture
