@@ -154,6 +154,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
         folder = args.output_dir / f"{number:02d}"
         with row.change():
             source = ["--model_name_or_path", args.model_name_or_path, "--pathway", "stream", "--do_train"]
+            source.append("--overwrite_output_dir")  # of a run that was interrupted
             scores = {"source": _run([*passed, *source, *row.flags], folder)}
             for host in args.target_hosts:
                 moved = [*passed, "--adapter", str(folder), "--model_name_or_path", host]

@@ -63,19 +63,21 @@ def main(command_line: list[str] | None = None) -> None:
     import speed
     import speed_report
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    record = commands.add_parser("record", help="keep the results of one run, or of a transfer matrix")
+    record = commands.add_parser(
+        "record", allow_abbrev=False, help="keep the results of one run, or of a transfer matrix"
+    )
     record.add_argument("folder", type=Path)
     record.add_argument("--name", required=True)
     what = "do and keep the runs of a set of run configs"
     paper.add_arguments(commands.add_parser("paper", help=what, allow_abbrev=False))  # --seed is no --seeds
-    mixed_tasks.add_arguments(commands.add_parser("tasks", help="measure a batch of many tasks"))
+    mixed_tasks.add_arguments(commands.add_parser("tasks", allow_abbrev=False, help="measure a batch of many tasks"))
     what = "measure how costs grow with tokens, sentences, batch and hosts"
-    scaling.add_arguments(commands.add_parser("scaling", help=what))
+    scaling.add_arguments(commands.add_parser("scaling", allow_abbrev=False, help=what))
     for command in speed.COMMANDS:
-        speed.add_arguments(command, commands.add_parser(command, help="see speed.py"))
-    commands.add_parser("render", help="write results/README.md")
+        speed.add_arguments(command, commands.add_parser(command, allow_abbrev=False, help="see speed.py"))
+    commands.add_parser("render", allow_abbrev=False, help="write results/README.md")
     args, passed = parser.parse_known_args(command_line)
     if passed and args.command != "paper":
         parser.error(f"unrecognized arguments: {' '.join(passed)}")

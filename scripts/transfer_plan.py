@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.storage import write_json
+from trainers.arguments import STREAM_FLAGS, UNIVERSAL_FLAGS
 from trainers.controls import random_map, shuffle_anchors
 
 logger = logging.getLogger("transfer")
@@ -91,7 +92,7 @@ class Runner:
         folder = self.folder / cell.name
         (folder / "cell.json").unlink(missing_ok=True)
         try:
-            flags = [*cell.flags, "--output_dir", str(folder), *self._adapter(cell)]
+            flags = [*cell.flags, "--output_dir", str(folder), "--overwrite_output_dir", *self._adapter(cell)]
             logger.info("run %s: %s", cell.name, shlex.join(flags))
             self.launch(cell.script or self.script, flags)
         except UniHyperLoraError as error:
@@ -149,7 +150,8 @@ class Plan:
         loading = without(passed, lambda flag: flag in STREAM_TRAINING_FLAGS)
         self._begin = [*always, *passed, "--pathway", "stream", "--cache_eval_states", "--do_train"]
         self._load = [*always, *loading, "--cache_eval_states"]
-        kept = without(loading, lambda flag: flag.endswith("learning_rate"))
+        of_adapters = (*STREAM_FLAGS, *UNIVERSAL_FLAGS, "router_top_k")
+        kept = without(loading, lambda flag: flag.endswith("learning_rate") or flag in of_adapters)
         self._baseline = [*always, *kept, *shlex.split(args.baseline_args), "--do_train"]
         self.targets: list[str] = args.source_hosts if args.leave_one_out else args.target_hosts
 
