@@ -12,9 +12,9 @@ from .measure.inspection import inspect_adapter, inspect_on_host, over_budget
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m modeling_unihyperlora")
+    parser = argparse.ArgumentParser(prog="python -m modeling_unihyperlora", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("inspect", help="what is in an adapter, and how it fits a host")
+    command = commands.add_parser("inspect", allow_abbrev=False, help="what is in an adapter, and how it fits a host")
     command.add_argument("adapter", help="its folder or Hub id")
     command.add_argument("--host", help="also put it on this host: a folder or Hub id")
     command.add_argument("--revision", default="main", help="of the adapter on the Hub")

@@ -45,7 +45,7 @@ HELD_OUT_SHARE = 5  # one tweet in five is never trained on
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--sentence", help="what to tag at the end; asked for at a terminal")
     parser.add_argument("--output_dir", default="runs/demo")
     parser.add_argument("--epochs", type=float, default=10)
@@ -60,6 +60,7 @@ def main(command_line: list[str] | None = None) -> None:
         --max_seq_length 64 --save_strategy no --dataloader_pin_memory {str(torch.cuda.is_available()).lower()}
     """.split()
     training = f"--do_train --train_file {train_file} --per_device_train_batch_size 16 --seed 42".split()
+    training.append("--overwrite_output_dir")  # that of an earlier demo
     schedule = (
         f"--num_train_epochs {args.epochs} --lr_scheduler_type cosine --warmup_steps 0.1 --logging_steps 100".split()
     )

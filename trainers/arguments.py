@@ -8,15 +8,18 @@ from typing import ClassVar
 from transformers import HfArgumentParser
 
 from modeling_unihyperlora.configuration_unihyperlora import TAG_SCHEMES, reader_shape
-from modeling_unihyperlora.errors import ConfigError, DataError
+from modeling_unihyperlora.errors import ConfigError, DataError, UniHyperLoraError
 
 from .baselines import BASELINES, require_peft
 from .results import require_writable
 from .run_config import read_run_config
 from .training_args import UniHyperLoraTrainingArguments
+from .unusable import check_reports
 
 METHODS = ("unihyperlora", "sat_lora", *BASELINES)
 SAT_LORA_FLAGS = ("lora_alpha", "share_across_layers", "target_modules")  # of no other method
+SPACE_FLAGS = ("space", "anchor_file")  # of a new adapter
+STREAM_FLAGS = (*SPACE_FLAGS, "reader", "reader_bits")
 UNIVERSAL_FLAGS = ("pathway", "projector", "router", "atoms", "anchor_dim")  # which SAT-LoRA has not
 TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # as PEFT says it
 METHOD_LEARNING_RATES = {
@@ -129,6 +132,13 @@ class ModelArguments:
     run_config: str | None = field(
         default=None, metadata={"help": "YAML file with a whole run; flags given on the command line win."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Train into an --output_dir that holds the result or the checkpoints of another training; those "
+            "checkpoints are deleted."
+        },
+    )
     do_search: bool = field(
         default=False,
         metadata={
@@ -214,6 +224,7 @@ class DataArguments:
     )
 
     NAMES_FLAG: ClassVar[str]  # the flag that names the ids 0, 1, …
+    METRICS: ClassVar[tuple[str, ...]]  # what an evaluation reports, less "eval_"
 
     def id_names(self) -> list[str] | None:
         """Names of the ids 0, 1, …, if they were given."""
@@ -222,6 +233,10 @@ class DataArguments:
     def reading(self, split: str) -> dict[str, object]:
         """How "train", "validation" or "test" is to be read: arguments of the reader of this kind of data."""
         raise NotImplementedError
+
+    def reports(self, metric: str) -> bool:
+        """Whether an evaluation on this data reports a metric."""
+        return metric in self.METRICS
 
     def name(self) -> str:
         """What results call this data: the data set's id, or the folder of the files."""
@@ -276,6 +291,11 @@ class NerArguments(DataArguments):
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
 
     NAMES_FLAG = "--tag_names"
+    METRICS = ("precision", "recall", "f1", "accuracy")
+
+    def reports(self, metric: str) -> bool:
+        of_a_type = self.return_entity_level_metrics and metric.rpartition("_")[2] in ("precision", "recall", "f1")
+        return of_a_type or super().reports(metric)
 
     def reading(self, split: str) -> dict[str, object]:
         return {
@@ -312,6 +332,7 @@ class ClassificationArguments(DataArguments):
     )
 
     NAMES_FLAG = "--class_names"
+    METRICS = ("accuracy", "f1")
 
     def reading(self, split: str) -> dict[str, object]:
         return {
@@ -334,7 +355,7 @@ def parse(
     Raises:
         ConfigError: an unknown flag or a value that is not usable.
     """
-    parser = HfArgumentParser((ModelArguments, data_class, UniHyperLoraTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, data_class, UniHyperLoraTrainingArguments), allow_abbrev=False)
     typed, _ = parser.parse_known_args(command_line)
     if typed.run_config is not None:
         run = read_run_config(typed.run_config)
@@ -350,8 +371,10 @@ def parse(
         *parsed, unknown = parser.parse_args_into_dataclasses(
             command_line, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except UniHyperLoraError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, NotImplementedError) as error:
+        raise ConfigError(f"The arguments cannot be used: {' '.join(str(error).split())}") from error
     if unknown:
         foreign = unknown[0].split("=")[0].removeprefix("--")
         if foreign in FOREIGN_FLAGS:
@@ -376,6 +399,12 @@ def check_arguments(
         raise ConfigError("--n_trials is for a search; give --do_search with it, or leave it out.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ConfigError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    if training_args.do_train and training_args.max_steps < 0 and training_args.num_train_epochs <= 0:
+        raise ConfigError(
+            f"--num_train_epochs {training_args.num_train_epochs} trains nothing; give more than 0, or --max_steps."
+        )
+    if training_args.do_train and training_args.max_steps == 0:
+        raise ConfigError("--max_steps 0 trains nothing; give 1 or more, or leave it out.")
     if model_args.method in BASELINES and model_args.adapter is not None:
         raise ConfigError(f"--method {model_args.method} has no adapter to start from; leave --adapter out.")
     if model_args.method in METHOD_LEARNING_RATES and (parts := training_args.learning_rates_given()):
@@ -385,11 +414,20 @@ def check_arguments(
         )
     if model_args.method == "lora":
         require_peft()
-    foreign = UNIVERSAL_FLAGS if model_args.method == "sat_lora" else SAT_LORA_FLAGS
+    foreign = {
+        "unihyperlora": SAT_LORA_FLAGS,
+        "sat_lora": (*UNIVERSAL_FLAGS, *STREAM_FLAGS),
+        **dict.fromkeys(BASELINES, (*SAT_LORA_FLAGS, *UNIVERSAL_FLAGS, "router_top_k", *STREAM_FLAGS)),
+    }[model_args.method]
     if given := [name for name in foreign if getattr(model_args, name) is not None]:
         raise ConfigError(f"--{given[0]} means nothing to --method {model_args.method}; leave it out.")
-    if model_args.method == "sat_lora" and training_args.train_scope == "delta":
-        raise ConfigError("--method sat_lora has no δθ: it is trained whole for each host. Leave --train_scope out.")
+    if model_args.method != "unihyperlora" and training_args.train_scope == "delta":
+        raise ConfigError(
+            f"--method {model_args.method} has no δθ: it is trained whole for each host. Leave --train_scope out."
+        )
+    unread = STREAM_FLAGS if model_args.pathway == "inject" else SPACE_FLAGS if model_args.adapter else ()
+    if given := [name for name in unread if getattr(model_args, name) is not None]:
+        raise ConfigError(f"--{given[0]} is for a new stream, which this run does not make; leave it out.")
     if model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
@@ -403,14 +441,8 @@ def check_arguments(
             "--source_hosts names further hosts to train a task of a stream on. Give it with --train_scope task, or "
             "leave it out: an injected update, δθ and the baselines are trained on one host."
         )
-    of_a_stream = ("reader", "reader_bits", "space", "anchor_file")
-    if not is_stream and (given := [name for name in of_a_stream if getattr(model_args, name) is not None]):
-        raise ConfigError(f"--{given[0]} is of a stream, and this run trains none. Leave it out.")
     if model_args.space is not None and model_args.anchor_file is not None:
         raise ConfigError("Give --space or --anchor_file, from which a space is made; not both.")
-    new_space = [name for name in ("space", "anchor_file") if getattr(model_args, name) is not None]
-    if new_space and model_args.adapter is not None:
-        raise ConfigError(f"--{new_space[0]} is of a new adapter; that of --adapter is in its file. Leave it out.")
     if model_args.refine_host is None and model_args.refine_file is not None:
         raise ConfigError("--refine_file is read by --refine_host: give a host that the adapter was trained on.")
     if model_args.refine_host is not None and model_args.refine_file is None and not training_args.do_train:
@@ -430,7 +462,40 @@ def check_arguments(
             "--train_sampling_strategy group_by_length also reorders what is evaluated, so that labels would go to "
             "the wrong sentences. Leave it out, or train and evaluate in two runs."
         )
+    check_evaluation(model_args, data_args, training_args)
+    check_reports(training_args)
     files = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name is not None and any(files):
         raise DataError("Give --dataset_name or files (--train_file …), not both.")
     require_writable(training_args.output_dir)
+
+
+def check_evaluation(
+    model_args: ModelArguments, data_args: DataArguments, training_args: UniHyperLoraTrainingArguments
+) -> None:
+    """What the evaluation of a script cannot do; a mistyped metric would be found at the first one only.
+
+    Raises:
+        ConfigError
+    """
+    if training_args.batch_eval_metrics:
+        raise ConfigError("--batch_eval_metrics: F1 is of a whole split, not of a batch. Leave it out.")
+    if not training_args.eval_do_concat_batches:
+        raise ConfigError("--eval_do_concat_batches false: F1 is of a whole split. Leave it out.")
+    if training_args.include_for_metrics:
+        raise ConfigError("--include_for_metrics is read by no metric of this script. Leave it out.")
+    if training_args.prediction_loss_only and training_args.do_predict:
+        raise ConfigError("--prediction_loss_only leaves nothing for --do_predict to write. Leave one of the two out.")
+    metric = training_args.metric_for_best_model
+    if metric is None:
+        return
+    metric, others = metric.removeprefix("eval_"), ["loss"]
+    if model_args.method not in BASELINES:
+        others.append("active_atoms_per_token")
+    scored = data_args.reports(metric) and not training_args.prediction_loss_only
+    if metric not in others and not scored:
+        known = others if training_args.prediction_loss_only else [*data_args.METRICS, *others]
+        raise ConfigError(
+            f"--metric_for_best_model {training_args.metric_for_best_model} is not what an evaluation reports. Give "
+            f"one of: {', '.join(known)}."
+        )

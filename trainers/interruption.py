@@ -6,12 +6,19 @@ go on as if training had come to its end; so it is not used.
 
 import json
 import logging
+import re
 import signal
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_unihyperlora.errors import ConfigError, UniHyperLoraError, first_line
+
+from .unusable import check_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +71,22 @@ class SaveOnSigterm(TrainerCallback):
 
 
 class SafeTrainer(Trainer):
-    """A ``Trainer`` that SIGTERM makes save, and that resumes from complete checkpoints only."""
+    """A ``Trainer`` that SIGTERM makes save, that resumes from complete checkpoints only, and that drops no argument.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    Raises:
+        ConfigError: an argument cannot be honoured; nothing is written then.
+    """
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs):
+        args = args or TrainingArguments("tmp_trainer")  # as the Trainer does
+        check_trainer(args, model, kwargs.get("train_dataset"))
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+        except UniHyperLoraError:
+            raise
+        except (ValueError, ImportError) as error:  # of arguments that do not go together
+            raise ConfigError(f"The Trainer cannot be set up: {' '.join(str(error).split())}") from error
+        self._saves_checkpoint = False
         self._on_sigterm = SaveOnSigterm(self)
         self.add_callback(self._on_sigterm)
 
@@ -75,6 +94,8 @@ class SafeTrainer(Trainer):
         """As ``Trainer.train``; True is the last complete checkpoint, or the beginning where there is none."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
+        if resume_from_checkpoint and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_training_state(Path(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -92,7 +113,47 @@ class SafeTrainer(Trainer):
         if self.args.should_save:  # what an earlier run left there must not make a half-written one look whole
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_checkpoint = False
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"lr_scheduler_type {self.args.lr_scheduler_type.value} cannot be used so ({first_line(error)}). "
+                "Correct lr_scheduler_kwargs, or choose another, such as linear."
+            ) from error
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A checkpoint with tensors that this model does not have is of another one; transformers only warns."""
+        if load_result.unexpected_keys:
+            raise ConfigError(
+                "The checkpoint is of another model or --method: it holds tensors that this one does not have "
+                f"({', '.join(load_result.unexpected_keys[:3])}). Give one that this run has written."
+            )
+        super()._issue_warnings_after_load(load_result)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_")))
+            raise ConfigError(
+                f"metric_for_best_model {self.args.metric_for_best_model} is not what the evaluation reports: {known}."
+            ) from error
+
+    def _get_dataloader(self, dataset, description: str, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        """As there; dataloader_drop_last is for training, and what is evaluated is evaluated whole."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = asked and is_training
+        try:
+            return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -107,21 +168,41 @@ def resumable(folder: str | Path) -> str | None:
     return found and str(found)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether it was written to its end: the Trainer's state, which comes last, is there and is that of its step."""
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint was written at, whatever its folder is called; None if it is not complete.
+
+    The Trainer's state, which says it, is written last, and is taken away before a checkpoint is written over.
+    """
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" == checkpoint.name
+        step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return step if type(step) is int and step >= 0 else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return step_of(checkpoint) is not None
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """The complete checkpoint of the most steps in an output folder; None if there is none."""
-    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = {int(number): path for path in found if (number := path.name.rpartition("-")[2]).isdigit()}
-    for number in sorted(numbered, reverse=True):
-        if is_complete(numbered[number]):
-            return numbered[number]
-        logger.warning("%s was not written to its end; it is passed over.", numbered[number])
-    return None
+    folders = sorted(path for path in Path(folder).glob("*") if path.is_dir())
+    steps = {path: step for path in folders if (step := step_of(path)) is not None}
+    for path in folders:
+        if path not in steps and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name):
+            logger.warning("%s was not written to its end; it is passed over.", path)
+    return max(steps, key=steps.get, default=None)
+
+
+def check_training_state(checkpoint: Path) -> None:
+    """Raise ``ConfigError`` where a checkpoint lacks the state of the optimiser or the schedule.
+
+    The Trainer would begin both anew in silence.
+    """
+    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (checkpoint / name).is_file()]
+    if checkpoint.is_dir() and missing:
+        raise ConfigError(
+            f"{checkpoint} is no checkpoint to resume from: it has no {' and no '.join(missing)}, as with "
+            "save_only_model. Give another, or start a new run from its adapter (--adapter)."
+        )

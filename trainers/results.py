@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_unihyperlora.errors import ConfigError
 from modeling_unihyperlora.storage import write_json
@@ -35,6 +38,8 @@ RESULT_KEYS = (
 
 def require_writable(folder: str | Path) -> None:
     """Raise ``ConfigError`` if ``folder`` cannot be written or made; nothing is made yet."""
+    if not str(folder):
+        raise ConfigError("The output folder has no name. Give --output_dir FOLDER.")
     existing = Path(folder).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -44,6 +49,36 @@ def require_writable(folder: str | Path) -> None:
         raise ConfigError(
             f"The output folder {folder} cannot be written: no permission at {existing}. Choose another."
         )
+
+
+def require_unused(folder: str | Path, resumed: str | Path | None = None, but_checkpoints: bool = False) -> None:
+    """Raise ``ConfigError`` if a folder holds what another training left, which a new one would overwrite.
+
+    Args:
+        resumed: the checkpoint that the run goes on from; one in this folder makes it the same training.
+        but_checkpoints: let checkpoints be, none of which is complete where a run was to be resumed and is not.
+    """
+    left = [path for path in trainings_in(folder) if path.is_file() or not but_checkpoints]
+    if left and (resumed is None or Path(folder).resolve() not in Path(resumed).resolve().parents):
+        raise ConfigError(
+            f"The output folder {folder} holds another training ({', '.join(path.name for path in left[:3])}). Choose "
+            "another --output_dir, go on with --resume_from_checkpoint true, or give --overwrite_output_dir."
+        )
+
+
+def trainings_in(folder: str | Path) -> list[Path]:
+    """The weights and the checkpoints that trainings have left in a folder, whatever the method."""
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and any(path.iterdir())]
+    weights = [Path(folder) / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    return [path for path in weights if path.exists()] + sorted(checkpoints)
+
+
+def delete_checkpoints(folder: str | Path, keep: Sequence[str | Path | None]) -> None:
+    """Delete the checkpoints of another training, but those that this one starts from."""
+    kept = [Path(path).resolve() for path in keep if path is not None]
+    for path in trainings_in(folder):
+        if path.is_dir() and (path / TRAINER_STATE_NAME).is_file() and path.resolve() not in kept:
+            shutil.rmtree(path)
 
 
 def process_costs() -> dict[str, float | None]:

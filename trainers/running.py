@@ -31,7 +31,7 @@ from .baselines import BASELINES, check_baseline_budget, make_baseline, measure_
 from .interruption import SafeTrainer, is_complete, resumable
 from .launching import whole
 from .reading import check_label_names, numbered_lines
-from .results import process_costs, write_arguments, write_results
+from .results import delete_checkpoints, process_costs, require_unused, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .trainer import UniHyperLoraTrainer
@@ -89,7 +89,10 @@ def run_parsed(
         UniHyperLoraError: bad input, with what was given, what is allowed and what to do.
     """
     check_arguments(model_args, data_args, training_args)
-    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+    asks, overwrites = asks_to_resume(training_args), model_args.overwrite_output_dir
+    training_args.resume_from_checkpoint = resumes = checkpoint_to_resume(training_args)
+    if training_args.do_train and not overwrites:
+        require_unused(training_args.output_dir, resumes, but_checkpoints=asks)
     set_up_logging(training_args, task.script)
     set_seed(training_args.seed)
 
@@ -116,6 +119,8 @@ def run_parsed(
     trainer, datasets = make_trainer(task, model, splits, labels, scheme, model_args, data_args, training_args)
     for callback in callbacks:
         trainer.add_callback(callback)
+    if training_args.do_train and overwrites and not asks and trainer.is_world_process_zero():
+        delete_checkpoints(training_args.output_dir, [model_args.adapter])
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
     trainer.accelerator.wait_for_everyone()  # until what was trained is saved
@@ -391,15 +396,22 @@ def checkpoint_to_resume(args: UniHyperLoraTrainingArguments) -> str | None:
     Raises:
         ConfigError: the folder is no checkpoint that was written to its end.
     """
-    asked = str(args.resume_from_checkpoint or "false")
-    if asked.lower() in ("true", "false"):
-        return resumable(args.output_dir) if asked.lower() == "true" else None
+    if not asks_to_resume(args):
+        return None
+    asked = str(args.resume_from_checkpoint)
+    if asked.lower() == "true":
+        return resumable(args.output_dir)
     if not is_complete(Path(asked)):
         raise ConfigError(
-            f"--resume_from_checkpoint {asked}: no such checkpoint, or not written to its end. Give a complete "
-            "checkpoint-<step> folder, or true for the last one in --output_dir."
+            f"--resume_from_checkpoint {asked}: no such checkpoint, or not written to its end. Give the folder of a "
+            "complete one, or true for the last one in --output_dir."
         )
     return asked
+
+
+def asks_to_resume(args: UniHyperLoraTrainingArguments) -> bool:
+    """Whether --resume_from_checkpoint was given, and not as "false"."""
+    return str(args.resume_from_checkpoint or "false").lower() != "false"
 
 
 def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:
@@ -447,7 +459,7 @@ def work(
     if args.do_eval:
         report("eval", trainer.evaluate(), "validation")
         if zero_shot and not args.do_train:
-            metrics |= {f"zero_shot_{name}": metrics[f"eval_{name}"] for name in ("f1", "accuracy")}
+            metrics |= {f"zero_shot_{name}": metrics.get(f"eval_{name}") for name in ("f1", "accuracy")}
         metrics["active_atoms_per_token"] = metrics.get("eval_active_atoms_per_token")
     if args.do_predict:
         trainer.compute_metrics = task.scores(datasets["test"], data_args)

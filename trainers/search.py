@@ -25,6 +25,7 @@ from modeling_unihyperlora import AdapterFileError, BudgetError, ConfigError, Un
 
 from .arguments import check_arguments, parse
 from .baselines import BASELINES
+from .results import require_unused
 from .run_config import read_run_config, searchable_keys
 from .running import Task, run, set_up_logging
 from .search_space import PAPER_SPACE, SHAPE_FLAGS, STREAM_FLAGS, Knob, knobs_of, seed_of_draw
@@ -38,12 +39,13 @@ from .search_report import write_report
 
 logger = logging.getLogger(__name__)
 
+STORAGE_NAME = "search.db"
 N_TRIALS = 25
 RANDOM_TRIALS = 8  # before the sampler goes by what it has seen, and the pruner by what others scored
 OVER = (("adapter_bytes", "max_adapter_bytes"), ("flops_overhead_pct", "max_flops_overhead_pct"))
 NOT_PART = {  # of what a search is: they may change before it goes on
     *("do_search", "n_trials", "output_dir", "logging_dir", "run_name", "disable_tqdm", "log_level", "token"),
-    *("hub_token", "push_to_hub", "do_predict", "dataloader_num_workers"),
+    *("hub_token", "push_to_hub", "do_predict", "overwrite_output_dir", "dataloader_num_workers"),
 }
 SURVIVED = (RuntimeError, MemoryError, FloatingPointError, ConfigError, AdapterFileError)  # torch's OOM is the first
 
@@ -123,7 +125,8 @@ def search(task: Task, typed: list[str]) -> dict[str, object]:
         if study.user_attrs.get("trained") == best.number and results_file.is_file():
             return json.loads(results_file.read_text(encoding="utf-8"))
         logger.info("Best: trial %d, %s %s, %s", best.number, plan.metric, best.values[0], best.params)
-        results = run(task, plan.command_line({knob.name: best.params[knob.name] for knob in plan.knobs}))
+        values = {knob.name: best.params[knob.name] for knob in plan.knobs}
+        results = run(task, [*plan.command_line(values), "--overwrite_output_dir", "true"])  # an earlier best
         study.set_user_attr("trained", best.number)
     return results
 
@@ -145,6 +148,8 @@ def plan_of(task: Task, typed: list[str]) -> Search:
     rest += ["--do_train", "true", "--do_eval", "true"]
     model_args, data_args, training_args = parse(rest, task.arguments)
     check_arguments(model_args, data_args, training_args)
+    if not model_args.overwrite_output_dir and not (Path(training_args.output_dir) / STORAGE_NAME).exists():
+        require_unused(training_args.output_dir)
     if training_args.world_size > 1:
         raise ConfigError(
             "A search is not for a launch of several processes. Start the same command several times instead, with "
@@ -217,7 +222,7 @@ def _open(plan: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with plan.lock("next"):
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{plan.folder / 'search.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
+            f"sqlite:///{plan.folder / STORAGE_NAME}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
         # Optuna has no pruning by two objectives.
         pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS) if len(plan.directions) == 1 else None

@@ -22,7 +22,7 @@ class SearchableTrainer(SafeTrainer):
         hp_space=None,
         compute_objective=None,
         n_trials: int = 25,
-        direction: str | list[str] = "maximize",
+        direction: str | list[str] | None = None,
         backend: str = "optuna",
         **kwargs,
     ):
@@ -33,14 +33,17 @@ class SearchableTrainer(SafeTrainer):
 
         Args:
             hp_space: trial → values of training arguments; the paper's ranges if None.
-            compute_objective: metrics → score; ``eval_f1`` if None.
+            compute_objective: metrics → score. If None ``eval_f1``, or ``eval_loss`` of a Trainer without
+                ``compute_metrics``.
             n_trials: in all; with ``storage`` and ``study_name``, those of earlier calls are among them.
-            direction, backend: as there; the backend is Optuna.
+            direction: "maximize" or "minimize"; if None the loss is minimised and anything else maximised.
+            backend: Optuna.
             **kwargs: those of ``optuna.create_study`` and ``Study.optimize``. A trial that fails for want of memory
                 is recorded and survived unless ``catch`` says otherwise.
 
         Raises:
-            ConfigError: Optuna is not installed, or a name is no training argument that a run reads.
+            ConfigError: Optuna is not installed, a name is no training argument that a run reads, or there is
+                nothing to score trials by.
         """
         try:
             import optuna
@@ -48,6 +51,16 @@ class SearchableTrainer(SafeTrainer):
             raise ConfigError("A search needs Optuna, not installed: pip install 'unihyperlora[search]'.") from error
         if backend != "optuna":
             raise ConfigError(f"backend={backend!r} is not there; a search runs on 'optuna'.")
+        if self.eval_dataset is None:
+            raise ConfigError("A search scores its trials on eval_dataset; give the Trainer one.")
+        by_loss = compute_objective is None and self.compute_metrics is None
+        if by_loss and direction == "maximize":
+            raise ConfigError(
+                "Without compute_metrics trials are scored by their loss, which is not to be maximised. Give the "
+                "Trainer compute_metrics, or leave direction out."
+            )
+        if direction is None:
+            direction = "minimize" if by_loss else "maximize"
         before = 0
         if kwargs.get("storage") is not None and kwargs.get("study_name") is not None:
             kwargs = {"load_if_exists": True} | kwargs
@@ -58,7 +71,7 @@ class SearchableTrainer(SafeTrainer):
             kwargs["sampler"] = optuna.samplers.TPESampler(seed=seed_of_draw(self.args.seed, before))
         return super().hyperparameter_search(
             hp_space=hp_space or _paper_space,
-            compute_objective=compute_objective or (lambda metrics: metrics["eval_f1"]),
+            compute_objective=compute_objective or (_loss if by_loss else _f1),
             n_trials=max(0, n_trials - before),
             direction=direction,
             backend=backend,
@@ -95,6 +108,20 @@ class SearchableTrainer(SafeTrainer):
                     "the adapter is for model_init(trial)."
                 )
         super()._hp_search_setup(trial)
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["eval_loss"]
+
+
+def _f1(metrics: dict[str, float]) -> float:
+    if "eval_f1" not in metrics:
+        known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
+        raise ConfigError(
+            f"Trials are scored by eval_f1, which compute_metrics does not give; there are {known}. Give "
+            "compute_objective, such as lambda metrics: metrics['eval_accuracy']."
+        )
+    return metrics["eval_f1"]
 
 
 def _paper_space(trial) -> dict[str, object]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 
-from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError
+from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError, first_line
 from modeling_unihyperlora.hosts import describe_host
 from modeling_unihyperlora.measure.accounting import PARTS, check_budget, part_of
 from modeling_unihyperlora.publish.card import write_card
@@ -24,6 +24,7 @@ from .launching import fill_in_frozen, whole
 from .searchable import SearchableTrainer
 from .sources import Source
 from .training_args import UniHyperLoraTrainingArguments
+from .unusable import check_adapter_trainer, check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
 
     Raises:
         BudgetError: before anything is trained, if the file or the multiply-adds would be over budget.
+        ConfigError: likewise, if an argument cannot be honoured.
     """
 
     args: UniHyperLoraTrainingArguments
@@ -77,6 +79,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
             )
         self._trains = kwargs.get("train_dataset") is not None  # any adapter may be scored on any host
         self.args = args = args or UniHyperLoraTrainingArguments("tmp_trainer")  # as the Trainer does
+        check_adapter_trainer(args, self._trains, bool(self.sources))
         if model is not None:
             self.make_ready(model)
         super().__init__(model=model, args=args, **kwargs)
@@ -174,7 +177,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- optimiser ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group a part and a kind of decay; only what the train scope trains is in any of them."""
+        """One parameter group a part and a kind of decay; only what the train scope trains is in any of them.
+
+        With ``optimizer_cls_and_kwargs`` a part's rate follows from the "lr" in there, if there is one.
+        """
         if self.optimizer is None:
             adapter = self.unwrapped.adapter
             prefix = "adapter."
@@ -183,18 +189,25 @@ class UniHyperLoraTrainer(SearchableTrainer):
             for name, parameter in adapter.named_parameters():
                 if parameter.requires_grad:
                     groups.setdefault((part_of(name), prefix + name in decayed), []).append(parameter)
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.unwrapped)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": groups[part, decay],
-                        "lr": self.args.learning_rate_of(part),
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                    }
-                    for part, decay in sorted(groups, key=lambda group: (PARTS.index(group[0]), group[1]))
-                ],
-                **kwargs,
+            optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.unwrapped
             )
+            check_optimizer(optimizer_class, kwargs)
+            parts = [
+                {
+                    "params": groups[part, decay],
+                    "lr": self.args.learning_rate_of(part, kwargs.get("lr")),
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for part, decay in sorted(groups, key=lambda group: (PARTS.index(group[0]), group[1]))
+            ]
+            try:
+                self.optimizer = optimizer_class(parts, **kwargs)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"The optimiser {optimizer_class.__name__} does not take its settings ({first_line(error)}). "
+                    "Correct optim_args or optimizer_cls_and_kwargs, the learning rates or the weight decay."
+                ) from error
         return self.optimizer
 
     # ---- checkpoints ----
@@ -203,6 +216,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
         """As ``Trainer.train``."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
+        if resume_from_checkpoint and not Path(resume_from_checkpoint, LATENTS_NAME).is_file():
+            self._load_from_checkpoint(resume_from_checkpoint)  # says so before anything is trained
         if self.model_init is None:
             config, model = self.unwrapped.config, self.unwrapped
             task = config.tasks[config.active_task]
@@ -222,12 +237,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter's folder; a checkpoint has two files of it, and the latents for resuming."""
+        """The adapter's folder; a checkpoint, whatever its name, has two files of it and the latents for resuming."""
         folder = Path(output_dir or self.args.output_dir)
         with whole(self.unwrapped.adapter):
             if not self.args.should_save:
                 return
-            if folder.name.startswith("checkpoint-"):
+            if self._saves_checkpoint:
                 self.unwrapped.save_files(folder)
                 save_latents(self.unwrapped.adapter, folder / LATENTS_NAME)
             else:

@@ -20,6 +20,15 @@ LEARNING_RATE_FACTORS = {
     **{"reader": 0.4, "delta": 1.0, "head": 1.0},
 }
 
+RANGES = {  # of arguments that transformers does not check before it uses them
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, float("inf"))),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, float("inf"))),
+    **dict.fromkeys(("dataloader_num_workers", "weight_decay", "max_grad_norm", "eval_delay"), (0, float("inf"))),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "label_smoothing_factor": (0, 0.99),
+    "save_steps": (1e-9, float("inf")),  # below 1 a share of all steps
+}
+
 
 @dataclass
 class UniHyperLoraTrainingArguments(TrainingArguments):
@@ -74,6 +83,11 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         for name in ("lambda_f", "lambda_q"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not least <= value <= most:
+                beyond = f"{least} or more" if most == float("inf") else f"from {least} to {most}"
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be {beyond}.")
         if processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or accelerate would not join the processes, and each would train on its own
         super().__post_init__()
@@ -83,10 +97,15 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
                 "without it. Choose 'every_save' or 'end'."
             )
 
-    def learning_rate_of(self, part: str) -> float:
-        """Learning rate of a part of the adapter, one of ``measure.accounting.PARTS``."""
+    def learning_rate_of(self, part: str, common: float | None = None) -> float:
+        """Learning rate of a part of the adapter, one of ``measure.accounting.PARTS``.
+
+        Args:
+            common: in place of ``learning_rate``.
+        """
         own = getattr(self, f"{part}_learning_rate")
-        return self.learning_rate * LEARNING_RATE_FACTORS[part] if own is None else own
+        common = self.learning_rate if common is None else common
+        return common * LEARNING_RATE_FACTORS[part] if own is None else own
 
     def learning_rates_given(self) -> list[str]:
         """Names of the parts' own learning rates that were set."""

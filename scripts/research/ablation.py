@@ -18,12 +18,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-
-from modeling_unihyperlora import UniHyperLoraError, adapter, anchors, calibration, stream
 from modeling_unihyperlora.anchors import join_anchors, read_anchors
 from modeling_unihyperlora.quantization import Grid
-from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.token_mixer import TokenMixer, Words
+
+from modeling_unihyperlora import UniHyperLoraError, adapter, anchors, calibration, stream
+from modeling_unihyperlora.storage import write_json
 from trainers import sources
 from trainers.running import run
 from trainers.tasks import NER
@@ -155,6 +155,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
         folder = args.output_dir / f"{number:02d}"
         with row.change():
             source = ["--model_name_or_path", args.model_name_or_path, "--pathway", "stream", "--do_train"]
+            source.append("--overwrite_output_dir")  # of a run that was interrupted
             scores = {"source": _run([*passed, *source, *row.flags], folder)}
             for host in args.target_hosts:
                 moved = [*passed, "--adapter", str(folder), "--model_name_or_path", host]

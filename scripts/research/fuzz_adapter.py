@@ -21,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from modeling_unihyperlora.quantization import StoredTensor
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.quantization import StoredTensor
 from modeling_unihyperlora.storage import WEIGHTS_NAME, signed_metadata, write_json
 
 SECONDS = 20  # a file that takes longer hangs
@@ -264,7 +264,7 @@ def _hangs(signum, frame):
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON to keep the numbers in")
@@ -282,4 +282,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"fuzz_adapter: {error}")

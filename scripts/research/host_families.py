@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.storage import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     Returns:
         ``families`` (family → feature → outcome) and ``versions``.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     args = parser.parse_args(command_line)
     recorder = Recorder()
@@ -54,4 +55,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"host_families: {error}")

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.storage import LATENTS_NAME, content_digest, write_json
 from trainers.running import run
 from trainers.tasks import NER
@@ -167,7 +168,9 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--kills", type=int, default=5, help="of each pathway and scope")
     parser.add_argument("--pathways", nargs="+", default=["inject", "stream"], choices=["inject", "stream"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -195,4 +198,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"kill_and_resume: {error}")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.storage import write_json
 from scripts.research.kill_and_resume import make_data, make_host
 
@@ -130,7 +130,9 @@ def write_runs(path: Path, runs: dict[tuple[str, str], dict[str, object]]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--only", nargs="+", choices=sorted(launches()), help="and a single process, if the file has none"
     )
@@ -174,4 +176,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"launch_check: {error}")

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, Trainer
 
 from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
 from scripts import run_ner
+from trainers.arguments import NerArguments
 from trainers.baselines import BASELINES
 from trainers.results import RESULT_KEYS, write_results
 
@@ -397,12 +398,70 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--tag_names", "O", "B-PER", "B-LOC", "B-LOC"], DataError, "name 'B-LOC' twice"),
         (["--tag_names", "O", "B-PER", "B-LOC", "B-a b"], DataError, "'B-a b' is empty or has a space"),
         (["--warmup_steps", "x"], SystemExit, "2"),
+        (["--learning_rat", "1"], ConfigError, "Unknown argument --learning_rat. The nearest flag is --learning_rate"),
+        (["--metric_for_best_model", "f2", "--do_eval"], ConfigError, "precision, recall, f1, accuracy, loss, active"),
+        (["--metric_for_best_model", "PER_f1", "--do_eval"], ConfigError, "PER_f1 is not what an evaluation reports"),
+        (["--report_to", "clearml"], ConfigError, "report_to clearml needs its package"),
+        (["--optim", "adamw_bnb_8bit"], ConfigError, "install `bitsandbytes`"),
+        (["--use_liger_kernel"], ConfigError, "use_liger_kernel"),
+        (["--batch_eval_metrics"], ConfigError, "--batch_eval_metrics: F1 is of a whole split"),
+        (["--eval_do_concat_batches", "false"], ConfigError, "--eval_do_concat_batches false: F1 is of a whole split"),
+        (["--include_for_metrics", "inputs"], ConfigError, "--include_for_metrics is read by no metric"),
+        (["--prediction_loss_only", "true", "--do_predict"], ConfigError, "leaves nothing for --do_predict to write"),
+        (["--neftune_noise_alpha", "5"], ConfigError, "would change nothing"),
+        (["--dataloader_drop_last", "--per_device_train_batch_size", "99"], ConfigError, "one batch takes 99"),
+        (["--max_steps", "0"], ConfigError, "--max_steps 0 trains nothing"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], ConfigError, "--num_train_epochs 0.0 trains nothing"),
+        (["--lr_scheduler_kwargs", "{bad"], ConfigError, "The arguments cannot be used: Expecting property name"),
+        (["--deepspeed", "none.json"], ConfigError, "The arguments cannot be used"),
+        (["--method", "probe", "--pathway", "stream"], ConfigError, "--pathway means nothing to --method probe"),
+        (["--method", "lora", "--atoms", "3"], ConfigError, "--atoms means nothing to --method lora"),
+        (["--method", "full", "--train_scope", "delta"], ConfigError, "--method full has no δθ"),
+        (["--pathway", "inject", "--reader", "small"], ConfigError, "--reader is for a new stream"),
+        (["--adapter", "x", "--anchor_file", "y"], ConfigError, "--anchor_file is for a new stream"),
     ],
 )
 def test_bad_arguments(run, tmp_path, flags, error, expected):
     with pytest.raises(error, match=expected):
         run(*TRAIN, *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_used_output_folder_is_overwritten_only_where_it_is_asked_for(run, tmp_path):
+    run(*TRAIN, "--save_steps", 2, output="out")
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for flags in (["--method", "lora"], [], ["--adapter", tmp_path / "out"]):
+        with pytest.raises(ConfigError, match="holds another training .*--overwrite_output_dir"):
+            run(*TRAIN, *flags)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    run("--do_eval", "--adapter", tmp_path / "out")  # which overwrites no weights
+    run(*TRAIN, "--save_steps", 3, "--max_steps", 3, "--overwrite_output_dir")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    run(*TRAIN, "--save_strategy", "no", "--overwrite_output_dir")
+    with pytest.raises(ConfigError, match="holds another training"):
+        run(*TRAIN, "--resume_from_checkpoint", "true")  # from nothing: it would begin anew
+
+
+def test_a_baseline_does_not_resume_from_an_adapters_checkpoint(run, tmp_path):
+    run(*TRAIN, "--save_steps", 2, output="first")
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    for method in ("probe", "lora"):
+        with pytest.raises(ConfigError, match="The checkpoint is of another model or --method"):
+            run(*TRAIN, "--method", method, "--resume_from_checkpoint", checkpoint, output=method)
+
+
+def test_the_metrics_that_are_named_are_those_of_an_evaluation(run):
+    results = run("--do_train", "--do_eval", "--max_steps", 1)
+    metrics = {*NerArguments.METRICS, "loss", "active_atoms_per_token"}
+    assert metrics <= {name.removeprefix("eval_") for name in results if name.startswith("eval_")}
+    with_loss_alone = run("--do_train", "--do_eval", "--max_steps", 1, "--prediction_loss_only", "true", output="2")
+    assert with_loss_alone["eval_f1"] is None and with_loss_alone["eval_loss"] == results["eval_loss"]
+
+
+def test_data_are_predicted_whole_where_training_drops_the_last_batch(run, tmp_path):
+    run("--do_train", "--do_predict", "--max_steps", 1, "--dataloader_drop_last", "--per_device_eval_batch_size", 2)
+    assert len((tmp_path / "out" / "predictions.txt").read_text().splitlines()) == len(TEST_ROWS)
 
 
 def test_nothing_to_do(run):

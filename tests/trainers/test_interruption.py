@@ -8,9 +8,10 @@ import signal
 
 import pytest
 import torch
+from modeling_unihyperlora.hub import FILES
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from modeling_unihyperlora import AdapterFileError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import AdapterFileError, ConfigError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.interruption import EXIT_STATUS, is_complete, last_complete_checkpoint
 
@@ -139,7 +140,7 @@ def test_without_a_checkpoint_it_starts_from_the_beginning(whole, tmp_path):
     assert not changed(trainer.model.adapter, whole)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"global_step": 4', '{"global_step": 2}', "[]"])
+@pytest.mark.parametrize("content", [None, "", '{"global_step": 4', '{"global_step": "4"}', "[]", "{}"])
 def test_half_written(tmp_path, content):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
@@ -149,6 +150,32 @@ def test_half_written(tmp_path, content):
     assert last_complete_checkpoint(tmp_path) is None
     (folder / "trainer_state.json").write_text('{"global_step": 4}')
     assert last_complete_checkpoint(tmp_path) == folder
+
+
+def test_the_name_of_a_folder_means_nothing(whole, tmp_path):
+    """Copied and renamed, a checkpoint is what it was; the last one is that of the most steps."""
+    source, folder = tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(source / "checkpoint-4", folder / "the one that I like")
+    shutil.copytree(source / "checkpoint-2", folder / "checkpoint-9")
+    (folder / "notes").mkdir()
+    assert last_complete_checkpoint(folder).name == "the one that I like"
+    trainer = make_trainer(tmp_path / "new", make_model(seed=5))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
+    assert not changed(trainer.model.adapter, whole)
+
+
+def test_an_output_folder_with_the_name_of_a_checkpoint_gets_a_whole_adapter(tmp_path):
+    trainer = make_trainer(tmp_path / "checkpoint-final", make_model(), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert {path.name for path in (tmp_path / "checkpoint-final").iterdir() if path.is_file()} == set(FILES)
+    assert not (tmp_path / "checkpoint-final" / "checkpoint-2" / "README.md").exists()
+
+
+def test_a_checkpoint_without_the_optimisers_state_is_not_resumed_from(tmp_path):
+    make_trainer(tmp_path, make_model(), save_only_model=True).train()
+    with pytest.raises(ConfigError, match="no optimizer.pt and no scheduler.pt, as with save_only_model"):
+        resumed(tmp_path)
 
 
 def test_a_checkpoint_written_over_is_not_complete_meanwhile(tmp_path, monkeypatch):

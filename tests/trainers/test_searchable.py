@@ -18,8 +18,12 @@ def make_model(trial=None):
     return UniHyperLoraForTokenClassification.from_host(host, labels=["O", "B-A"], task="ner", config=config)
 
 
+def f1_of(prediction) -> dict[str, float]:
+    return {"f1": float((prediction.predictions.argmax(-1) == 1).mean())}
+
+
 @pytest.fixture
-def trainer(tmp_path):
+def trainer(tmp_path, request):
     generator = torch.Generator().manual_seed(0)
     row = lambda: {  # noqa: E731
         "input_ids": torch.randint(0, 40, (6,), generator=generator),
@@ -37,12 +41,12 @@ def trainer(tmp_path):
         max_adapter_bytes=100_000,
     )
     data = [row() for _ in range(8)]
+    settings = {"eval_dataset": data, "compute_metrics": f1_of} | getattr(request, "param", {})
     return UniHyperLoraTrainer(
         model_init=make_model,
         args=arguments,
         train_dataset=data,
-        eval_dataset=data,
-        compute_metrics=lambda prediction: {"f1": float((prediction.predictions.argmax(-1) == 1).mean())},
+        **settings,
     )
 
 
@@ -69,3 +73,32 @@ def test_a_name_that_nothing_reads(trainer):
 def test_sources_need_a_run_of_their_own(trainer):
     with pytest.raises(ConfigError, match="--do_search"):
         UniHyperLoraTrainer(model_init=make_model, args=trainer.args, sources=[object()])
+
+
+def rates(trial):
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1)}
+
+
+@pytest.mark.parametrize("trainer", [{"compute_metrics": None}], indirect=True)
+def test_without_metrics_the_loss_is_what_is_minimised(trainer, tmp_path):
+    trainer.model_init = lambda trial=None: make_model()
+    where = {"storage": f"sqlite:///{tmp_path / 'study.db'}", "study_name": "s"}
+    best = trainer.hyperparameter_search(hp_space=rates, n_trials=2, **where)
+    study = optuna.load_study(**where)
+    assert study.direction.name == "MINIMIZE"
+    assert best.objective == min(trial.value for trial in study.trials) > 0
+    with pytest.raises(ConfigError, match="not to be maximised"):
+        trainer.hyperparameter_search(direction="maximize")
+
+
+@pytest.mark.parametrize("trainer", [{"compute_metrics": lambda _: {"accuracy": 0.5}}], indirect=True)
+def test_metrics_without_f1(trainer):
+    trainer.model_init = lambda trial=None: make_model()
+    with pytest.raises(ConfigError, match="eval_f1, which compute_metrics does not give; there are eval_accuracy"):
+        trainer.hyperparameter_search(hp_space=rates, n_trials=1)
+
+
+@pytest.mark.parametrize("trainer", [{"eval_dataset": None}], indirect=True)
+def test_nothing_to_score_trials_on(trainer):
+    with pytest.raises(ConfigError, match="give the Trainer one"):
+        trainer.hyperparameter_search(n_trials=1)

@@ -1,0 +1,105 @@
+"""No argument of a Trainer is dropped: it is honoured, or refused before anything is written."""
+
+import pytest
+import torch
+from modeling_unihyperlora.adapter import part_of
+
+from modeling_unihyperlora import ConfigError
+from tests.trainers.test_trainer import make_data, make_trainer, snapshot
+from trainers.training_args import LEARNING_RATE_FACTORS
+from trainers.unusable import check_adapter_trainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha would change nothing"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"bf16_full_eval": True}, "bf16_full_eval would round the adapter itself"),
+        ({"label_names": ["tags"]}, "label_names=.*tags"),
+        ({"optim": "adamw_bnb_8bit"}, "optim .*bnb.* cannot be used here"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, "optim"),
+        ({"optim_target_modules": ["attn"]}, "optim_target_modules is not read"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1}}, "constant reads no warmup_steps and no lr_scheduler_kwargs"),
+        ({"warmup_steps": 3}, "constant reads no warmup_steps"),
+        ({"optim": "adamw_torch", "optim_args": "betas=1"}, "optim_args betas=1 is not read by optim adamw_torch"),
+        ({"optim": "rmsprop", "optim_args": "x"}, "optim rmsprop cannot be used here"),
+        ({"fsdp": True}, "The Trainer cannot be set up: .*fsdp"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is not allowed; it must be 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1"),
+        ({"seed": -1}, "seed=-1 is not allowed; it must be from 0 to 4294967295"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"label_smoothing_factor": 2.0}, "label_smoothing_factor=2.0"),
+        ({"save_steps": 0}, "save_steps=0"),
+        ({"report_to": "clearml"}, "report_to clearml needs its package"),
+        ({"report_to": "paper"}, "report_to paper is unknown"),
+        ({"enable_jit_checkpoint": True}, "saves a checkpoint at SIGTERM by itself"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "24 items and one batch takes 25"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_anything_is_written(arguments, expected, tmp_path):
+    with pytest.raises(ConfigError, match=expected):
+        make_trainer(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_order_of_a_streams_batches(tmp_path):
+    args = make_trainer(tmp_path, train_sampling_strategy="sequential").args
+    with pytest.raises(ConfigError, match="train_sampling_strategy='sequential' is not read"):
+        check_adapter_trainer(args, trains=True, has_sources=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"optim_args": "momentum=fast"}, "optim sgd cannot be used here .*optim_args"),
+        ({"optim": "adamw_torch", "adam_beta1": 2.0}, "AdamW does not take its settings .*Invalid beta"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr cannot be used so .*lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"warm": 1}}, "cosine cannot be used so"),
+    ],
+)
+def test_settings_that_the_optimiser_or_the_schedule_does_not_take(arguments, expected, tmp_path):
+    with pytest.raises(ConfigError, match=expected):
+        make_trainer(tmp_path, **arguments).train()
+
+
+def test_the_optimiser_that_was_given_is_the_one_that_trains(tmp_path):
+    given = (torch.optim.RMSprop, {"lr": 0.5, "alpha": 0.7})
+    trainer = make_trainer(tmp_path, router_learning_rate=0.1, trainer={"optimizer_cls_and_kwargs": given})
+    before = snapshot(trainer.model.adapter)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is torch.optim.RMSprop and optimizer.defaults["alpha"] == 0.7
+    names = {id(p): name.removeprefix("adapter.") for name, p in trainer.model.named_parameters()}
+    for group in optimizer.param_groups:
+        part = part_of(names[id(group["params"][0])])
+        assert group["lr"] == (0.1 if part == "router" else 0.5 * LEARNING_RATE_FACTORS[part]), part
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trainer.model.adapter.state_dict().items())
+
+
+def test_an_optimiser_with_groups_of_its_own_is_refused(tmp_path):
+    given = (torch.optim.SGD, {"lr": 0.5, "params": []})
+    with pytest.raises(ConfigError, match="SGD makes its own groups"):
+        make_trainer(tmp_path, trainer={"optimizer_cls_and_kwargs": given}).create_optimizer()
+
+
+def test_what_is_evaluated_is_evaluated_whole_where_training_drops_the_last_batch(tmp_path):
+    trainer = make_trainer(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=7)
+    assert len(trainer.get_train_dataloader()) == 24 // 7
+    assert len(trainer.predict(make_data(13)).predictions) == 13
+    assert trainer.args.dataloader_drop_last
+
+
+def test_a_metric_that_no_evaluation_reports(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="f2",
+        trainer={"eval_dataset": make_data(5), "compute_metrics": lambda _: {"f1": 0.5}},
+    )
+    with pytest.raises(ConfigError, match="metric_for_best_model f2 is not what the evaluation reports: .*f1"):
+        trainer.train()
