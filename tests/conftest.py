@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from modeling_unihyperlora.calibration import HostFit, HostToKnots
+from modeling_unihyperlora.space import HostFit, HostToKnots
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "anna ben carla david paris rome oslo lima lives works in at near the a and from to flew .".split()
