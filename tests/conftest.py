@@ -54,6 +54,14 @@ def piece_tokenizer(pieces: list[str], length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Maps and states are kept in a folder of the tests, not in that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIHYPERLORA_CACHE", str(tmp_path_factory.mktemp("unihyperlora")))
+        yield
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
