@@ -10,6 +10,7 @@ With pathway "inject" an update is added inside the host instead (``injection``)
 adapter alone.
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -298,7 +299,9 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 tokenizer = load_tokenizer(name, revision=revision or "main", **own)
             if anchor_file is not None:
                 space = CanonicalSpace.make([encoder_of(host)], anchor_file, tokenizers=[tokenizer])
-            elif not isinstance(space, CanonicalSpace):
+            elif isinstance(space, CanonicalSpace):
+                space = copy.deepcopy(space)  # one model is moved to a device, another one is not
+            else:
                 space = CanonicalSpace.default() if space is None else CanonicalSpace.load(space)
             config.space = space.shape()
             config.check()
