@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.hosts import MODULE_TYPES
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.layouts import MODULE_TYPES
+from modeling_unihyperlora.storage import StoredTensor
 from tests.modeling_unihyperlora.families import VOCABULARY, tiny_host
 
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
@@ -39,13 +39,13 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def stir():
-    """stir(model, seed) gives every tensor of the adapter a random value, so that none can be left out unnoticed."""
+    """stir(model, seed) gives every tensor of the adapter but its space a random value: none can be left out unnoticed."""
 
     def stir_(model, seed: int = 1, scale: float = 1.0):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, module in model.adapter.named_modules():
-                if isinstance(module, StoredTensor):
+                if isinstance(module, StoredTensor) and not name.startswith("space."):
                     noise = torch.randn(module.latent.shape, generator=generator)
                     width = module.latent.shape[-1]
                     if "waves" in name:
@@ -56,8 +56,9 @@ def stir():
                         module.latent.copy_(0.3 * scale * noise)
                     else:
                         module.latent.copy_(scale * noise / math.sqrt(width))
-            for buffer in model.adapter.buffers():
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) / 4)
+            for name, buffer in model.adapter.named_buffers():
+                if name.endswith("mean_gate"):
+                    buffer.copy_(torch.rand(buffer.shape, generator=generator) / 4)
         return model
 
     return stir_

@@ -10,8 +10,8 @@ from modeling_unihyperlora import (
     UniHyperLoraConfig,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.hosts import MODULE_TYPES
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.layouts import MODULE_TYPES
+from modeling_unihyperlora.storage import StoredTensor
 
 FAMILIES = ["bert", "distilbert", "mpnet"]  # for all that there are see test_families.py
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B"]
@@ -411,7 +411,7 @@ class TestMeanGate:
         model.set_train_scope("delta")
         model.train()(**batch)
         assert all(torch.equal(task.mean_gate, before[name]) for name, task in model.adapter.tasks.items())
-        model.set_train_scope("source")
+        model.set_train_scope("task")
         model.train()(**batch)
         assert torch.equal(model.adapter.tasks["ner"].mean_gate, before["ner"])
         assert not torch.equal(model.adapter.tasks["other"].mean_gate, before["other"])

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, MPNetConfig, MPNetModel
 
 from modeling_unihyperlora import BudgetError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.accounting import (
+from modeling_unihyperlora.measure.accounting import (
     added_multiply_adds,
     check_budget,
     flops_overhead_pct,
     host_multiply_adds,
     measure,
 )
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.storage import StoredTensor
 from modeling_unihyperlora.storage import WEIGHTS_NAME
 
 TOKENS = 128
@@ -95,9 +95,9 @@ class TestMultiplyAdds:
         together = products_a_token(model, (1, 2))
         model.detach()
         added = together - alone
-        assert host_multiply_adds(model.injection, TOKENS) == pytest.approx(alone, rel=0.02)
-        assert added_multiply_adds(model.injection, 9) == pytest.approx(added, rel=0.02)
-        assert flops_overhead_pct(model.injection, 9, TOKENS) == pytest.approx(100 * added / alone, rel=0.02)
+        assert host_multiply_adds(model, TOKENS) == pytest.approx(alone, rel=0.02)
+        assert added_multiply_adds(model) == pytest.approx(added, rel=0.02)
+        assert flops_overhead_pct(model, TOKENS) == pytest.approx(100 * added / alone, rel=0.02)
 
     def test_merged_adds_the_head_alone(self, stir):
         host = realistic("bert", 384, 2)
@@ -106,7 +106,7 @@ class TestMultiplyAdds:
         model = stir(UniHyperLoraForTokenClassification.from_host(host, labels=NINE, config=config).eval())
         model.merge()
         added = products_a_token(model, (1, 2)) - alone
-        assert added_multiply_adds(model.injection, 9) == pytest.approx(added, rel=0.02)
+        assert added_multiply_adds(model) == pytest.approx(added, rel=0.02)
         assert added < 0.02 * alone
 
     def test_of_the_default_on_minilm_by_hand(self):
@@ -117,10 +117,10 @@ class TestMultiplyAdds:
         host = 6 * (4 * d * d + 2 * d * 4 * d + 2 * TOKENS * d)
         reads, writes = d + d + d + 4 * d, 4 * d + 4 * d + d  # q, k and v share their reading
         added = 6 * (128 * d + d + used * (reads + writes)) + 5 * ((9 + 1) * d + 9)
-        assert host_multiply_adds(model.injection, TOKENS) == host
-        assert added_multiply_adds(model.injection, 9) == added
-        assert flops_overhead_pct(model.injection, 9) == pytest.approx(100 * added / host)
-        assert flops_overhead_pct(model.injection, 9) < 10
+        assert host_multiply_adds(model, TOKENS) == host
+        assert added_multiply_adds(model) == added
+        assert flops_overhead_pct(model) == pytest.approx(100 * added / host)
+        assert flops_overhead_pct(model) < 10
 
 
 class TestBytes:
@@ -158,7 +158,7 @@ class TestBytes:
         figures = measure(make_model())
         assert json.loads(json.dumps(figures)) == figures
 
-    @pytest.mark.parametrize("scope", ["source", "delta"])
+    @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_trainable_parameters(self, scope, make_model):
         model = make_model()
         model.config.tasks["ner"]["trained"] = True
@@ -196,14 +196,14 @@ class TestBudget:
         host = realistic("bert", 384, 1)
         config = UniHyperLoraConfig(pathway="inject", router="static")
         model = UniHyperLoraForTokenClassification.from_host(host, labels=NINE, config=config)
-        overhead = flops_overhead_pct(model.injection, 9)
+        overhead = flops_overhead_pct(model)
         with pytest.raises(BudgetError, match=rf"{overhead:.2f} % extra multiply-adds of 10 % allowed"):
             check_budget(model)
         assert measure(model)["budget_ok"] is False
 
     def test_the_edge_of_multiply_adds_is_allowed(self, make_model):
         model = make_model()
-        overhead = flops_overhead_pct(model.injection, 5)
+        overhead = flops_overhead_pct(model)
         check_budget(model, max_flops_overhead_pct=overhead)
         with pytest.raises(BudgetError):
             check_budget(model, max_flops_overhead_pct=overhead * 0.9999)

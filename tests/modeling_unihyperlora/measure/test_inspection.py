@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.__main__ import main
-from modeling_unihyperlora.inspection import inspect_adapter, inspect_on_host
+from modeling_unihyperlora.measure.inspection import inspect_adapter, inspect_on_host
 from modeling_unihyperlora.storage import WEIGHTS_NAME
 
 
