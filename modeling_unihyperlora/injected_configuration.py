@@ -1,9 +1,14 @@
-"""What a configuration of the injected update has to say, and what goes with its kinds."""
+"""What a configuration of the injected update has to say, and what goes with its kinds.
 
-from .configuration_unihyperlora import check_number, check_size
+An adapter of that pathway names this file in its ``auto_map``, so that transformers brings it along.
+"""
+
+from .configuration_unihyperlora import UniHyperLoraConfig, check_number, check_size
 from .errors import ConfigError
 from .layouts import MODULE_TYPES, layout_from
 from .storage import MAX_WEIGHTS_BYTES
+
+__all__ = ["UniHyperLoraConfig", "check_injected"]
 
 _ALLOWED = {"projector": ("dimension", "host"), "router": ("token", "static"), "router_top_k": (1, 2, 3)}
 _DEFAULTS = {"projector": "dimension", "router": "token", "router_top_k": 2}

@@ -31,9 +31,10 @@ from .space import KNOTS, knot_layers
 
 logger = logging.getLogger(__name__)
 
-_FILE = "injected"  # whose imports bring all the code of an injected update along
+# Files whose imports bring the code of an injected update along: that of its configuration, and all of it.
+_FILE, _CONFIGURATION_FILE = "injected", "injected_configuration"
 AUTO_MAP = {
-    "AutoConfig": "configuration_unihyperlora.UniHyperLoraConfig",
+    "AutoConfig": f"{_CONFIGURATION_FILE}.UniHyperLoraConfig",
     "AutoModel": f"{_FILE}.UniHyperLoraModel",
     "AutoModelForTokenClassification": f"{_FILE}.UniHyperLoraForTokenClassification",
     "AutoModelForSequenceClassification": f"{_FILE}.UniHyperLoraForSequenceClassification",

@@ -101,7 +101,7 @@ class _InjectedGraph(_Graph):
     """The merged host and the head on its knots."""
 
     def __init__(self, model, task: str, sentence: bool):
-        from ..export import host_head
+        from .weights import host_head
 
         super().__init__(model, task, sentence)
         self.layers = model.injection.knot_layers

@@ -9,11 +9,12 @@ import transformers
 from transformers import BertConfig, BertModel
 
 from modeling_unihyperlora import (
+    CanonicalSpace,
     UniHyperLoraConfig,
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.storage import StoredTensor
 from tests.conftest import WORDS, tiny_tokenizer
 from tests.hub_server import HubServer
 
@@ -53,19 +54,28 @@ def anchor_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_adapter(tiny_host, anchor_file):
+def space_file(tiny_host, anchor_file, tmp_path_factory):
+    """A canonical space of 12 coordinates, made on the tiny host."""
+    path = tmp_path_factory.mktemp("space") / "space.safetensors"
+    CanonicalSpace.make([tiny_host], anchor_file, dim=12, atoms=16, name="tiny").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_host, space_file):
     """make_adapter("token", pathway="stream", **config) → a model on the tiny host with random values everywhere."""
 
     def make(kind: str = "token", *, pathway: str = "stream", host=None, seed: int = 0, **config):
-        shape = {"atoms": 16, "anchor_dim": 16, "stream_dim": 12, "stream_width": 10, "stream_hidden": 6} | config
-        config = UniHyperLoraConfig(pathway=pathway, **shape)
+        own = {"atoms": 16, "anchor_dim": 16} if pathway == "inject" else {}
+        given = {"labels": LABELS[kind], "task": kind, "config": UniHyperLoraConfig(pathway=pathway, **own | config)}
+        if pathway == "stream":
+            given |= {"space": space_file, "reader": {"width": 10, "hidden": 6}}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            given = {"labels": LABELS[kind], "task": kind, "config": config, "anchor_file": anchor_file}
             model = CLASSES[kind].from_host(tiny_host if host is None else host, **given).eval()
             with torch.no_grad():
                 for name, module in model.adapter.named_modules():
-                    if isinstance(module, StoredTensor) and "anchors" not in name and "waves" not in name:
+                    if isinstance(module, StoredTensor) and not name.startswith("space.") and "waves" not in name:
                         module.latent.copy_(torch.randn_like(module.latent) / 2)
                 for buffer_name, buffer in model.adapter.named_buffers():
                     if buffer_name.endswith("mean_gate"):
@@ -77,14 +87,14 @@ def make_adapter(tiny_host, anchor_file):
 
 @pytest.fixture(scope="session")
 def adapter_folder(make_adapter, tmp_path_factory):
-    """adapter_folder("token") → a saved adapter of that kind."""
+    """adapter_folder("token", pathway="stream") → a saved adapter of that kind."""
     made = {}
 
-    def folder(kind: str = "token"):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(f"adapter_{kind}")
-            make_adapter(kind).save_pretrained(made[kind])
-        return made[kind]
+    def folder(kind: str = "token", pathway: str = "stream"):
+        if (kind, pathway) not in made:
+            made[kind, pathway] = tmp_path_factory.mktemp(f"adapter_{kind}_{pathway}")
+            make_adapter(kind, pathway=pathway).save_pretrained(made[kind, pathway])
+        return made[kind, pathway]
 
     return folder
 

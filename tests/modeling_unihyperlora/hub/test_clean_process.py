@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from modeling_unihyperlora.hub import stage
-from modeling_unihyperlora.publishing import CODE_FILES
+from modeling_unihyperlora.publish.hub import stage
+from modeling_unihyperlora.publish.code_files import INJECTED_FILES, STREAM_FILES
 from tests.hub_server import HubServer, client_environment, run_client
 
 from .conftest import CLASSES, SENTENCE
@@ -32,6 +32,7 @@ def logits(auto, repo, **more):
 
 
 result = {
+    "injected": logits(AutoModelForTokenClassification, "alice/injected"),
     "token": logits(AutoModelForTokenClassification, "alice/token"),
     "token, other host": logits(AutoModelForTokenClassification, "alice/token", **other),
     "token, v1": logits(AutoModelForTokenClassification, "alice/token", revision="v1"),
@@ -81,9 +82,10 @@ def hub(put_hosts, adapter_folder, first_version, tmp_path_factory, marker):
         server.store.repos["alice/token"].tags["v1"] = commit
         put("alice/token", adapter_folder("token"))
         put("alice/sequence", adapter_folder("sequence"))
+        put("alice/injected", adapter_folder("token", "inject"))
         put("alice/evil", adapter_folder("token"))
         evil = EVIL.format(marker=str(marker)).encode()
-        server.store.put("alice/evil", {name: evil for name in CODE_FILES})
+        server.store.put("alice/evil", {name: evil for name in STREAM_FILES})
         host = dict(server.store.files(server.store.repos["alice/source"], "main"))
         files = {path: server.store.content(entry) for path, entry in host.items()}
         config = json.loads(files["config.json"]) | {
@@ -105,6 +107,7 @@ def expected(adapter_folder, first_version, tiny_host, other_host):
             return model(**ids).logits.tolist()
 
     return {
+        "injected": logits("token", adapter_folder("token", "inject"), tiny_host),
         "token": logits("token", adapter_folder("token"), tiny_host),
         "token, other host": logits("token", adapter_folder("token"), other_host),
         "token, v1": logits("token", first_version, tiny_host),
@@ -116,7 +119,7 @@ def check(result, expected):
     """Equal to the last bit: JSON keeps floats whole."""
     for name, logits in expected.items():
         assert result[name] == logits, name
-    assert result["token"] != result["token, v1"] and result["token"] != result["token, other host"]
+    assert all(result["token"] != result[name] for name in ("injected", "token, v1", "token, other host"))
     assert torch.tensor(result["states"]).shape == (1, 6, 64)
     assert len(result["tokenizer"]) == 7  # five words between [CLS] and [SEP]
     assert result["tagged"] and result["tagged"] != result["tagged, other host"]
@@ -155,8 +158,10 @@ try:
     tagger.model.push_to_hub("alice/again")
 except Exception as error:
     result["no pushing"] = str(error)
-tagger.model.save_pretrained(os.environ["HF_HOME"] + "/saved")
-result["saved"] = sorted(os.listdir(os.environ["HF_HOME"] + "/saved"))
+injected = AutoModelForTokenClassification.from_pretrained("alice/injected", **FLAG)
+for name, model in (("saved", tagger.model), ("saved, injected", injected)):
+    model.save_pretrained(os.environ["HF_HOME"] + "/" + name)
+    result[name] = sorted(os.listdir(os.environ["HF_HOME"] + "/" + name))
 """
     )
     result = run_client(code(body), client_environment(hub.url, tmp_path / "home"), package=False, cwd=tmp_path)
@@ -167,7 +172,8 @@ result["saved"] = sorted(os.listdir(os.environ["HF_HOME"] + "/saved"))
     assert result["flag False"].startswith("ValueError")
     assert result["host with code"].startswith("HostError") and "alice/evil-host" in result["host with code"]
     assert "pip install unihyperlora" in result["no pushing"]
-    assert result["saved"] == sorted(["config.json", "model.safetensors", *CODE_FILES])
+    assert result["saved"] == sorted(["config.json", "model.safetensors", *STREAM_FILES])
+    assert result["saved, injected"] == sorted(["config.json", "model.safetensors", *STREAM_FILES, *INJECTED_FILES])
     assert not marker.exists()
 
 
