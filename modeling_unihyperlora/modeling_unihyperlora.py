@@ -832,7 +832,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if "canonical_states" in inputs:
             z = inputs["canonical_states"]
             mask = torch.ones(z.shape[:2], device=z.device) if attention_mask is None else attention_mask
-            run = StreamRun(self.adapter, z, mask.sum(dim=1))
+            run = StreamRun(self.adapter, z, (mask > 0).sum(dim=1))
         else:
             run = self.bound_stream.read(attention_mask, inputs)
         outputs = {
