@@ -12,7 +12,7 @@ import logging
 import sys
 
 from modeling_unihyperlora import UniHyperLoraError
-from modeling_unihyperlora.hub import Push, push_folder
+from modeling_unihyperlora.publish.hub import Push, push_folder
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,7 +20,8 @@ METHODS = ("unihyperlora", "sat_lora", *BASELINES)
 SAT_LORA_FLAGS = ("lora_alpha", "share_across_layers", "target_modules")  # of no other method
 SPACE_FLAGS = ("space", "anchor_file")  # of a new adapter
 STREAM_FLAGS = (*SPACE_FLAGS, "reader", "reader_bits")
-UNIVERSAL_FLAGS = ("pathway", "projector", "router", "atoms", "anchor_dim")  # which SAT-LoRA has not
+INJECTED_FLAGS = ("projector", "router", "router_top_k", "atoms", "anchor_dim")  # of an injected update
+UNIVERSAL_FLAGS = ("pathway", *(flag for flag in INJECTED_FLAGS if flag != "router_top_k"))  # which SAT-LoRA has not
 TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # as PEFT says it
 METHOD_LEARNING_RATES = {
     "lora": 1e-3,
@@ -85,11 +86,13 @@ class ModelArguments:
             "is trained on, which does not carry over."
         },
     )
-    projector: str | None = field(default=None, metadata={"help": "Kind of projector (UniHyperLoraConfig.projector)."})
-    router: str | None = field(default=None, metadata={"help": "token or static."})
-    router_top_k: int | None = field(default=None, metadata={"help": "Atoms a token may use, 1 to 3."})
-    atoms: int | None = field(default=None, metadata={"help": "Number of atoms, M."})
-    anchor_dim: int | None = field(default=None, metadata={"help": "Width of the canonical space, d0."})
+    projector: str | None = field(default=None, metadata={"help": "Of --pathway inject: kind of projector."})
+    router: str | None = field(default=None, metadata={"help": "Of --pathway inject: token or static."})
+    router_top_k: int | None = field(default=None, metadata={"help": "Of --pathway inject: atoms a token may use, 1 to 3."})
+    atoms: int | None = field(default=None, metadata={"help": "Of --pathway inject: number of atoms, M."})
+    anchor_dim: int | None = field(
+        default=None, metadata={"help": "Of --pathway inject: width of its canonical space, d0."}
+    )
     reader: str | None = field(
         default=None, metadata={"help": "Size of a new task's reader: small, medium or large (default)."}
     )
@@ -99,7 +102,7 @@ class ModelArguments:
     )
     source_hosts: list[str] | None = field(
         default=None,
-        metadata={"help": "More hosts, beside --model_name_or_path, to train a stream on for hosts it has not seen."},
+        metadata={"help": "More hosts, beside --model_name_or_path, to train a task of a stream on."},
     )
     anchor_file: str | None = field(
         default=None,
@@ -428,6 +431,9 @@ def check_arguments(
     unread = STREAM_FLAGS if model_args.pathway == "inject" else SPACE_FLAGS if model_args.adapter else ()
     if given := [name for name in unread if getattr(model_args, name) is not None]:
         raise ConfigError(f"--{given[0]} is for a new stream, which this run does not make; leave it out.")
+    if model_args.makes_stream and (given := [n for n in INJECTED_FLAGS if getattr(model_args, n) is not None]):
+        raise ConfigError(f"--{given[0]} is of an injected update: give --pathway inject with it, or leave it out.")
+    reader_shape(**{"reader": "large"} | model_args.new_reader())
     if model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import yaml
 
+from modeling_unihyperlora.configuration_unihyperlora import READER_BITS
 from modeling_unihyperlora.errors import ConfigError
+from modeling_unihyperlora.reader import READERS
 
 from .launching import processes
 from .search_space import knobs_of
@@ -79,7 +81,9 @@ ADAPTER_KEYS = {
         "anchor_dim": Key(int, "anchor_dim"),
         "router_top_k": Key(int, "router_top_k"),
         "refine_host": Key(str, "refine_host"),
-        "reader": Key(str, "reader", allowed=("small", "medium", "large")),
+        "space": Key(str, "space"),
+        "reader": Key(str, "reader", allowed=tuple(READERS)),
+        "reader_bits": Key(int, "reader_bits", allowed=READER_BITS),
         "quant_bits": Key(int, allowed=(4,)),  # the mixer's; the file format has no other
         "bias_bits": Key(int, allowed=(4,)),  # of δθ, likewise
         "freeze_base_adapter": Key(bool),  # these two become train_scope, see _train_scope
@@ -125,6 +129,8 @@ SECTIONS: dict[str, Any] = {
         "learning_rate": Key(float, "learning_rate"),
         "delta_learning_rate": Key(float, "delta_learning_rate"),
         "head_learning_rate": Key(float, "head_learning_rate"),
+        "reader_learning_rate": Key(float, "reader_learning_rate"),
+        "fidelity": Key(float, "fidelity"),
         "weight_decay": Key(float, "weight_decay"),
         "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
         "max_steps": Key(int, "max_steps"),

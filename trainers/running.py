@@ -98,6 +98,8 @@ def run_parsed(
 
     adapter = load_adapter(task.model_class, model_args, data_args.task_name) if model_args.adapter else None
     name = data_args.task_name or (adapter and adapter.config.active_task) or task.default_name
+    if adapter is not None and model_args.new_reader():
+        check_new_reader(adapter.config, name, model_args.adapter)
     known = adapter.config.tasks.get(name, {}) if adapter else {}
     task_labels = known.get("labels")
     splits, labels = read_data(task, data_args, training_args, name, task_labels)
@@ -126,9 +128,7 @@ def run_parsed(
     trainer.accelerator.wait_for_everyone()  # until what was trained is saved
     with whole(model.adapter) if isinstance(model, UniHyperLoraPreTrainedModel) else contextlib.nullcontext():
         metrics |= costs(model, model_args, training_args) | process_costs()
-        if isinstance(trainer, UniHyperLoraTrainer) and trainer.sources:
-            read = [source.words.cpu_seconds for source in trainer.sources]
-            metrics["host_cpu_seconds"] = round(model.stream.cpu_seconds + sum(read), 1)
+        metrics["host_cpu_seconds"] = host_cpu_seconds(model, trainer)
     if trainer.is_world_process_zero():
         arguments = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
@@ -167,9 +167,11 @@ def load_adapter(
     elif config is not None and config.active_task is not None:
         if config.tasks[config.active_task]["type"] != model_class.task_type:
             config.active_task = None
+    if config is not None:
+        check_kind(config, args)
     tokenizer = None if args.tokenizer_name is None else named_tokenizer(args)
     routing = {name: value for name, value in args.shape().items() if name in ("router", "router_top_k")}
-    model = model_class.from_pretrained(
+    return model_class.from_pretrained(
         args.adapter,
         config=config,
         base_model_name_or_path=args.model_name_or_path,
@@ -179,23 +181,36 @@ def load_adapter(
         **routing,
         **args.hub(),
     )
-    if (model.config.projector == "host") != (args.method == "sat_lora"):
-        kind = "sat_lora" if model.config.projector == "host" else "unihyperlora"
+
+
+def check_kind(config: UniHyperLoraConfig, args: ModelArguments) -> None:
+    """Raise ``ConfigError`` if a flag asks for another method or shape than the adapter of --adapter has.
+
+    The router of an injected update may be another one than it was trained with.
+    """
+    kind = "sat_lora" if config.projector == "host" else "unihyperlora"
+    if kind != args.method:
         raise ConfigError(
             f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
         )
-    if task_name is not None and task_name in model.config.tasks and args.new_reader():
-        raise ConfigError(
-            f"--reader is of a new task, and the adapter '{args.adapter}' has the task '{task_name}'. Leave it out, "
-            "or give another --task_name."
-        )
+    free = ("router", "router_top_k") if config.pathway == "inject" else ()
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
-        if getattr(model.config, name) != value:
+        if name not in free and getattr(config, name) != value:
             raise ConfigError(
                 f"--{name} {value} does not fit the adapter '{args.adapter}', which has {name} "
-                f"{getattr(model.config, name)}. Leave the flag out, or train a new adapter."
+                f"{getattr(config, name)}. Leave the flag out, or train a new adapter."
             )
-    return model
+
+
+def check_new_reader(config: UniHyperLoraConfig, task: str, adapter: str) -> None:
+    """Raise ``ConfigError`` if no reader is to be made, although --reader or --reader_bits was given."""
+    if config.pathway == "inject":
+        raise ConfigError(f"--reader is of a stream, and the adapter '{adapter}' is an injected update. Leave it out.")
+    if task in config.tasks:
+        raise ConfigError(
+            f"--reader is of a new task, and the adapter '{adapter}' has the task '{task}'. Leave it out, or give "
+            "another --task_name."
+        )
 
 
 def refine(task: Task, model: UniHyperLoraPreTrainedModel, args: ModelArguments, splits: dict[str, list]) -> None:
@@ -484,6 +499,17 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
         figures |= {"calibration_seconds": model.stream.seconds, "calibration_r2": fit}
     parts = figures.pop("parts")
     return figures | {f"bytes_of_{part}": size for part, size in parts.items()}
+
+
+def host_cpu_seconds(model: nn.Module, trainer: Trainer) -> float | None:
+    """CPU seconds of this process that lining hosts up and reading text for kept states took; None without a stream.
+
+    They are next to none where all of it was in the cache.
+    """
+    if getattr(model, "stream", None) is None:
+        return None
+    kept = [*trainer.sources, *([trainer.eval_dataset.words] if hasattr(trainer.eval_dataset, "words") else [])]
+    return round(model.stream.cpu_seconds + sum(part.cpu_seconds for part in kept), 1)
 
 
 def write_predictions(folder: str, lines: Sequence[str]) -> None:

@@ -28,7 +28,18 @@ from .baselines import BASELINES
 from .results import require_unused
 from .run_config import read_run_config, searchable_keys
 from .running import Task, run, set_up_logging
-from .search_space import PAPER_SPACE, SHAPE_FLAGS, STREAM_FLAGS, Knob, knobs_of, seed_of_draw
+from .search_space import (
+    DELTA_SPACE,
+    INJECTED_FLAGS,
+    PAPER_SPACE,
+    READER_FLAGS,
+    SHAPE_FLAGS,
+    STREAM_FLAGS,
+    TASK_SPACE,
+    Knob,
+    knobs_of,
+    seed_of_draw,
+)
 
 if missing := [name for name in ("optuna", "plotly") if importlib.util.find_spec(name) is None]:
     raise ConfigError(f"--do_search needs {' and '.join(missing)}, not installed: pip install 'unihyperlora[search]'.")
@@ -163,12 +174,13 @@ def plan_of(task: Task, typed: list[str]) -> Search:
     n_trials = block.get("n_trials", N_TRIALS) if n_trials is None else n_trials
     if n_trials < 1:
         raise ConfigError(f"{n_trials} trials are none; give 1 or more.")
-    knobs = _knobs(block.get("search_space"), rest, model_args)
+    knobs = _knobs(block.get("search_space"), rest, model_args, data_args, training_args)
     for knob in knobs:
         for value in knob.some_values():  # each must be usable
-            chosen, _, _ = parse(rest + knob.typed(value), task.arguments)
-            if chosen.method == "unihyperlora" and chosen.adapter is None:
-                UniHyperLoraConfig(**chosen.shape())
+            chosen = parse(rest + knob.typed(value), task.arguments)
+            check_arguments(*chosen)
+            if chosen[0].method == "unihyperlora" and chosen[0].adapter is None:
+                UniHyperLoraConfig(**chosen[0].shape())
     directions = [block.get("direction", "maximize")]
     if "bytes" in block.get("objectives", []):
         if model_args.method in ("full", "probe"):
@@ -192,14 +204,22 @@ def plan_of(task: Task, typed: list[str]) -> Search:
     )
 
 
-def _knobs(space: dict | None, typed: list[str], model_args) -> list[Knob]:
-    """Those of the run config, or the paper's as far as the method has them, less what was typed."""
+def _default_space(model_args, training_args) -> dict:
+    """What is varied where no run config says."""
+    if model_args.method in BASELINES:
+        return {name: PAPER_SPACE[name] for name in ("learning_rate", "batch_size")}
+    if training_args.train_scope == "delta":
+        return DELTA_SPACE
+    if model_args.makes_stream:
+        return TASK_SPACE
+    return PAPER_SPACE
+
+
+def _knobs(space: dict | None, typed: list[str], model_args, data_args, training_args) -> list[Knob]:
+    """Those of the run config, or those of the method by default, less what was typed."""
     where, method = model_args.run_config or "--do_search", model_args.method
-    is_default = space is None
-    if is_default:
-        space = {
-            n: PAPER_SPACE[n] for n in PAPER_SPACE if method not in BASELINES or n in ("learning_rate", "batch_size")
-        }
+    if space is None:
+        space = _default_space(model_args, training_args)
     knobs = knobs_of(space, searchable_keys(method), method, where)
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in typed if word.startswith("--")}
     fixed = [knob.name for knob in knobs if knob.flag in given]
@@ -209,12 +229,25 @@ def _knobs(space: dict | None, typed: list[str], model_args) -> list[Knob]:
     if not knobs:
         raise ConfigError(f"{where}: nothing is left to search. Leave out the flags of what is to be searched.")
     for knob in knobs:
-        of_the_file = model_args.adapter is not None and knob.flag in SHAPE_FLAGS
-        no_stream = model_args.adapter is None and not model_args.makes_stream and knob.flag in STREAM_FLAGS
-        if of_the_file or no_stream:
-            why = "it is fixed by --adapter" if of_the_file else "it is for --pathway stream"
+        if why := _unread(knob.flag, model_args, data_args, training_args):
             raise ConfigError(f"{where}: 'optuna.search_space.{knob.name}' would not be read: {why}. Leave it out.")
     return knobs
+
+
+def _unread(flag: str, model_args, data_args, training_args) -> str | None:
+    """Why this run would not read a flag of the adapter; None where it does, as far as can be told before it."""
+    adapter = model_args.adapter is not None
+    if adapter and flag in SHAPE_FLAGS:
+        return "it is fixed by --adapter"
+    if flag in READER_FLAGS and adapter and data_args.task_name is None:
+        return "it is fixed by --adapter, unless --task_name names a new task"
+    if flag in ("fidelity", "reader_learning_rate", *READER_FLAGS) and training_args.train_scope == "delta":
+        return "it is for --train_scope task"
+    if flag in STREAM_FLAGS and not adapter and not model_args.makes_stream:
+        return "it is for --pathway stream"
+    if flag in INJECTED_FLAGS and model_args.makes_stream:
+        return "it is for --pathway inject"
+    return None
 
 
 def _open(plan: Search) -> optuna.Study:

@@ -1,4 +1,4 @@
-"""What a search may vary, and how: the ``search_space`` of a run config, checked, and the paper's own space.
+"""What a search may vary, and how: the ``search_space`` of a run config, checked, and what is varied by default.
 
 A name is a key of the run config's ``adapter`` or ``training`` block (``lambda_F``, ``batch_size``) or a flag of the
 script (``router_learning_rate``, ``reader``). A name that a run would not read is an error.
@@ -19,7 +19,18 @@ PAPER_SPACE = {
     "lambda_F": {"type": "uniform", "low": 0.01, "high": 0.1},
     "lambda_Q": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
     "router_top_k": {"type": "int", "low": 1, "high": 3},
-}
+}  # of an injected update; a baseline has the first two
+TASK_SPACE = {
+    "learning_rate": {"type": "loguniform", "low": 1e-3, "high": 2e-2},
+    "batch_size": {"type": "categorical", "choices": [16, 32, 64]},
+    "fidelity": {"type": "uniform", "low": 0.5, "high": 1.0},
+    "reader": {"type": "categorical", "choices": ["small", "medium", "large"]},
+}  # of a stream's task
+DELTA_SPACE = {
+    "learning_rate": {"type": "loguniform", "low": 1e-3, "high": 1e-1},
+    "batch_size": {"type": "categorical", "choices": [16, 32, 64]},
+    "lambda_Q": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
+}  # of δθ alone
 
 _KEYS = {
     "uniform": {"low", "high", "log", "step"},
@@ -33,12 +44,14 @@ TRAINING_FLAGS = (
     "warmup_steps lr_scheduler_type optim per_device_train_batch_size gradient_accumulation_steps "
     "label_smoothing_factor seed"
 ).split()
-STREAM_FLAGS = ("reader reader_bits space anchor_file fidelity reader_learning_rate").split()
-ADAPTER_FLAGS = (  # of --method unihyperlora alone
-    "lambda_f lambda_q atoms anchor_dim router_top_k dictionary_learning_rate projector_learning_rate "
-    "mixer_learning_rate router_learning_rate delta_learning_rate head_learning_rate"
-).split() + STREAM_FLAGS
-SHAPE_FLAGS = "atoms anchor_dim reader reader_bits space anchor_file".split()
+STREAM_FLAGS = "reader reader_bits space anchor_file fidelity reader_learning_rate".split()
+INJECTED_FLAGS = (
+    "lambda_f atoms anchor_dim router_top_k dictionary_learning_rate projector_learning_rate mixer_learning_rate "
+    "router_learning_rate"
+).split()
+ADAPTER_FLAGS = [*INJECTED_FLAGS, "lambda_q", "delta_learning_rate", "head_learning_rate", *STREAM_FLAGS]
+SHAPE_FLAGS = "atoms anchor_dim space anchor_file".split()  # fixed once there is an adapter
+READER_FLAGS = ("reader", "reader_bits")  # fixed once there is the task
 
 
 def seed_of_draw(seed: int, trials: int) -> int:

@@ -9,6 +9,7 @@ were never seen, which noise alone does not show.
 import bisect
 import functools
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora import ConfigError
-from modeling_unihyperlora.hosts import describe_host, load_host
+from modeling_unihyperlora.hosts import describe_host, fingerprint, load_host
 from modeling_unihyperlora.space import (
     CanonicalSpace,
     HostFit,
@@ -46,15 +47,26 @@ class Source:
         space: the canonical space.
         windows: the data set, see ``WordStates``.
         fit: the host's map into the space.
+        cpu_seconds: that finding this map took, if it is to be counted here.
 
     Attributes:
         fits: that map, and those of the copies once ``line_up_copies`` was called.
         data: the words of the windows by each of these maps.
+        cpu_seconds: that its maps and reading the windows took.
     """
 
-    def __init__(self, host: nn.Module, words: WordReader, space: CanonicalSpace, windows: Dataset, fit: HostFit):
+    def __init__(
+        self,
+        host: nn.Module,
+        words: WordReader,
+        space: CanonicalSpace,
+        windows: Dataset,
+        fit: HostFit,
+        cpu_seconds: float = 0.0,
+    ):
         self.num_layers: int = words.num_layers
         self.words = WordStates(host, words, windows)
+        self.cpu_seconds = cpu_seconds + self.words.cpu_seconds
         self.space = space
         self.fits: list[HostFit] = [fit]
         self.data = CanonicalStates(self.words, lambda: self.fits)
@@ -69,12 +81,13 @@ class Source:
     def line_up_copies(self) -> None:
         """Add the maps of the copies."""
         if len(self.fits) == 1:
-            coordinates = self.space.canonical().cpu()
+            start, coordinates = time.process_time(), self.space.canonical().cpu()
             copies = [
                 self._fit_copy(round(blocks * self.num_layers), width, number, coordinates)
                 for number, (blocks, width) in enumerate(COPIES)
             ]
             self.fits = [*self.fits, *copies]
+            self.cpu_seconds += time.process_time() - start
 
     def _fit_copy(self, blocks: int, width: float, seed: int, coordinates: torch.Tensor) -> HostFit:
         """The map of the host's first ``blocks`` blocks and a random share of its dimensions, in terms of the host."""
@@ -139,12 +152,18 @@ def sources_of(
     """
     stream, space = model.bound_stream, model.adapter.space
     sources = [Source(model.host, stream.words, space, train, stream.fit)]
+    known, named = model.config.source_hosts, {fingerprint(model.host)}
     for name in others:
         host = load_host(name, **hub)
         words = WordReader(host, load_tokenizer(name, **hub))
         described = describe_host(host, name, words.num_layers)
-        if described["fingerprint"] in [known["fingerprint"] for known in model.config.source_hosts]:
+        if described["fingerprint"] in named:
             raise ConfigError(f"The source host '{name}' is among the sources already; name each once.")
-        model.config.source_hosts.append(described)
-        sources.append(Source(host, words, space, make_dataset(words.tokenizer), line_up(space, host, words)))
+        named.add(described["fingerprint"])
+        if described["fingerprint"] not in [host["fingerprint"] for host in known]:  # of another task
+            known.append(described)
+        start = time.process_time()
+        fit = line_up(space, host, words)
+        seconds = time.process_time() - start
+        sources.append(Source(host, words, space, make_dataset(words.tokenizer), fit, seconds))
     return sources

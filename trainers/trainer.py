@@ -24,7 +24,7 @@ from .launching import fill_in_frozen, whole
 from .searchable import SearchableTrainer
 from .sources import Source
 from .training_args import UniHyperLoraTrainingArguments
-from .unusable import check_adapter_trainer, check_optimizer
+from .unusable import check_adapter_trainer, check_optimizer, check_pathway
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
 class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
-    E[k], which an injected update alone has, is the mean over the labelled
-    tokens (sentences for sequence classification) of the batch; with gradient accumulation and several processes every
-    term is normalised over the whole batch, so that the loss does not depend on how a batch is cut. ``task_loss``,
-    ``lambda_f_loss`` and ``lambda_q_loss`` are logged apart.
+    E[k] is the mean over the labelled tokens (sentences for sequence classification) of the batch; a stream, which has
+    no router, has none. With gradient accumulation and several processes every term is normalised over the whole
+    batch, so that the loss does not depend on how a batch is cut. ``task_loss``, ``lambda_q_loss`` and, of an injected
+    update, ``lambda_f_loss`` are logged apart.
 
     Args:
         model: a UniHyperLoRA model.
@@ -93,9 +93,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
         """Set the train scope of a model.
 
         Raises:
-            BudgetError, ConfigError
+            BudgetError
+            ConfigError: an argument is of the other pathway, or δθ alone is to be trained of a task whose reader is
+                new.
         """
         if self._trains:
+            check_pathway(self.args, model)
             check_budget(model, self.args.max_adapter_bytes, self.args.max_flops_overhead_pct)
         model.set_train_scope(self.args.train_scope)
 
@@ -222,13 +225,13 @@ class UniHyperLoraTrainer(SearchableTrainer):
             config, model = self.unwrapped.config, self.unwrapped
             task = config.tasks[config.active_task]
             task["trained"] = True  # from now on its head is no longer new
-            if model.injection is not None:
-                blocks = model.injection.map.num_layers
-                if not is_among(model.host, blocks, config.source_hosts):
-                    config.source_hosts.append(describe_host(model.host, config.base_model_name_or_path, blocks))
-            elif self.args.train_scope == "delta":
+            if model.injection is None and self.args.train_scope == "delta":
                 task.pop("refined", None)
                 task |= {"refined": model.stream.refined} if model.stream.refined else {}  # the map that δθ goes with
+            else:
+                blocks = (model.injection.map if model.injection else model.stream.words).num_layers
+                if not is_among(model.host, blocks, config.source_hosts):
+                    config.source_hosts.append(describe_host(model.host, config.base_model_name_or_path, blocks))
         if self.is_deepspeed_enabled:
             self.unwrapped.register_load_state_dict_pre_hook(fill_in_frozen)
         if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):

@@ -38,23 +38,23 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(
-        default=5e-3, metadata={"help": "Learning rate of the atoms, from which the parts' follow."}
+        default=5e-3, metadata={"help": "Learning rate; that of each part is this one times a factor of its own."}
     )
     train_scope: str = field(
         default="task",
         metadata={
             "help": "What is trained: 'task' (reader and head of the task; all of an injected update) or 'delta' (δθ "
-            "alone, and the head of a new task).",
+            "alone; of an injected update also the head of a new task).",
             "choices": ["task", "delta"],
         },
     )
-    lambda_f: float = field(default=1e-3, metadata={"help": "Weight λ_F of the expected atoms a token, E[k]."})
+    lambda_f: float = field(default=1e-3, metadata={"help": "Of an injected update: weight λ_F of the expected atoms a token, E[k]."})
     lambda_q: float = field(default=1e-5, metadata={"help": "Weight λ_Q of the squared norm of δθ."})
-    dictionary_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the atoms."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    mixer_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the mixer."})
-    router_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the router."})
-    reader_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the reader."})
+    dictionary_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the atoms."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the projector."})
+    mixer_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the mixer."})
+    router_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the router."})
+    reader_learning_rate: float | None = field(default=None, metadata={"help": "Of a stream: that of the reader."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
     fidelity: float = field(

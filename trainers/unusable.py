@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.utils import is_liger_kernel_available
 
 from modeling_unihyperlora.errors import ConfigError, first_line
+from modeling_unihyperlora.measure.accounting import part_of
 
 _OPTIMIZER_OF_ITS_OWN = {"params", "model", "optimizer_dict"}  # what such an optimiser brings in its keywords
 
@@ -94,7 +95,7 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
     if args.neftune_noise_alpha is not None:
         raise ConfigError(
             "neftune_noise_alpha would change nothing: the host of an adapter is frozen and never in training mode. "
-            "Leave it out; the noise of a stream is stream_fidelity."
+            "Leave it out; the noise of a stream is fidelity."
         )
     if args.use_liger_kernel:
         raise ConfigError("use_liger_kernel has no kernel for an adapter, and its host stays as it is. Leave it out.")
@@ -106,6 +107,28 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
         raise ConfigError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not read: a stream's batches are drawn at "
             "random from the kept states of its hosts. Leave it out."
+        )
+
+
+def check_pathway(args: TrainingArguments, model: nn.Module) -> None:
+    """What cannot be trained of this adapter.
+
+    Raises:
+        ConfigError: a part's learning rate is given and the adapter has no such part; or δθ alone is to be trained of
+            a stream's task whose reader never was.
+    """
+    config = model.config
+    stream, parts = config.pathway == "stream", {part_of(name) for name, _ in model.adapter.named_parameters()}
+    for name in args.learning_rates_given():
+        if name.removesuffix("_learning_rate") not in parts - {"space"}:
+            raise ConfigError(
+                f"{name} is not read: an adapter of pathway '{config.pathway}' has no such part. Leave it out; it has "
+                f"{', '.join(sorted(parts - {'space'}))}."
+            )
+    if stream and args.train_scope == "delta" and not config.tasks[config.active_task].get("trained"):
+        raise ConfigError(
+            f"Task '{config.active_task}' is new: its reader was never trained, and train_scope 'delta' would leave it "
+            "as it is. Train the task with train_scope 'task' first, on any host."
         )
 
 

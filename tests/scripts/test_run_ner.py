@@ -525,7 +525,7 @@ def test_labels_that_nothing_names(run):
 def test_a_run_config_for_another_host(run):
     with pytest.raises(ConfigError, match="states hidden_size 768, but the host .* has 64"):
         config = REPOSITORY / "hub_configs" / "runs" / "proposed-iter1-CoNLL-2003.yaml"
-        run("--run_config", config, "--train_scope", "source", "--do_train")
+        run("--run_config", config, "--train_scope", "task", "--do_train")
 
 
 class TestStream:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_unihyperlora import AdapterFileError
-from modeling_unihyperlora.hub import FILES
+from modeling_unihyperlora.publish.hub import files_of
 from modeling_unihyperlora.storage import LATENTS_NAME, adapter_tensors
 from tests.trainers.test_trainer import StopAt, changed, losses, make_data, make_model, make_trainer, snapshot
 
@@ -34,7 +34,7 @@ class TestCheckpoints:
             "rng_state.pth",
             "trainer_state.json",
         }
-        assert {path.name for path in (tmp_path / "final").iterdir()} == set(FILES)
+        assert {path.name for path in (tmp_path / "final").iterdir()} == set(files_of("inject"))
         adapter = trainer.model.adapter
         assert load_file(folder / "model.safetensors").keys() == adapter_tensors(adapter).keys()
         assert load_file(folder / LATENTS_NAME).keys() == adapter.state_dict().keys()
@@ -45,7 +45,7 @@ class TestCheckpoints:
             sum(path.stat().st_size for path in folder.iterdir()) < 4 * 4 * floats + 50_000 < 4 * (4 * floats + host)
         )
 
-    @pytest.mark.parametrize("scope", ["source", "delta"])
+    @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_resumed_run_ends_as_the_uninterrupted_one(self, scope, tmp_path):
         """Bit for bit, from a model that starts with other values, on a host that has dropout layers."""
         settings = {

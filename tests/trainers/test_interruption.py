@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from modeling_unihyperlora.hub import FILES
+from modeling_unihyperlora.publish.hub import files_of
 from transformers import BertConfig, BertModel, TrainerCallback
 
 from modeling_unihyperlora import AdapterFileError, ConfigError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
@@ -168,7 +168,7 @@ def test_an_output_folder_with_the_name_of_a_checkpoint_gets_a_whole_adapter(tmp
     trainer = make_trainer(tmp_path / "checkpoint-final", make_model(), max_steps=2)
     trainer.train()
     trainer.save_model()
-    assert {path.name for path in (tmp_path / "checkpoint-final").iterdir() if path.is_file()} == set(FILES)
+    assert {path.name for path in (tmp_path / "checkpoint-final").iterdir() if path.is_file()} == set(files_of("inject"))
     assert not (tmp_path / "checkpoint-final" / "checkpoint-2" / "README.md").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modeling_unihyperlora.calibration import kept
+from modeling_unihyperlora.space import kept
 from trainers.launching import fill_in_frozen, whole
 from trainers.training_args import UniHyperLoraTrainingArguments
 

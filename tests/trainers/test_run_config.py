@@ -51,6 +51,7 @@ def test_the_proposed_run():
         "hidden_size": 768,
         "num_layers": 6,
         "hub_model_id": "unihyperlora-conll2003",
+        "pathway": "inject",
         "atoms": 128,
         "anchor_dim": 256,
         "router_top_k": 2,
@@ -154,7 +155,7 @@ def test_flags_that_are_typed_win():
         + ["--output_dir", "elsewhere", "--num_layers", "12", "--train_file", "a.jsonl"],
         NerArguments,
     )
-    assert (training_args.learning_rate, training_args.bf16, training_args.train_scope) == (1e-3, False, "source")
+    assert (training_args.learning_rate, training_args.bf16, training_args.train_scope) == (1e-3, False, "task")
     assert (training_args.output_dir, model_args.num_layers) == ("elsewhere", 12)
     assert (data_args.train_file, data_args.dataset_name) == ("a.jsonl", None)
     assert (training_args.max_steps, training_args.lambda_q, model_args.atoms) == (500, 1e-5, 128)
@@ -204,10 +205,10 @@ def test_bad_content_is_named(changed, changes, expected):
         read_run_config(changed(changes))
 
 
-def test_source_training(changed):
+def test_training_a_task(changed):
     source = {"adapter.freeze_base_adapter": False, "adapter.train_bias_delta_only": False}
     path = changed(source | {"training.update_param_groups": ["adapter"]})
-    assert read_run_config(path).arguments["train_scope"] == "source"
+    assert read_run_config(path).arguments["train_scope"] == "task"
 
 
 def test_the_batch_is_that_of_all_processes(changed, monkeypatch):

@@ -19,7 +19,7 @@ from modeling_unihyperlora import (
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.adapter import PARTS, part_of
+from modeling_unihyperlora.measure.accounting import PARTS, part_of
 from modeling_unihyperlora.storage import LATENTS_NAME
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.training_args import LEARNING_RATE_FACTORS
@@ -171,11 +171,11 @@ class TestLoss:
     @pytest.mark.parametrize(
         "size,accumulation,smoothing,scope",
         [
-            (4, 2, 0.0, "source"),
-            (2, 4, 0.0, "source"),
-            (1, 8, 0.0, "source"),
+            (4, 2, 0.0, "task"),
+            (2, 4, 0.0, "task"),
+            (1, 8, 0.0, "task"),
             (1, 8, 0.0, "delta"),
-            (2, 4, 0.1, "source"),
+            (2, 4, 0.1, "task"),
         ],
     )
     def test_does_not_depend_on_how_a_batch_is_cut(self, size, accumulation, smoothing, scope, tmp_path):
@@ -209,7 +209,7 @@ class TestLoss:
         model, by_hand, data = make_model(), make_model(), make_data(8)
         trainer = make_trainer(tmp_path, model, data, max_steps=1, lambda_f=0.5, per_device_train_batch_size=8)
         trainer.train()
-        by_hand.set_train_scope("source")
+        by_hand.set_train_scope("task")
         batch = default_data_collator(data)
         out = by_hand(**batch)
         labelled = batch["labels"] != -100
@@ -294,8 +294,8 @@ class TestScope:
         "router_bias.latent",
     }
 
-    def test_source_trains_all_but_delta_and_other_tasks(self, tmp_path):
-        _, names = self.trained(tmp_path, "source")
+    def test_task_trains_all_but_delta_and_other_tasks(self, tmp_path):
+        _, names = self.trained(tmp_path, "task")
         leaves = {"embedding.latent", "head_weight.latent", "head_bias.latent", "mean_gate"}
         assert names == {f"adapter.{n}" for n in self.SHARED | {f"tasks.ner.{leaf}" for leaf in leaves}}
 
@@ -318,7 +318,7 @@ class TestScope:
         leaves = ("delta.latent", "head_weight.latent", "head_bias.latent", "mean_gate")
         assert names == {f"adapter.tasks.other.{leaf}" for leaf in leaves}
 
-    @pytest.mark.parametrize("scope", ["source", "delta"])
+    @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_host_gets_no_gradient(self, scope, tmp_path):
         model, _ = self.trained(tmp_path, scope, max_steps=1)
         assert all(p.grad is None and not p.requires_grad for p in model.host.parameters())
@@ -333,7 +333,7 @@ class TestScope:
 
 
 class TestOptimizer:
-    INJECTED = set(PARTS) - {"anchors", "stream"}  # the parts of an adapter with the injected update
+    INJECTED = set(PARTS) - {"space", "reader"}  # the parts of an adapter with the injected update
     RATES = {part: 10.0 ** -(i + 1) for i, part in enumerate(sorted(INJECTED))}
 
     def groups(self, trainer) -> dict[str, tuple[float, float]]:
@@ -346,7 +346,7 @@ class TestOptimizer:
                 found[names[id(parameter)]] = group["lr"], group["weight_decay"]
         return found
 
-    @pytest.mark.parametrize("scope", ["source", "delta"])
+    @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_each_part_has_its_rate(self, scope, tmp_path):
         rates = {f"{part}_learning_rate": rate for part, rate in self.RATES.items()}
         trainer = make_trainer(tmp_path, train_scope=scope, weight_decay=0.3, **rates)
@@ -357,11 +357,11 @@ class TestOptimizer:
             assert rate == self.RATES[part], name
             assert decay == (0.0 if "bias" in name else 0.3), name
         assert {part_of(name.removeprefix("adapter.")) for name in found} == (
-            self.INJECTED - {"delta"} if scope == "source" else {"delta", "head"}
+            self.INJECTED - {"delta"} if scope == "task" else {"delta", "head"}
         )
 
     def test_where_none_is_given_it_follows_from_the_common_one(self, tmp_path):
-        assert set(LEARNING_RATE_FACTORS) == set(PARTS) - {"anchors"}, "anchors are never trained"
+        assert set(LEARNING_RATE_FACTORS) == set(PARTS) - {"space"}, "the space is never trained"
         found = self.groups(make_trainer(tmp_path, learning_rate=0.7, router_learning_rate=0.0))
         for name, (rate, _) in found.items():
             part = part_of(name.removeprefix("adapter."))

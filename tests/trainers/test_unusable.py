@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from modeling_unihyperlora.adapter import part_of
+from modeling_unihyperlora.measure.accounting import part_of
 
 from modeling_unihyperlora import ConfigError
 from tests.trainers.test_trainer import make_data, make_trainer, snapshot
