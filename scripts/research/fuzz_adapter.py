@@ -21,17 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from modeling_unihyperlora.quantization import StoredTensor
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.storage import WEIGHTS_NAME, signed_metadata, write_json
+from modeling_unihyperlora import (
+    CanonicalSpace,
+    UniHyperLoraConfig,
+    UniHyperLoraError,
+    UniHyperLoraForTokenClassification,
+)
+from modeling_unihyperlora.storage import WEIGHTS_NAME, StoredTensor, signed_metadata, write_json
 
 SECONDS = 20  # a file that takes longer hangs
 WORDS = [f"word{i}" for i in range(40)]
+LABELS = ["O", "B-A", "I-A"]
 VALUES = [
     None,
     True,
@@ -71,26 +76,29 @@ class Sample:
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
         self.batch = self.tokenizer(["word1 word2 word3", "word7 word5"], padding=True, return_tensors="pt")
-        config = UniHyperLoraConfig(
-            **{"pathway": "stream" if pathway == "both" else pathway, "atoms": 12, "anchor_dim": 8, "mixer_hidden": 4},
-            **{"stream_dim": 8, "stream_width": 8, "stream_hidden": 6},
-        )
         with tempfile.TemporaryDirectory() as folder:
-            anchors = Path(folder) / "anchors.txt"
-            anchors.write_text("\n".join(" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(40)))
-            model = UniHyperLoraForTokenClassification.from_host(
-                self.host, ["O", "B-A", "I-A"], "ner", config, tokenizer=self.tokenizer, anchor_file=anchors
-            )
-            if pathway == "both":
-                model.add_injection()
+            model = self.inject() if pathway == "inject" else self.stream(Path(folder) / "anchors.txt")
             for name, module in model.adapter.named_modules():
-                if isinstance(module, StoredTensor) and "anchors" not in name:
+                if isinstance(module, StoredTensor) and not name.startswith("space."):
                     module.latent.data += 0.3 * torch.randn_like(module.latent)
             model.save_pretrained(folder)
             model.detach()
             self.files = {name: (Path(folder) / name).read_bytes() for name in ("config.json", WEIGHTS_NAME)}
         self.logits = self.score(self.files)
         self.hooks = self.hooks_now()  # those that transformers itself puts on a host to record its states
+
+    def inject(self) -> UniHyperLoraForTokenClassification:
+        config = UniHyperLoraConfig(pathway="inject", atoms=12, anchor_dim=8, mixer_hidden=4)
+        return UniHyperLoraForTokenClassification.from_host(self.host, LABELS, "ner", config)
+
+    def stream(self, anchors: Path) -> UniHyperLoraForTokenClassification:
+        """Of two tasks, whose readers have other sizes and other bits."""
+        anchors.write_text("\n".join(" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(40)))
+        space = CanonicalSpace.make([self.host], anchors, dim=8, atoms=12, tokenizers=[self.tokenizer])
+        own = {"reader": {"width": 8, "hidden": 6}, "space": space, "tokenizer": self.tokenizer}
+        model = UniHyperLoraForTokenClassification.from_host(self.host, LABELS[:2], "places", **own)
+        model.add_task("ner", LABELS, {"width": 6, "hidden": 4}, bits=4)
+        return model
 
     def hooks_now(self) -> list[int]:
         return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.host.modules()]
@@ -224,17 +232,17 @@ OUTCOMES = ("refused", "loaded, equal logits", "loaded, other logits", "failed")
 
 
 def fuzz(files: int, seed: int = 0) -> dict[str, object]:
-    """Damage ``files`` adapters, those of the three pathways in turn.
+    """Damage ``files`` adapters, those of the two pathways in turn.
 
     Returns:
         ``outcomes`` (damage → outcome → number) and ``failures``: what neither loaded nor raised the package's error,
         hung, left a trace on the host, or loaded other weights without a word.
     """
-    samples = [Sample("inject"), Sample("stream"), Sample("both")]
+    samples = [Sample("inject"), Sample("stream")]
     chance, outcomes, failures = random.Random(seed), {name: Counter() for name in DAMAGES}, []
     signal.signal(signal.SIGALRM, _hangs)
     for number in range(files):
-        sample, name = samples[number % 3], list(DAMAGES)[number // 3 % len(DAMAGES)]
+        sample, name = samples[number % 2], list(DAMAGES)[number // 2 % len(DAMAGES)]
         file, damage = DAMAGES[name]
         changed = sample.files | {file: damage(sample.files[file], chance)}
         signal.alarm(SECONDS)

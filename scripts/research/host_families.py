@@ -1,4 +1,4 @@
-"""Run the tests of every host family and keep which feature works on which.
+"""Run the tests of every host family, encoders and decoders, and keep which feature works on which.
 
     python -m scripts.research.host_families --output results/host-families.json
     python -m scripts.research.benchmark render
@@ -15,6 +15,7 @@ import pytest
 
 from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.storage import write_json
+from tests.modeling_unihyperlora.families import DECODERS
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "modeling_unihyperlora" / "test_families.py"
@@ -39,7 +40,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     """Run the tests and write the record.
 
     Returns:
-        ``families`` (family → feature → outcome) and ``versions``.
+        ``families`` (family → feature → outcome), ``decoders`` (which of them are) and ``versions``.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
@@ -49,7 +50,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(f"host_families: the tests could not be run ({code!r}).")
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    record = {"kind": "host_families", "families": recorder.families, "versions": versions}
+    decoders = sorted({*DECODERS} & recorder.families.keys())
+    record = {"kind": "host_families", "families": recorder.families, "decoders": decoders, "versions": versions}
     write_json(args.output, record)
     return record
 

@@ -40,12 +40,15 @@ def family_table(name: str, record: dict) -> list[str]:
             for family, features in sorted(record["families"].items())
             if any(feature.startswith(f"{pathway}_") for feature in features)
         }
-        columns = [feature for feature in FEATURES if any(feature in tested for tested in families.values())]
-        lines += [f"### {title}", "", f"| family | {' | '.join(FEATURES[feature] for feature in columns)} |"]
+        tested = dict.fromkeys(feature for features in families.values() for feature in features)
+        columns = [feature for feature in {**FEATURES, **tested} if feature in tested]
+        names = [FEATURES.get(feature, feature.replace("_", " ")) for feature in columns]
+        lines += [f"### {title}", "", f"| family | {' | '.join(names)} |"]
         lines.append("|---" * (len(columns) + 1) + "|")
-        for family, tested in families.items():
-            cells = [_mark(tested.get(feature), notes) for feature in columns]
-            lines.append(f"| {family} | {' | '.join(cells)} |")
+        for family, outcomes in families.items():
+            cells = [_mark(outcomes.get(feature), notes) for feature in columns]
+            called = f"{family} (decoder)" if family in record.get("decoders", []) else family
+            lines.append(f"| {called} | {' | '.join(cells)} |")
         lines.append("")
     return lines + [f"{number}. {note}." for number, note in enumerate(notes, 1)] + [""]
 

@@ -1,4 +1,4 @@
-"""Score one adapter on hosts that have lost their upper blocks: no training, only a calibration for each.
+"""Score one adapter on hosts that have lost their upper blocks: no training, each is lined up alone.
 
     python -m scripts.research.pruned_hosts --adapter runs/conll --hosts mpnet-12l-768 minilm-l6-384 \
         --layers "2 4 6 8" "2 3 4" --validation_file dev.jsonl --output_dir runs/pruned
@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import nn
 
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
-from modeling_unihyperlora.hosts import describe_host, fingerprint, layout_of, load_host
+from modeling_unihyperlora.hosts import describe_host, fingerprint, load_host
+from modeling_unihyperlora.sites import layout_of, num_layers_of
 from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing, write_json
 from modeling_unihyperlora.words import load_tokenizer
 from scripts.research.records import record_of
@@ -47,7 +48,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     folder, rows = Path(args.output_dir), []
     runner = Runner(folder / "runs", "run_ner", digests)
     for name, depths in zip(args.hosts, args.layers, strict=True):
-        whole = describe_host(load_host(name), name_of(name))
+        host = load_host(name)
+        whole = describe_host(host, name_of(name), num_layers_of(host))
         for layers in [*depths, whole["num_layers"]]:
             pruned = prune(name, layers, folder / "hosts" / f"{name_of(name)}-first-{layers}")
             digests[str(pruned)] = fingerprint(load_host(str(pruned)))

@@ -13,8 +13,8 @@ from modeling_unihyperlora.storage import replacing, write_json
 
 SETTINGS = (
     "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
-    "per_device_train_batch_size learning_rate num_train_epochs coordinate_epochs lr_scheduler_type warmup_steps "
-    "delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
+    "per_device_train_batch_size learning_rate num_train_epochs lr_scheduler_type warmup_steps fidelity reader "
+    "reader_bits delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
@@ -145,7 +145,8 @@ def ablation_of(folder: Path) -> dict[str, object]:
         raise ConfigError(f"{folder / ABLATION} cannot be read ({error}). Give the folder of ablation.py.") from error
     first = record_of(folder / "00")
     kept = {name: first[name] for name in ("settings", "host", "data", "versions", "hardware")}
-    return kept | {"kind": "ablation", "rows": table["rows"]}
+    kept["space"] = first["results"].get("space")
+    return kept | {"kind": "ablation", "rows": table["rows"], "space_hosts": table.get("space_hosts", [])}
 
 
 def search_of(folder: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ from scripts.research.scaling_tables import search_tables
 
 COLUMNS = (
     *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
-    *("file, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s"),
+    *("file, B", "reader, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s", "states, CPU s"),
 )
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 
@@ -24,7 +24,9 @@ def rendered(records: dict[str, dict]) -> str:
         "",
         "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page.",
         "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags, the",
-        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
+        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score;",
+        "the states' share of it is what a stream's sources took to read anchors and text, next to none where an",
+        "earlier run had read them.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -40,10 +42,11 @@ def rendered(records: dict[str, dict]) -> str:
             f"{settings['lambda_f']:g}" if trained and settings["method"] == "unihyperlora" else "–",
             seeds,
             mean_and_deviation(run["results"]["eval_f1"] for run in runs),
-            *(_count(first[name]) for name in ("adapter_bytes", "head_bytes", "delta_bytes")),
+            *(_count(first.get(name)) for name in ("adapter_bytes", "reader_bytes", "head_bytes", "delta_bytes")),
             "–" if first["flops_overhead_pct"] is None else f"{first['flops_overhead_pct']:.2f} %",
             mean_and_deviation((run["results"]["active_atoms_per_token"] for run in runs), digits=2),
             cpu_seconds(runs),
+            cpu_seconds(runs, "host_cpu_seconds"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     universal = [run for run in records.values() if run["settings"]["method"] == "unihyperlora" and run["pathway"]]
@@ -72,9 +75,10 @@ def ablation_table(name: str, ablation: dict) -> list[str]:
     lines = [
         *("", f"## {name}", ""),
         f"The stream with one thing changed, trained on {ablation['host']} on {sentences:,} sentences of "
-        f"{ablation['data']['name']} ({settings['coordinate_epochs']:g} epochs for the coordinates, then "
-        f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}), seed {settings['seed']}; "
-        "F1 there and zero-shot, and the difference to the first row.",
+        f"{ablation['data']['name']} ({settings['max_steps']} steps × {settings['per_device_train_batch_size']}), "
+        f"seed {settings['seed']}; F1 there and zero-shot, and the difference to the first row.",
+        *([f"The space that ships is {ablation['space']}."] if ablation.get("space") else []),
+        *([f"The space hosts are {', '.join(ablation['space_hosts'])}."] if ablation.get("space_hosts") else []),
         "",
         "| | " + " | ".join(f"{host} | Δ" for host in hosts) + " |",
         "|---" * (1 + 2 * len(hosts)) + "|",
@@ -97,13 +101,15 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
         *columns,
         "zero-shot / own",
         "refined / own",
+        "gap recovered",
         "calibration, s",
         "R² a knot",
     ]
     lines = [
         *["", f"## {name}", ""],
         f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
-        "Zero-shot: no label of the target, no gradient step.",
+        f"Zero-shot: no label of the target, no gradient step.{_space(matrix)}",
+        "Gap recovered: (zero-shot − probe) / (own − probe), where those two are 3 points apart or more.",
         *["", f"![Scores of one adapter file on hosts it has not seen]({name}.png)", ""],
         *["| " + " | ".join(names) + " |", "|---" * len(names) + "|"],
     ]
@@ -112,10 +118,15 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
         cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
         cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
         cells += [_figure(row.get(f"{way}_over_own_stream"), 3) for way in ("zero_shot", "refined")]
-        cells.append(_figure(row["calibration_seconds"], 1))
+        gap = row.get("gap_recovered")
+        cells += ["–" if gap is None else f"{gap:.2f}", _figure(row["calibration_seconds"], 1)]
         cells.append(" ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _space(matrix: dict) -> str:
+    return f" Space: {matrix['space']}." if matrix.get("space") else ""
 
 
 def summary(records: dict[str, dict]) -> str:
@@ -166,9 +177,9 @@ def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
-def cpu_seconds(runs: list[dict]) -> str:
+def cpu_seconds(runs: list[dict], which: str = "cpu_seconds") -> str:
     """Of early records some do not have it."""
-    return mean_and_deviation((run["results"].get("cpu_seconds") for run in runs), digits=0)
+    return mean_and_deviation((run["results"].get(which) for run in runs), digits=0)
 
 
 def _figure(figure: dict | None, digits: int = 4) -> str:

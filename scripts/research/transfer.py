@@ -21,6 +21,8 @@ from pathlib import Path
 
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.hosts import describe_host, load_host
+from modeling_unihyperlora.sites import num_layers_of
+from modeling_unihyperlora.space import PACKAGE_SPACE
 from modeling_unihyperlora.storage import replacing, write_json
 from scripts.research.records import record_of
 from scripts.research.runner import Cell, Runner, digest_of, flag_name, name_of, show_progress
@@ -34,6 +36,7 @@ from trainers.tasks import TASKS
 logger = logging.getLogger("scripts.research.transfer")
 
 METRICS = {"ner": ("f1",), "classification": ("f1", "accuracy")}
+LEAST_GAP = 0.03  # of F1, between a stream and a probe, for the gap recovered to mean something
 SET_HERE = (  # flags of the runs that are this script's to choose
     "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed refine_file "
     "refine_host"
@@ -54,7 +57,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     args, passed = parse(sys.argv[1:] if command_line is None else command_line)
     check(args, passed)
     digests = {path: digest_of(path) for path in (getattr(args, name) for name in FILES) if path}
-    hosts = {host: describe_host(load_host(host), name_of(host)) for host in all_hosts(args)}
+    digests |= {path: digest_of(path) for path in [*passed, str(PACKAGE_SPACE)] if Path(path).is_file()}
+    hosts = {host: description_of(host) for host in all_hosts(args)}
     digests |= {host: description["fingerprint"] for host, description in hosts.items()}
 
     folder, plan = Path(args.output_dir), Plan(args, passed)
@@ -94,7 +98,6 @@ def parse(command_line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--baseline_steps", type=int, default=500, help="Steps of the probe and of LoRA.")
     add("--baseline_seeds", type=int, nargs="+", help="Seeds of the probe and of LoRA, if not --seeds.")
     add("--baseline_args", default="", help='Further flags of the probe and of LoRA, as "--bf16 --use_cpu".')
-    add("--delta_both_hosts", nargs="+", default=[], help="Targets whose δθ is also tuned with an injected update.")
     add("--lora_hosts", nargs="+", default=[], help="Targets that get a LoRA; all by default.")
     args, passed = parser.parse_known_args(with_value_joined(command_line, "--baseline_args"))
     args.baseline_seeds = args.baseline_seeds or args.seeds
@@ -130,9 +133,8 @@ def check(args: argparse.Namespace, passed: list[str]) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"Two hosts are called {twice[0]}; the matrix needs a name for each, so rename a folder.")
     targets = args.target_hosts or args.source_hosts
-    for flag in ("lora_hosts", "delta_both_hosts"):
-        if unknown := [host for host in getattr(args, flag) if name_of(host) not in map(name_of, targets)]:
-            raise ConfigError(f"--{flag} {unknown[0]} is no target. Choose from: {', '.join(map(name_of, targets))}.")
+    if unknown := [host for host in args.lora_hosts if name_of(host) not in map(name_of, targets)]:
+        raise ConfigError(f"--lora_hosts {unknown[0]} is no target. Choose from: {', '.join(map(name_of, targets))}.")
     if not args.seeds or len({*args.seeds}) < len(args.seeds):
         raise ConfigError("--seeds needs one number or more, each once.")
     for name in ("delta_steps", "baseline_steps"):
@@ -148,6 +150,12 @@ def check(args: argparse.Namespace, passed: list[str]) -> None:
 def _same(host: str) -> str:
     """One spelling for one host, however its folder is written."""
     return str(Path(host).resolve()) if Path(host).is_dir() else host
+
+
+def description_of(host: str) -> dict[str, object]:
+    """What the matrix says of a host."""
+    loaded = load_host(host)
+    return describe_host(loaded, name_of(host), num_layers_of(loaded))
 
 
 def all_hosts(args: argparse.Namespace) -> list[str]:
@@ -189,14 +197,11 @@ def matrix_of(plan: Plan, runner: Runner, hosts: dict[str, dict], passed: list[s
         "baseline_flags": [without_folder(part) for part in args.baseline_args.split()],
         "delta_steps": args.delta_steps,
         "baseline_steps": args.baseline_steps,
-        "columns": [
-            {"key": key, "label": label}
-            for column, (key, label) in keys.items()
-            if column != "delta_both" or args.delta_both_hosts
-        ],
+        "columns": [{"key": key, "label": label} for key, label in keys.values()],
         "source_hosts": [hosts[host] for host in args.source_hosts],
         "source_f1": None if args.leave_one_out else first["source_f1"],
         "adapter_bytes": max((row["adapter_bytes"] for row in rows.values() if row["adapter_bytes"]), default=None),
+        "space": next((row["space"] for row in rows.values() if row["space"]), None),
         "targets": rows,
     }
 
@@ -209,7 +214,6 @@ def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
         "own_stream": ("own_stream", "stream trained on this host"),
         "lora": (f"lora_r{LORA_R}", f"LoRA r={LORA_R} trained on this host"),
         "delta": (f"delta_{args.delta_steps}", f"zero-shot + {args.delta_steps} steps on δθ"),
-        "delta_both": (f"delta_both_{args.delta_steps}", f"… {args.delta_steps} steps, δθ in the host too"),
         "probe": ("probe", "linear probe trained on this host"),
         "shuffled": ("shuffled", "control: shuffled anchors"),
         "random_map": ("random_map", "control: random map"),
@@ -238,12 +242,14 @@ def row_of(plan: Plan, runner: Runner, target: str, keys: dict[str, tuple[str, s
         for column in names
         for metric in METRICS[plan.args.task]
     }
-    sizes = [results.get("adapter_bytes") for results in found["source"].values() if results]
+    sources = [results for results in found["source"].values() if results]
     return row | {
         "source_hosts": [name_of(host) for host in plan.sources(target)],
-        "adapter_bytes": max(sizes, default=None),
+        "adapter_bytes": max((results.get("adapter_bytes") for results in sources), default=None),
+        "space": next((results.get("space") for results in sources), None),
         "zero_shot_over_own_stream": over_own_stream("zero_shot"),
         "refined_over_own_stream": over_own_stream("refined"),
+        "gap_recovered": gap_recovered(row["zero_shot_f1"], row["probe_f1"], row["own_stream_f1"]),
         "calibration_seconds": figure("zero_shot", "calibration_seconds"),
         "calibration_r2": figure("zero_shot", "calibration_r2"),
         "train_seconds": {names[column]: figure(column, "train_runtime") for column in names},
@@ -268,6 +274,16 @@ def summarise(values: Mapping[int, Value]) -> dict[str, object] | None:
 
 def ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
+
+
+def gap_recovered(moved: dict | None, probe: dict | None, own: dict | None) -> float | None:
+    """How much of what a stream trained there has over a linear probe is there zero-shot, on the means.
+
+    None where that is less than ``LEAST_GAP``: then a few tenths of a point would be most of it.
+    """
+    if moved is None or probe is None or own is None or own["mean"] - probe["mean"] < LEAST_GAP:
+        return None
+    return (moved["mean"] - probe["mean"]) / (own["mean"] - probe["mean"])
 
 
 def all_cells(plan: Plan) -> list[Cell]:

@@ -6,15 +6,16 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from scripts.research.runner import Cell, name_of, without
+from modeling_unihyperlora.space import PACKAGE_SPACE
+from scripts.research.runner import Cell, flag_name, name_of, without
+from trainers.arguments import SPACE_FLAGS, STREAM_FLAGS
 from trainers.controls import random_map, shuffle_anchors
 
 # In the order of the runs.
-COLUMNS = ("zero_shot", "refined", "own_stream", "probe", "delta", "delta_both", "shuffled", "random_map", "lora")
+COLUMNS = ("zero_shot", "refined", "own_stream", "probe", "delta", "shuffled", "random_map", "lora")
 BASELINES = ("probe", "lora")
 LORA_R = 8
 FILES = ("train_file", "validation_file")
-STREAM_TRAINING_FLAGS = ("coordinate_epochs", "anchor_file")  # mean something only where a stream begins
 TEXT = "unlabelled.txt"  # the words of the training file, which "refined" reads
 CHECK_EVERY = 100  # steps of δθ between two checkpoints, of which the best is kept
 
@@ -31,8 +32,9 @@ class Plan:
         self.args = args
         always = ["--save_strategy", "no", "--do_eval"]
         always += [part for name in FILES if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
-        loading = without(passed, lambda flag: flag in STREAM_TRAINING_FLAGS)
-        self._begin = [*always, *passed, "--pathway", "stream", "--cache_eval_states", "--do_train"]
+        loading = without(passed, lambda flag: flag in STREAM_FLAGS)  # of a stream that begins
+        self._begin = [*always, *passed, *package_space(passed), "--pathway", "stream", "--cache_eval_states"]
+        self._begin.append("--do_train")
         self._load = [*always, *loading, "--cache_eval_states"]
         kept = without(loading, lambda flag: flag.endswith("learning_rate"))
         self._baseline = [*always, *kept, *shlex.split(args.baseline_args), "--do_train"]
@@ -40,7 +42,7 @@ class Plan:
 
     def cells(self, column: str, target: str) -> dict[int, Cell]:
         """Seed → run of a column on a target; none where the column leaves the target out."""
-        chosen = {"lora": self.args.lora_hosts or self.targets, "delta_both": self.args.delta_both_hosts}
+        chosen = {"lora": self.args.lora_hosts or self.targets}
         chosen["refined"] = self.targets if self.args.train_file else []
         if name_of(target) not in map(name_of, chosen.get(column, self.targets)):
             return {}
@@ -69,14 +71,14 @@ class Plan:
 
     def _loaded(self, column: str, target: str, seed: int) -> Cell:
         flags = self._load
-        if column in ("delta", "delta_both"):
+        if column == "delta":
             every = min(CHECK_EVERY, self.args.delta_steps)
             more = (
                 f"--do_train --train_scope delta --max_steps {self.args.delta_steps} "
                 f"--eval_strategy steps --eval_steps {every} --save_strategy steps --save_steps {every} "
                 "--save_total_limit 1 --load_best_model_at_end --metric_for_best_model f1"
             )
-            flags = [*flags, *more.split(), *(["--pathway", "both"] if column == "delta_both" else [])]
+            flags = [*flags, *more.split()]
         elif column == "refined":
             text = Path(self.args.output_dir) / TEXT
             flags = [*flags, "--refine_file", str(text), "--refine_host", self.sources(target)[0]]
@@ -89,3 +91,8 @@ class Plan:
 
     def _flags(self, flags: Iterable, host: str, seed: int) -> tuple[str, ...]:
         return tuple(map(str, [*flags, "--model_name_or_path", host, "--seed", seed]))
+
+
+def package_space(flags: list[str]) -> list[str]:
+    """The package's space as a flag where the flags name none: so a run is stale when the package has another one."""
+    return [] if {*SPACE_FLAGS} & {*map(flag_name, flags)} else ["--space", str(PACKAGE_SPACE)]

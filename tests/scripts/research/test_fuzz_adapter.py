@@ -19,10 +19,10 @@ def total(report: dict, outcome: str) -> int:
 
 
 def test_none_of_two_hundred_slips_through():
-    report = fuzz_adapter.fuzz(210, seed=1)
+    report = fuzz_adapter.fuzz(200, seed=1)
     assert report["failures"] == [] and total(report, "failed") == 0
-    assert total(report, "refused") > 150 and total(report, "loaded, equal logits") > 0
-    assert all(sum(counts.values()) == 21 for counts in report["outcomes"].values())
+    assert total(report, "refused") > 140 and total(report, "loaded, equal logits") > 0
+    assert all(sum(counts.values()) == 20 for counts in report["outcomes"].values())
 
 
 @pytest.mark.slow
