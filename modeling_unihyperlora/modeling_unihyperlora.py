@@ -445,7 +445,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         own = {*UniHyperLoraConfig.__annotations__, "architectures", "model_type", "transformers_version"}
         more = {"id2label", "label2id"}
         auto_map = AUTO_MAP if self.config.pathway == "stream" else _part("injection").AUTO_MAP
-        content = {name: value for name, value in content.items() if name in own | more} | {"auto_map": auto_map}
+        content = {name: value for name, value in content.items() if name in own | more}
+        content |= {"auto_map": auto_map, "tasks": self.config.tasks}  # in their order
         type(self.config)(**content | {"id2label": None, "label2id": None})  # only what can be read again is written
         save_adapter(self.adapter, content, Path(folder))
 
@@ -551,7 +552,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
 
         Raises:
-            ConfigError: no such task, the name is taken, or the adapter is of another space.
+            ConfigError: no such task, the name is taken or not allowed, or the adapter is of another space or has δθ
+                in other steps.
             AdapterFileError: no adapter there, or it is damaged.
         """
         revision = hub.pop("revision", "main")
@@ -560,6 +562,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if task not in config.tasks:
             raise ConfigError(f"No task {task!r} in {adapter}; it has {sorted(config.tasks)}.")
         name = name or task
+        check_task(name, config.tasks[task]["type"], config.tasks[task]["labels"])
         if name in self.config.tasks:
             raise ConfigError(f"Task {name!r} exists already; give it another name with name=.")
         if config.pathway != "stream" or self.config.pathway != "stream":
@@ -571,6 +574,11 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 f"{adapter} is of the space '{other.space.name}' ({other.space.digest}), this adapter of "
                 f"'{self.adapter.space.name}' ({self.adapter.space.digest}): their coordinates mean other things. "
                 "Train the task on this space."
+            )
+        if config.delta_step != self.config.delta_step and bool(other.tasks[task].delta().any()):
+            raise ConfigError(
+                f"δθ of task {task!r} has steps of {config.delta_step:g}, this adapter has {self.config.delta_step:g}, "
+                "in which it would be another δθ. Make both adapters with the same delta_step."
             )
         self.config.tasks[name] = config.tasks[task]
         self.adapter.add(name)

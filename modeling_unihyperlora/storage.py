@@ -444,7 +444,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _json(content: dict) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return json.dumps(dict(sorted(content.items())), indent=2) + "\n"  # tasks keep their order, which numbers them
 
 
 def _umask() -> int:
