@@ -46,15 +46,15 @@ def describe_target(
 ) -> None:
     """Note in ``config`` where the update goes: a user's layout under its host's family, and for SAT-LoRA the host.
 
-    With ``binds`` false a SAT-LoRA has been bound before, and the host has to be that one.
+    With ``binds`` false a SAT-LoRA has been bound before, and ``inject`` checks that the host is that one.
     """
     host = encoder_of(host)
     if layout is not None:
         family = host.config.model_type
         content = dataclasses.asdict(layout_from(layout, family))
         config.host_layouts = config.host_layouts | {family: content}
-    if config.projector == "host":
-        bind(config, host) if binds else check_bound(config, host)
+    if config.projector == "host" and binds:
+        bind(config, host)
 
 
 def make_adapter(config: UniHyperLoraConfig) -> UniHyperLoraAdapter:

@@ -68,7 +68,7 @@ FAULTS = [
     ("push", "wrong hash", PUT, "wrong_hash", {}, False),
 ]
 PUSH_FAULT = """
-import modeling_unihyperlora.hub as hub
+import modeling_unihyperlora.publish.hub as hub
 hub.PATIENCE = 5.0
 try:
     hub.push_folder(FOLDER, REPO)
@@ -116,7 +116,7 @@ def record(arguments: argparse.Namespace) -> dict:
         flags = ["--model_name_or_path", hosts[0], "--train_file", os.path.abspath(arguments.train_file)]
         flags += ["--validation_file", os.path.abspath(arguments.validation_file), "--pathway", "stream"]
         flags += ["--max_train_samples", "256", "--max_eval_samples", "128", "--max_steps", "40", "--do_train"]
-        flags += ["--do_eval", "--coordinate_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
+        flags += ["--do_eval", "--per_device_train_batch_size", "16", "--use_cpu"]
         flags += ["--output_dir", str(work / "run"), "--save_strategy", "no", "--disable_tqdm", "true"]
         flags += ["--push_to_hub", "--hub_model_id", ADAPTER]
         score = run_client(code(TRAIN, FLAGS=flags), here, timeout=900)

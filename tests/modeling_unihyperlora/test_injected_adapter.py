@@ -7,18 +7,12 @@ import pytest
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig
-from modeling_unihyperlora.adapter import (
-    KNOTS,
-    PARTS,
-    Mixer,
-    TaskParameters,
-    UniHyperLoraAdapter,
-    part_of,
-    place_features,
-)
-from modeling_unihyperlora.hosts import MODULE_TYPES
+from modeling_unihyperlora.injected_adapter import Mixer, TaskParameters, UniHyperLoraAdapter, place_features
+from modeling_unihyperlora.layouts import MODULE_TYPES
+from modeling_unihyperlora.measure.accounting import PARTS, part_of
 from modeling_unihyperlora.projectors import DimensionProjector
 from modeling_unihyperlora.routing import Routing, read_atoms, route, write_atoms
+from modeling_unihyperlora.space import KNOTS
 from modeling_unihyperlora.storage import adapter_tensors
 
 WIDTHS = [64, 128, 312, 384, 768, 1024]
@@ -377,12 +371,7 @@ class TestParts:
         in_state = {name.removesuffix(".latent") for name in adapter.state_dict()}
         assert in_state == set(expected)
         assert {name: part_of(name) for name in expected} == expected
-        assert {part_of(name) for name in adapter_tensors(adapter)} == set(PARTS) - {"anchors", "stream"}
-        by_part = adapter.parts()
-        assert list(by_part) == list(PARTS)
-        assert {id(m) for modules in by_part.values() for m in modules} == {
-            id(m) for name, m in adapter.named_modules() if name in expected
-        }
+        assert {part_of(name) for name in adapter_tensors(adapter)} == set(PARTS) - {"space", "reader"}
 
     def test_task_parameters_of_the_design(self):
         own = TaskParameters(UniHyperLoraConfig(pathway="inject"), labels=9)

@@ -296,7 +296,7 @@ class TestTrainScope:
         model = make_model()
         model.add_task("other", LABELS)
         model.set_task("ner")
-        model.set_train_scope("source")
+        model.set_train_scope("task")
         expected = {
             name
             for name, _ in model.named_parameters()
@@ -309,12 +309,12 @@ class TestTrainScope:
         model = make_model()
         model.add_task("other", LABELS)
         model.config.tasks["other"]["trained"] = trained_before
-        model.set_train_scope("source")
+        model.set_train_scope("task")
         model.set_train_scope("delta")
         head = set() if trained_before else {"head_weight", "head_bias"}
         assert self.trained(model) == {f"adapter.tasks.other.{leaf}.latent" for leaf in {"delta"} | head}
 
-    @pytest.mark.parametrize("scope", ["source", "delta"])
+    @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_what_is_merged_cannot_be_trained(self, scope, make_model):
         model = make_model(router="static")
         model.merge()

@@ -13,11 +13,11 @@ from modeling_unihyperlora import (
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.accounting import measure
-from modeling_unihyperlora.hosts import MODULE_TYPES
-from modeling_unihyperlora.hub import stage
-from modeling_unihyperlora.inspection import inspect_adapter
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.measure.accounting import measure
+from modeling_unihyperlora.layouts import MODULE_TYPES
+from modeling_unihyperlora.publish.hub import stage
+from modeling_unihyperlora.measure.inspection import inspect_adapter
+from modeling_unihyperlora.storage import StoredTensor
 from modeling_unihyperlora.storage import WEIGHTS_NAME
 
 BOUND = {"projector": "host", "atoms": 4}
@@ -89,7 +89,7 @@ def test_forward_is_the_formula(shared, top_k, targets, make_model, make_batch):
     batch = make_batch(seed=3, tokens=9)
     with torch.no_grad():
         out, plain = model(**batch), model.host(**batch).last_hidden_state
-        hidden = model.run(None, **batch, output_hidden_states=None).last_hidden_state
+        hidden = model.run(None, **batch, output_hidden_states=None)["last_hidden_state"]
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(out.logits.double()[real], sat_reference(model, batch)[real], atol=1e-4, rtol=1e-4)
     assert (hidden - plain).abs().max() > 0.05, "the update did nothing"
@@ -103,7 +103,7 @@ def test_a_fresh_one_leaves_the_function_as_it_was(family, shared, make_host, ma
     plain = make_host(family)(**batch).last_hidden_state
     model = make_model(family, **BOUND, share_across_layers=shared, fresh=True)
     run = model.run(None, **batch, output_hidden_states=None)
-    assert torch.equal(run.last_hidden_state, plain)
+    assert torch.equal(run["last_hidden_state"], plain)
 
 
 @pytest.mark.parametrize("cls", [UniHyperLoraForTokenClassification, UniHyperLoraForSequenceClassification])
@@ -172,14 +172,14 @@ def test_its_own_host_in_half_precision(make_host, make_model, make_batch, tmp_p
 def test_what_is_trained(make_model, make_batch):
     model, batch = make_model("bert", **BOUND, share_across_layers=False), make_batch()
     model.add_task("second", ["x", "y", "z"])
-    model.set_train_scope("source")
+    model.set_train_scope("task")
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith("host.") for name in names)
     tasks = {name for name in names if ".tasks." in name}
     own = ("embedding", "head_weight", "head_bias")
     assert tasks == {f"adapter.tasks.second.{name}.latent" for name in own}
     model.set_task("ner")
-    model.set_train_scope("source")
+    model.set_train_scope("task")
     model.train()
     loss = model(**batch, labels=batch["input_ids"] % 5).loss
     loss.backward()
@@ -196,13 +196,13 @@ def test_what_is_trained(make_model, make_batch):
     ("given", "expected"),
     [
         ({"pathway": "inject", "projector": "host", "router": "static"}, "router='token' alone"),
-        ({"projector": "host", "pathway": "stream"}, "does not go with projector='host'"),
+        ({"projector": "host", "pathway": "stream"}, "projector is of the injected update"),
         ({"pathway": "inject", "projector": "host", "target_modules": ["q"]}, r"target_modules=\['q'\]"),
         ({"pathway": "inject", "projector": "host", "target_modules": []}, r"target_modules=\[\]"),
         ({"pathway": "inject", "projector": "host", "atom_scale": 0}, "atom_scale=0"),
         ({"pathway": "inject", "projector": "host", "share_across_layers": "yes"}, "share_across_layers='yes'"),
-        ({"target_modules": ["query"]}, "go with projector='host' alone"),
-        ({"atom_scale": 2.0}, "go with projector='host' alone"),
+        ({"pathway": "inject", "target_modules": ["query"]}, "go with projector='host' alone"),
+        ({"pathway": "inject", "atom_scale": 2.0}, "go with projector='host' alone"),
     ],
 )
 def test_configurations_that_are_refused(given, expected):

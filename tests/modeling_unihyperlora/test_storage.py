@@ -8,8 +8,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from modeling_unihyperlora.adapter import PARTS, UniHyperLoraAdapter
-from modeling_unihyperlora.hub import FILES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +19,13 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
     storage,
 )
+from modeling_unihyperlora.injected_adapter import UniHyperLoraAdapter
+from modeling_unihyperlora.measure.accounting import PARTS, bytes_of_parts
+from modeling_unihyperlora.publish.hub import files_of
 from modeling_unihyperlora.storage import (
+    FORMAT_VERSION,
     WEIGHTS_NAME,
     adapter_tensors,
-    bytes_of_parts,
     load_adapter,
     load_latents,
     save_latents,
@@ -94,7 +95,7 @@ class TestRoundTrip:
         model, batch = make_model(), make_batch()
         labels = torch.randint(0, 5, batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
         start = model(**batch).logits.detach()
-        for scope in ("source", "delta"):
+        for scope in ("task", "delta"):
             model.config.tasks["ner"]["trained"] = scope == "delta"
             model.set_train_scope(scope)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -137,7 +138,7 @@ class TestRoundTrip:
             model.save_pretrained(folder)
             batch = make_batch()
             assert torch.equal(load(folder, host=make_host())(**batch).logits, model(**batch).logits)
-        assert set(files_in(folder)) == set(FILES)
+        assert set(files_in(folder)) == set(files_of("inject"))
 
     def test_only_the_main_process_writes(self, saved, tmp_path):
         saved[0].save_pretrained(tmp_path / "other", is_main_process=False)
@@ -150,8 +151,9 @@ class TestRoundTrip:
 
 
 def test_a_new_adapter_is_a_stream_unless_the_injected_update_is_asked_for_by_name():
-    assert (UniHyperLoraConfig().pathway, UniHyperLoraConfig().projector) == ("stream", "anchored")
-    assert UniHyperLoraConfig(pathway="inject").projector == "dimension"
+    assert (UniHyperLoraConfig().pathway, UniHyperLoraConfig().projector) == ("stream", None)
+    injected = UniHyperLoraConfig(pathway="inject")
+    assert (injected.projector, injected.router, injected.router_top_k) == ("dimension", "token", 2)
     for meant in ({"projector": "dimension"}, {"projector": "host"}, {"router": "static"}):
         with pytest.raises(ConfigError, match="pathway='inject'"):
             UniHyperLoraConfig(**meant)
@@ -181,7 +183,7 @@ class TestSize:
         raw = path.read_bytes()
         header = int.from_bytes(raw[:8], "little")
         parts = bytes_of_parts(adapter)
-        assert set(parts) == set(PARTS) - {"anchors", "stream"}
+        assert set(parts) == set(PARTS) - {"space", "reader"}
         assert sum(parts.values()) == len(raw) - 8 - header
         assert parts["dictionary"] == 2 * 128 * (256 + 2)  # int8 codes and a bfloat16 scale a row
         assert parts["projector"] == 4096
@@ -337,14 +339,21 @@ class TestWrongContents:
         rewrite(saved[1], put("router_bias", with_value(1.0)), sign=False)
         refuses(saved[1], match="SHA-256")
 
-    @pytest.mark.parametrize("version", ["2", "999999999999999999999"])
+    @pytest.mark.parametrize("version", [str(FORMAT_VERSION + 1), "999999999999999999999"])
     def test_newer_format_in_the_header(self, version, saved, refuses):
         path = saved[1] / WEIGHTS_NAME
         tensors = load_file(path)
         save_file(tensors, path, metadata=signed_metadata(tensors) | {"unihyperlora_format": version})
         refuses(saved[1], match="update it")
 
-    @pytest.mark.parametrize("version", [None, "", "x", "-1", "1.0", "²", "0"])
+    @pytest.mark.parametrize("version", ["0", "1"])
+    def test_an_older_format_in_the_header_says_how_to_get_on(self, version, saved, refuses):
+        path = saved[1] / WEIGHTS_NAME
+        tensors = load_file(path)
+        save_file(tensors, path, metadata=signed_metadata(tensors) | {"unihyperlora_format": version})
+        refuses(saved[1], match=f"has format {version}, .*train the adapter again, or install 'unihyperlora<0.2'")
+
+    @pytest.mark.parametrize("version", [None, "", "x", "-1", "1.0", "²"])
     def test_no_usable_format_in_the_header(self, version, saved, refuses):
         path = saved[1] / WEIGHTS_NAME
         tensors = load_file(path)
@@ -373,8 +382,10 @@ class TestWrongConfig:
     @pytest.mark.parametrize(
         "changes,error,match",
         [
-            ({"format_version": 2}, ConfigError, "format_version 2.*reads up to 1"),
-            ({"format_version": "1"}, ConfigError, "format_version"),
+            ({"format_version": 3}, ConfigError, "format_version 3, this package reads 2. Update the package"),
+            ({"format_version": 1}, ConfigError, "format_version 1.*Train the adapter again, or install 'unihyper"),
+            ({"format_version": 1, "stream_dim": 8}, ConfigError, "format_version 1.*Train the adapter again"),
+            ({"format_version": "2"}, ConfigError, "format_version"),
             ({"router_topk": 2}, ConfigError, "Unknown configuration key 'router_topk'"),
             ({"model_type": "bert"}, AdapterFileError, "not the configuration of a UniHyperLoRA adapter"),
             ({"model_type": None}, AdapterFileError, "not the configuration of a UniHyperLoRA adapter"),

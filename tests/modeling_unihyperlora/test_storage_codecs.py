@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_unihyperlora.quantization import Grid, Half, RowInteger, StoredTensor, TwoBit, pack, unpack
+from modeling_unihyperlora.storage import Grid, Half, RowInteger, StoredTensor, TwoBit, pack, unpack
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 8), (16, 33), (128, 256)]
 MAGNITUDES = [1e-42, 1e-38, 1e-30, 1e-7, 1e-3, 1.0, 77.7, 3e4, 1e20, 1e37]

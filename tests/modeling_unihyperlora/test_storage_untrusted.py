@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from modeling_unihyperlora import AdapterFileError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.untrusted import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_WEIGHTS_BYTES
+from modeling_unihyperlora.storage import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_WEIGHTS_BYTES
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import CanonicalSpace, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.__main__ import main
 from modeling_unihyperlora.measure.inspection import inspect_adapter, inspect_on_host
 from modeling_unihyperlora.storage import WEIGHTS_NAME
@@ -52,17 +52,16 @@ def test_the_streams_fit_and_what_to_expect_of_it(tiny_host, tmp_path, monkeypat
     words = "anna ben carla david paris rome oslo lima lives works in at near the a and from to flew .".split()
     order = torch.randint(0, len(words), (40, 8), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "anchors.txt").write_text("\n".join(" ".join(words[i] for i in line) for line in order))
-    shape = {"stream_dim": 8, "atoms": 12, "anchor_dim": 8, "stream_width": 8, "stream_hidden": 6}
-    config = UniHyperLoraConfig(pathway="stream", **shape)
+    space = CanonicalSpace.make([tiny_host], tmp_path / "anchors.txt", dim=8, atoms=12, name="tiny")
     model = UniHyperLoraForTokenClassification.from_host(
-        str(tiny_host), labels=["O", "B-A"], task="ner", config=config, anchor_file=tmp_path / "anchors.txt"
+        str(tiny_host), labels=["O", "B-A"], task="ner", reader={"width": 8, "hidden": 6}, space=space
     )
     model.save_pretrained(tmp_path / "adapter")
     report = inspect_on_host(tmp_path / "adapter", str(tiny_host))
     fit = model.stream.fit.r2
     assert [knot["r2"] for knot in report["knots"]] == fit and [k["depth"] for k in report["knots"]][::4] == [0, 1]
     assert sum(fit) / 5 > 0.3 and not any("R²" in warning for warning in report["warnings"])
-    shuffled = model.adapter.anchors.coordinates.latent
+    shuffled = model.adapter.space.coordinates.latent
     shuffled.data.copy_(shuffled.data[torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(0))])
     model.save_pretrained(tmp_path / "shuffled")
     main(["inspect", str(tmp_path / "shuffled"), "--host", str(tiny_host)])

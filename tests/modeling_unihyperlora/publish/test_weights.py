@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel
 
 from modeling_unihyperlora import ExportError, MergeError, UniHyperLoraForSequenceClassification
-from modeling_unihyperlora.export import HEAD_NAME, low_rank
+from modeling_unihyperlora.publish.weights import HEAD_NAME, low_rank
 from tests.conftest import tiny_tokenizer
 from tests.modeling_unihyperlora.conftest import LABELS
 
