@@ -28,13 +28,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from modeling_unihyperlora import UniHyperLoraError
+from modeling_unihyperlora import CanonicalSpace, UniHyperLoraError
 from modeling_unihyperlora.storage import LATENTS_NAME, content_digest, write_json
 from trainers.running import run
 from trainers.tasks import NER
 
 WORDS = [f"w{number}" for number in range(200)]
-STAGES = ("before the first step", "coordinates", "training")
+STAGES = ("before the first step", "training")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -52,6 +52,12 @@ def make_host(folder: Path) -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def make_space(folder: Path) -> Path:
+    """A space of eight coordinates on the host in ``folder``/host; gives its file."""
+    CanonicalSpace.make([folder / "host"], dim=8).save(folder / "space.safetensors")
+    return folder / "space.safetensors"
 
 
 def make_data(path: Path, sentences: int) -> None:
@@ -93,10 +99,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def stage(log: Path) -> int:
     """How far a process has come, by what it has said: a number of STAGES."""
-    said = log.read_text() if log.is_file() else ""
-    if "'loss'" in said:
-        return 2
-    return int("Learning" in said)  # or over, and the source being lined up with them
+    return int(log.is_file() and "'loss'" in log.read_text())
 
 
 def wait_for(aim: int, process: multiprocessing.Process, log: Path) -> None:
@@ -108,15 +111,16 @@ def wait_for(aim: int, process: multiprocessing.Process, log: Path) -> None:
 def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
     """Run once in peace, then under ``kills`` kills; see the module.
 
-    Scope delta tunes the adapter that scope source has left.
+    Scope delta tunes the adapter that scope task has left.
     """
     name, log = f"{pathway}-{scope}", folder / "log"
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--pathway", pathway]
     flags += ["--train_scope", scope, "--logging_steps", 1]
-    flags += [] if scope == "source" else ["--adapter", folder / f"{pathway}-source-whole"]
+    flags += [] if scope == "task" else ["--adapter", folder / f"{pathway}-task-whole"]
+    flags += ["--space", folder / "space.safetensors", "--reader", "small"] if name == "stream-task" else []
     flags += ["--do_train", "--max_steps", 30, "--save_steps", 4, "--save_total_limit", 3, "--learning_rate", 0.01]
-    flags += ["--per_device_train_batch_size", 8, "--use_cpu", "--disable_tqdm", "true", "--coordinate_epochs", 8]
-    flags += ["--max_flops_overhead_pct", 1e9, "--stream_dim", 8, "--stream_width", 16, "--stream_hidden", 8]
+    flags += ["--per_device_train_batch_size", 8, "--use_cpu", "--disable_tqdm", "true"]
+    flags += ["--max_flops_overhead_pct", 1e9]
     flags = [str(flag) for flag in flags]
     began = time.perf_counter()
     peaceful = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
@@ -180,8 +184,9 @@ def main() -> None:
         folder = Path(temporary)
         make_host(folder / "host")
         make_data(folder / "train.jsonl", 60)
+        make_space(folder)
         runs = []
-        for pathway, scope in itertools.product(args.pathways, ("source", "delta")):
+        for pathway, scope in itertools.product(args.pathways, ("task", "delta")):
             runs.append(torment(pathway, scope, args.kills, folder, args.seed))
             identical = "identical" if runs[-1]["identical"] else "DIFFERENT"
             sys.stdout.write(f"{pathway}, {scope}: {len(runs[-1]['kills'])} kills, weights {identical}\n")

@@ -9,7 +9,7 @@ that fails, the last error that it named. What cannot run on this machine is not
 file is written after every launch; with --only or --pathways it keeps what it has of the others. Exits with 1 where a
 launch fails, a curve differs or a host got into a checkpoint.
 
-The stream is trained without its random parts (stream_fidelity 1, stream_dropout 0): those are drawn by each process
+The stream is trained without its random parts (--fidelity 1, no dropout): those are drawn by each process
 for its own sentences, so that with them a curve is another one, as with another seed; ``stream, with noise``, in a few
 of the launches, shows how much.
 """
@@ -30,21 +30,22 @@ from safetensors import safe_open
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.storage import write_json
-from scripts.research.kill_and_resume import make_data, make_host
+from scripts.research.kill_and_resume import make_data, make_host, make_space
 
 REPOSITORY = Path(__file__).parents[2]
 BATCH, STEPS = 32, 8
-RANDOM = {"inject": {}, "stream": {"stream_fidelity": 1.0, "stream_dropout": 0.0}, "stream, with noise": {}}
+PATHWAYS = ("inject", "stream", "stream, with noise")
 NOISY = ("python", "python, accumulated", "torchrun")  # the launches that show it
 LARGEST_DIFFERENCE = 1e-4  # what another order of summation does to a loss in a few steps
 
 
 def make_adapter(pathway: str, folder: Path) -> None:
     """The untrained adapter that all launches train."""
-    shape = {"stream_dim": 8, "stream_width": 16, "stream_hidden": 8} if "stream" in pathway else {}
-    config = UniHyperLoraConfig(pathway=pathway.split(",")[0], **shape, **RANDOM[pathway])
+    own = {"pathway": pathway.split(",")[0]} | ({"dropout": 0.0} if pathway == "stream" else {})
+    more = {"space": make_space(folder), "reader": "small"} if "stream" in pathway else {}
     torch.manual_seed(0)
-    model = UniHyperLoraForTokenClassification.from_host(folder / "host", ["O", "B-X"], "ner", config)
+    config = UniHyperLoraConfig(**own)
+    model = UniHyperLoraForTokenClassification.from_host(folder / "host", ["O", "B-X"], "ner", config, **more)
     model.save_pretrained(folder / pathway)
 
 
@@ -77,7 +78,8 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--do_train"]
     flags += ["--max_steps", STEPS, "--save_steps", STEPS, "--logging_steps", 1, "--learning_rate", 0.003]
     flags += ["--per_device_train_batch_size", BATCH // processes // accumulated, "--disable_tqdm", "true"]
-    flags += ["--gradient_accumulation_steps", accumulated, "--coordinate_epochs", 1, "--seed", 0]
+    flags += ["--gradient_accumulation_steps", accumulated, "--seed", 0]
+    flags += ["--fidelity", 1] if pathway == "stream" else []
     flags += ["--use_cpu"] if torch.accelerator.is_available() else []  # as a user would: not where it goes without
     flags += ["--lr_scheduler_type", "constant", "--max_flops_overhead_pct", 1e9, "--output_dir", output]
     flags += ["--adapter", folder / pathway]
@@ -123,7 +125,7 @@ def read_runs(path: Path) -> dict[tuple[str, str], dict[str, object]]:
 
 def write_runs(path: Path, runs: dict[tuple[str, str], dict[str, object]]) -> None:
     """In the order of the pathways and the launches."""
-    order = [(pathway, name) for pathway in RANDOM for name in launches() if (pathway, name) in runs]
+    order = [(pathway, name) for pathway in PATHWAYS for name in launches() if (pathway, name) in runs]
     hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     kind = {"kind": "launch", "command": "python -m scripts.research.launch_check --output results/launch.json"}
     write_json(path, {**kind, "hardware": hardware, "runs": [runs[key] for key in order]})
@@ -136,10 +138,10 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=sorted(launches()), help="and a single process, if the file has none"
     )
-    parser.add_argument("--pathways", nargs="+", default=list(RANDOM), choices=list(RANDOM))
+    parser.add_argument("--pathways", nargs="+", default=list(PATHWAYS), choices=PATHWAYS)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
     args = parser.parse_args()
-    in_part = args.only or args.pathways != list(RANDOM)
+    in_part = args.only or args.pathways != list(PATHWAYS)
     earlier = read_runs(args.output) if in_part else {}
     runs, fine = {}, True
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,12 +1,15 @@
-"""``benchmark.py tasks``: a batch whose sentences are of many tasks, against the same batch as one task.
+"""``benchmark.py tasks``: many tasks over one host, all for every sentence or one for each.
 
     python -m scripts.research.benchmark tasks --model_name_or_path HOST --output results/mixed-tasks.json
 
-For each number of tasks there is an adapter with as many, each with random δθ, router embedding and head, on a host of
-its own. In every round the same sentences are scored once as one task by an adapter that has no other, and once by
-each of these adapters (``task_ids=``, drawn at random), one after the other, so that what else the machine does falls
-on all alike. Kept are the median over the rounds of the ratio to the one task of the same round, the least and the
-greatest.
+For each number of tasks there is an adapter with as many, each with random values, on a host of its own. In every
+round the same sentences are scored by an adapter of one task, and then in these ways:
+
+- one pass (a stream alone): every sentence for all tasks, ``tasks=[…]``.
+- mixed batch: each sentence for a task of its own, drawn at random, ``task_ids=[…]``.
+
+Kept are the median over the rounds of the ratio to the one task of the same round, the least and the greatest, so that
+what else the machine does falls on all alike.
 """
 
 import argparse
@@ -19,16 +22,20 @@ from pathlib import Path
 import torch
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora.reader import READERS
+from modeling_unihyperlora.storage import StoredTensor, write_json
 from modeling_unihyperlora.words import load_tokenizer
 
 LABELS = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for prefix in "BI")]
+ONE_PASS, MIXED = "one pass", "mixed batch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="the host")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100, 1000], help="numbers of tasks")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100], help="numbers of tasks")
     parser.add_argument("--pathways", nargs="+", default=["inject", "stream"], choices=["inject", "stream"])
+    parser.add_argument("--reader", choices=sorted(READERS), default="small", help="of each task of a stream")
+    parser.add_argument("--space", help="file of the canonical space; the package's own if none")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32, help="words a sentence, each of one sub-token")
     parser.add_argument("--rounds", type=int, default=7)
@@ -43,6 +50,7 @@ def measure(args: argparse.Namespace) -> None:
         {
             "kind": "mixed_tasks",
             "host": Path(args.model_name_or_path).name,
+            "reader": args.reader,
             "batch_size": args.batch_size,
             "tokens": args.tokens,
             "rounds": args.rounds,
@@ -54,29 +62,31 @@ def measure(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def make_model(host: str, pathway: str, tasks: int) -> UniHyperLoraForTokenClassification:
+def make_model(args: argparse.Namespace, pathway: str, tasks: int) -> UniHyperLoraForTokenClassification:
     """The host with tasks t0, t1, …"""
     torch.manual_seed(0)
-    model = UniHyperLoraForTokenClassification.from_host(host, LABELS, "t0", UniHyperLoraConfig(pathway=pathway))
+    more = {"reader": args.reader, "space": args.space} if pathway == "stream" else {}
+    config = UniHyperLoraConfig(pathway=pathway)
+    model = UniHyperLoraForTokenClassification.from_host(args.model_name_or_path, LABELS, "t0", config, **more)
     for number in range(1, tasks):
-        model.add_task(f"t{number}", LABELS)
+        model.add_task(f"t{number}", LABELS, **({"reader": args.reader} if pathway == "stream" else {}))
     for own in model.adapter.tasks.values():
-        for stored in (own.delta, own.embedding, own.head_weight, own.head_bias):
-            stored.latent.copy_(0.1 * torch.randn_like(stored.latent))
+        for stored in own.children():
+            if isinstance(stored, StoredTensor):  # δθ and head, which are zero in a new task; a reader never is
+                stored.latent.copy_(0.1 * torch.randn_like(stored.latent))
     return model.eval()
 
 
 def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each number of tasks."""
-    one = make_model(args.model_name_or_path, pathway, 1)
-    models = {n: make_model(args.model_name_or_path, pathway, n) for n in args.tasks}
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    words = [word for word, number in tokenizer.get_vocab().items() if word.isascii() and word.isalpha()]
+    """A row for each number of tasks and each way."""
+    one = make_model(args, pathway, 1)
+    models = {n: make_model(args, pathway, n) for n in args.tasks}
+    batch = sentences(args)
     draw = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(words), (args.batch_size, args.tokens), generator=draw)
-    text = [[words[i] for i in row] for row in chosen]
-    batch = dict(tokenizer(text, is_split_into_words=True, padding=True, return_tensors="pt"))
-    tasks = {n: [f"t{i}" for i in torch.randint(n, (args.batch_size,), generator=draw)] for n in args.tasks}
+    ids = {n: [f"t{i}" for i in torch.randint(n, (args.batch_size,), generator=draw)] for n in args.tasks}
+    calls = {(MIXED, n): {"task_ids": ids[n]} for n in args.tasks}
+    if pathway == "stream":
+        calls |= {(ONE_PASS, n): {"tasks": [f"t{i}" for i in range(n)]} for n in args.tasks}
 
     @torch.inference_mode()
     def seconds(model, **which) -> float:
@@ -84,24 +94,35 @@ def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, ob
         model(**batch, **which)
         return time.perf_counter() - start
 
-    ratios: dict[int, list[float]] = {n: [] for n in args.tasks}
+    ratios: dict[tuple[str, int], list[float]] = {call: [] for call in calls}
     for number in range(args.rounds + 1):  # the first one warms up
         alone = seconds(one, task="t0")
-        for n, task_ids in tasks.items():
-            ratio = seconds(models[n], task_ids=task_ids) / alone
+        for call, which in calls.items():
+            ratio = seconds(models[call[1]], **which) / alone
             if number > 0:
-                ratios[n].append(ratio)
+                ratios[call].append(ratio)
     own = one.adapter.tasks["t0"]
     held = sum(t.numel() * t.element_size() for t in (*own.parameters(), *own.buffers()))
     return [
         {
             "pathway": pathway,
+            "way": way,
             "tasks": n,
-            "tasks_in_the_batch": len(set(tasks[n])),
-            "ratio": statistics.median(ratios[n]),
-            "least": min(ratios[n]),
-            "greatest": max(ratios[n]),
+            "tasks_in_the_batch": n if way == ONE_PASS else len(set(ids[n])),
+            "ratio": statistics.median(ratios[way, n]),
+            "least": min(ratios[way, n]),
+            "greatest": max(ratios[way, n]),
             "bytes_in_memory_a_task": held,
         }
-        for n in args.tasks
+        for way, n in calls
     ]
+
+
+def sentences(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """A batch of random words of one sub-token each."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    words = [word for word, number in tokenizer.get_vocab().items() if word.isascii() and word.isalpha()]
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(words), (args.batch_size, args.tokens), generator=draw)
+    text = [[words[i] for i in row] for row in chosen]
+    return dict(tokenizer(text, is_split_into_words=True, padding=True, return_tensors="pt"))

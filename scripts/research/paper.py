@@ -1,13 +1,14 @@
 """The runs of the paper's comparison: run configs × hosts × seeds, each in a process of its own, none done twice.
 
     python -m scripts.research.benchmark paper {probe,lora,unihyperlora}-iter1-{sst2,boolq} --seeds 0 1 2 \
-        --output_dir runs/paper --source unihyperlora-source-iter1-sst2 --hosts distilbert-base-uncased
+        --output_dir runs/paper --source unihyperlora-source-iter1-{sst2,boolq} --hosts distilbert-base-uncased
 
-A config that tunes δθ starts from the adapter of --source, trained with the same seed; every other config starts
-anew. What ``evaluation.metric`` says decides the script: seqeval is run_ner.py, any other run_classification.py. Flags
-that are not of this command go to all runs. A finished run is not done again as long as its flags, its config and its
-local files are the same, so the same command continues an interrupted benchmark. Where hosts and data are on this
-machine is said in a file (--local), so that no run config has to be changed:
+A config that tunes δθ starts from the adapter of that --source which is trained on the same data with the same seed;
+every other config starts anew. What ``evaluation.metric`` says decides the script: seqeval is run_ner.py, any other
+run_classification.py. Flags that are not of this command go to all runs. A finished run is not done again as long as
+its flags, its config, its local files and the package's space are the same, so the same command continues an
+interrupted benchmark. Where hosts and data are on this machine is said in a file (--local), so that no run config has
+to be changed:
 
     hosts:                       # the name in a run config, or of --hosts → a folder
       microsoft/mpnet-base: /data/hosts/mpnet
@@ -25,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from modeling_unihyperlora import ConfigError
+from modeling_unihyperlora.space import PACKAGE_SPACE
 from scripts.research.own_process import run_in_own_process
 from scripts.research.runner import Cell, Runner, digest_of, flag_name, name_of, show_progress
 from trainers.results import require_writable
@@ -40,7 +42,8 @@ FILES = ("train", "validation")  # splits that a run reads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="+", help="Run configs: names METHOD-iter1-DATASET, or YAML files.")
-    parser.add_argument("--source", help="The run config whose adapter those that tune δθ start from.")
+    what = "Run configs that train a task for all hosts; those that tune δθ start from the one of their data."
+    parser.add_argument("--source", nargs="+", default=[], help=what)
     parser.add_argument("--hosts", nargs="+", help="Do every config on each of these hosts, in place of its own.")
     parser.add_argument("--local", type=Path, help="YAML file: where hosts and data are on this machine.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -78,14 +81,15 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[tuple[Path,
         UniHyperLoraError: bad input before the first run, or a run that fails; finished runs are kept.
     """
     paths = dict.fromkeys(args.configs)
-    configs = {path: read_run_config(path) for path in [*paths, *([args.source] if args.source else [])]}
+    configs = {path: read_run_config(path) for path in [*paths, *args.source]}
     local = read_local(args.local)
     check(args, configs, passed)
+    sources = {data_of(configs[path]): path for path in args.source}
     cells = [
-        cell_of(path, configs, args.source, host, rate, seed, local, passed)
+        cell_of(path, configs, sources, host, rate, seed, local, passed)
         for host in dict.fromkeys(args.hosts or [None])
         for path in paths
-        if path != args.source  # which is trained on its own host where a run needs it
+        if path not in args.source  # which is trained on its own host where a run needs it
         for rate in dict.fromkeys(args.learning_rates or [None])
         for seed in dict.fromkeys(args.seeds)
     ]
@@ -106,28 +110,35 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[tuple[Path,
 def cell_of(
     path: str,
     configs: dict[str, RunConfig],
-    source: str | None,
+    sources: dict[str | None, str],
     host: str | None,
     rate: float | None,
     seed: int,
     local: Local,
     passed: list[str],
 ) -> Cell:
-    """One run of a config; before a δθ run comes that of the source with the same seed, on the source's own host."""
+    """One run of a config; before one of δθ comes the source of its data and seed, on the source's own host."""
     config = configs[path]
     tunes = config.arguments.get("train_scope") == "delta"
     parts = [config.run_id, host and name_of(host), rate and f"lr{rate:g}", f"s{seed}"]
     name = "-".join(part for part in parts if part)
     flags = ["--run_config", path, *local.flags(config, host), "--do_train", "--do_eval", "--seed", str(seed)]
     flags += ["--save_strategy", "no", *(["--learning_rate", f"{rate:g}"] if rate else []), *passed]
-    before = cell_of(source, configs, None, None, None, seed, local, passed) if tunes and source else None
+    source = sources[data_of(config)] if tunes else None
+    before = cell_of(source, configs, {}, None, None, seed, local, passed) if tunes else None
     script = (NER if config.metric == "seqeval" else CLASSIFICATION).script
     return Cell(name, tuple(flags), before, keep_weights=config.arguments["method"] != "full", script=script)
 
 
+def data_of(config: RunConfig) -> str | None:
+    """What a run config calls its data set."""
+    return config.arguments.get("task_name")
+
+
 def said_by(config: RunConfig) -> str:
-    """A digest of what a run config says; its comments do not count."""
-    return hashlib.sha256(json.dumps(config.arguments, sort_keys=True).encode()).hexdigest()
+    """A digest of what a run config says, its comments left out, and of the package's space where that is read."""
+    said = [config.arguments, digest_of(str(PACKAGE_SPACE)) if config.arguments["method"] == "unihyperlora" else None]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_local(path: Path | None) -> Local:
@@ -176,17 +187,26 @@ def check(args: argparse.Namespace, configs: dict[str, RunConfig], passed: list[
     for part in passed:
         if part.startswith("--") and flag_name(part) in SET_HERE:
             raise ConfigError(f"{part} is chosen by this command for each run; leave it out.")
-    if args.source and configs[args.source].arguments.get("train_scope") != "source":
-        raise ConfigError(
-            f"--source {args.source} trains no universal adapter (method unihyperlora, train_bias_delta_only false), "
-            "so none can start from it. Give the config of the source training."
-        )
+    sources: dict[str | None, str] = {}
+    for path in args.source:
+        if configs[path].arguments.get("train_scope") != "task":
+            raise ConfigError(
+                f"--source {path} trains no universal adapter (method unihyperlora, train_bias_delta_only false), so "
+                "none can start from it. Give the config of the source training."
+            )
+        if path != sources.setdefault(data_of(configs[path]), path):
+            raise ConfigError(
+                f"--source {sources[data_of(configs[path])]} and {path} train on the same data; give one of them."
+            )
     names: dict[str, str] = {}
     for path, config in configs.items():
         if path != names.setdefault(config.run_id, path):
             raise ConfigError(f"{names[config.run_id]} and {path} have the same run_id {config.run_id}; rename one.")
-        if config.arguments.get("train_scope") == "delta" and args.source is None:
-            raise ConfigError(f"{path} tunes δθ of an adapter that exists; give its source training as --source.")
+        if config.arguments.get("train_scope") == "delta" and data_of(config) not in sources:
+            raise ConfigError(
+                f"{path} tunes δθ of an adapter that exists, whose reader was trained on the same data "
+                f"({data_of(config)}); give its source training as --source."
+            )
     hosts = [name_of(host) for host in dict.fromkeys(args.hosts or [])]
     if same := next((name for name in hosts if hosts.count(name) > 1), None):
         raise ConfigError(f"--hosts has two of the name {same}, whose runs would have one folder. Rename a folder.")

@@ -9,7 +9,6 @@ from scripts.research.transfer_picture import COLOURS, INK, require_matplotlib
 DRAWN = {  # method → colour, mark
     "unihyperlora": (COLOURS["zero_shot"], "o"),
     "unihyperlora-refined": (COLOURS["refined"], "P"),
-    "unihyperlora-both": (COLOURS["zero_shot"], "*"),
     "sat_lora": (COLOURS["own_stream"], "D"),
     "lora": (COLOURS["lora"], "^"),
     "lora-r1": (COLOURS["lora"], "v"),

@@ -5,24 +5,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 PICTURE = "paper-pareto.png"
+SOURCE = "unihyperlora-source"  # the method that trains a task for all hosts
 METHODS = {  # name of a run config's method → how it is called, in the order of the rows
-    "unihyperlora-source": "unihyperlora, source training",
+    SOURCE: "unihyperlora, source training",
     "unihyperlora": "unihyperlora, δθ 500 steps",
     "unihyperlora-refined": "unihyperlora, δθ 500 steps on a refined map",
-    "unihyperlora-both": "unihyperlora, δθ 500 steps, also in the host",
     "sat_lora": "SAT-LoRA",
     "lora": "LoRA r=8",
     "lora-r1": "LoRA r=1",
     "full": "full fine-tuning",
     "probe": "probe",
 }
-TUNED = {  # where their δθ acts
-    "unihyperlora": "the stream",
-    "unihyperlora-refined": "the stream, refined map",
-    "unihyperlora-both": "stream and host",
+TUNED = {  # which map their δθ amends
+    "unihyperlora": "line-up",
+    "unihyperlora-refined": "refined",
 }
 COLUMNS = (
-    *("data", "host", "method", "seeds", "rate", "score", "accuracy", "before tuning", "file, B", "head, B", "δθ, B"),
+    *("data", "host", "method", "seeds", "rate", "score", "accuracy", "before tuning"),
+    *("file, B", "reader, B", "head, B", "δθ, B"),
     *(
         "extra RAM, MB",
         "extra multiply-adds",
@@ -59,10 +59,13 @@ class Row:
         return "eval_precision" in self.runs[0]["results"]
 
     def stored(self) -> dict[str, float]:
-        """Bytes that have to be kept for this host and task, by which count; float32 for what is no file of ours."""
+        """Bytes that have to be kept for this host and task, by which count; float32 for what is no file of ours.
+
+        A host more needs δθ alone: space, reader and head serve all hosts.
+        """
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
         if self.method in TUNED:
-            return {"for one more host": delta + head, "whole file": file}
+            return {"for one more host": delta, "whole file": file}
         return {"": file if self.method == "sat_lora" else file + head}  # SAT-LoRA's head is in its file
 
 
@@ -77,13 +80,12 @@ def rows_of(records: Iterable[dict]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.method != known[0], row.data, row.host, known.index(row.method)))
 
 
-def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict]) -> list[str]:
+def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
     """All of the comparison: the table, the picture, the expectations, the rates that were tried.
 
     Args:
         records: of kind "paper".
         trials: the same with other rates, of kind "paper_rate".
-        matrices: name → transfer matrix, whose δθ tunes a file whose source had the labels of the same task.
     """
     rows = rows_of(records)
     if not rows:
@@ -95,8 +97,8 @@ def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict
         "beside it are below; where none is listed, none was.",
         "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label",
         "of the host; a refined map has also seen the training text, without its labels, as the source's host reads",
-        "it. Head and δθ are in the file of the two adapters. Training is wall-clock, on a machine that",
-        "other work may share; CPU is the time of all threads of the run's process, from its start to the last score.",
+        "it. Reader, head and δθ are in the file. Training is wall-clock, on a machine that other work may share; CPU",
+        "is the time of all threads of the run's process, from its start to the last score.",
         "A stream's states are computed once a host and data set, and are in the CPU time of the first run there;",
         "pages of their file, which the system may drop, are in its peak memory. What data, and how many",
         "sentences of it, a run read is in its record.",
@@ -106,13 +108,13 @@ def paper_page(records: list[dict], trials: list[dict], matrices: dict[str, dict
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     for expectation in (zero_shot, against_sat_lora, memory, against_lora):
         lines += expectation(rows)
-    return lines + source_of_the_task(rows, matrices) + rates(rows, trials)
+    return lines + rates(rows, trials)
 
 
 def _cells(row: Row) -> list[str]:
     first, settings = row.runs[0]["results"], row.runs[0]["settings"]
     overhead = first["flops_overhead_pct"]
-    whole = ("adapter_bytes", "head_bytes", "delta_bytes")
+    whole = ("adapter_bytes", "reader_bytes", "head_bytes", "delta_bytes")
     return [
         row.data,
         row.host,
@@ -122,7 +124,7 @@ def _cells(row: Row) -> list[str]:
         _spread(row.values("eval_f1")),
         "–" if row.is_tags() else _spread(row.values("eval_accuracy")),
         _spread(row.values("zero_shot_f1")),
-        *("–" if first[name] is None else f"{first[name]:,}" for name in whole),
+        *("–" if first.get(name) is None else f"{first[name]:,}" for name in whole),
         "–" if first["extra_ram_mb"] is None else f"{first['extra_ram_mb']:.2f}",
         "–" if overhead is None else f"{overhead:.2f} %",
         _spread(row.values("active_atoms_per_token"), 2),
@@ -137,18 +139,18 @@ def _cells(row: Row) -> list[str]:
 
 
 def zero_shot(rows: list[Row]) -> list[str]:
-    """Before any tuning, on the source's own task: within 1 % of the source."""
-    source = next((row for row in rows if row.method == "unihyperlora-source"), None)
-    alike = ("unihyperlora", "unihyperlora-refined")  # "both" has the zero-shot of the first
-    moved = [row for row in rows if row.method in alike and source and row.data == source.data]
+    """Before any tuning: within 1 % of the source of the same task, on the source's own host."""
+    sources = {row.data: row for row in rows if row.method == SOURCE}
+    moved = [row for row in rows if row.method in TUNED and row.data in sources and row.values("zero_shot_f1")]
 
     def compare(row: Row) -> tuple[bool, list[str]]:
+        source = sources[row.data]
         ours, its = row.mean("zero_shot_f1"), source.mean("eval_f1")
-        return ours >= (1 - WITHIN) * its, [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours / its - 1):+.1f} %"]
+        cells = [f"{ours:.4f}", f"{its:.4f} ({source.host})", f"{100 * (ours / its - 1):+.1f} %"]
+        return ours >= (1 - WITHIN) * its, cells
 
-    moved = [row for row in moved if row.host != source.host and row.values("zero_shot_f1")]
-    heads = ["zero-shot", f"source, {source.host}" if source else "source", "difference"]
-    return _verdicts("Zero-shot within 1 % of the source", moved, heads, compare)
+    moved = [row for row in moved if row.host != sources[row.data].host]
+    return _verdicts("Zero-shot within 1 % of the source", moved, ["zero-shot", "source", "difference"], compare)
 
 
 def against_sat_lora(rows: list[Row]) -> list[str]:
@@ -163,38 +165,12 @@ def against_sat_lora(rows: list[Row]) -> list[str]:
     return _verdicts(title, _tuned_beside(rows, "sat_lora"), heads, compare)
 
 
-def source_of_the_task(rows: list[Row], matrices: dict[str, dict]) -> list[str]:
-    """The same of files whose source was trained on the task itself, from the transfer matrices."""
-    lines = []
-    for name, matrix in matrices.items():
-        for host, target in matrix["targets"].items():
-            tuned = next((target[key] for key in target if key.startswith("delta_") and target[key]), None)
-            row = next(
-                (r for r in rows if (r.method, r.data, r.host) == ("sat_lora", matrix["data"]["name"], host)), None
-            )
-            if tuned is None or row is None:
-                continue
-            ours, its, before = tuned["mean"], row.mean("eval_f1"), target["zero_shot_f1"]["mean"]
-            cells = [name, host, ", ".join(target["source_hosts"]), f"{before:.4f}", f"{ours:.4f}", f"{its:.4f}"]
-            cells += [f"{100 * (ours - its):+.1f} points", "held" if ours >= its else "did not hold"]
-            lines.append("| " + " | ".join(cells) + " |")
-    if not lines:
-        return []
-    columns = ["matrix", "host", "source", "zero-shot", "δθ", "SAT-LoRA", "difference", ""]
-    return [
-        *("", "### The same where the source was trained on the task itself", ""),
-        "A file has its head and its reader of the sentence from the source. Here that is not SST-2 but the task of",
-        "the row, from the transfer matrices above; SAT-LoRA is that of this comparison.",
-        *("", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"),
-        *lines,
-    ]
-
-
 def memory(rows: list[Row]) -> list[str]:
     """97 % less memory than SAT-LoRA, by each way of counting."""
     lines = []
     counts: list[tuple[str, Callable[[Row], float], Callable[[Row], float]]] = [
-        ("stored for one more host and task (δθ and head)", lambda r: r.stored()["for one more host"], _file),
+        ("stored for one more host (δθ)", lambda r: r.stored()["for one more host"], _file),
+        ("stored for one more task (reader, head and δθ)", _task, _file),
         ("the whole file", _file, _file),
         ("extra RAM, bytes", lambda r: 1e6 * r.mean("extra_ram_mb"), lambda r: 1e6 * r.mean("extra_ram_mb")),
     ]
@@ -237,7 +213,7 @@ def _verdicts(title: str, rows: list[Row], heads: list[str], compare: Callable) 
     compared = [(row, *compare(row)) for row in rows]
     held = sum(holds for _, holds, _ in compared)
     word = "Held" if held == len(rows) else "Did not hold" if held == 0 else "Held in part"
-    columns = ["data", "host", "δθ in", "seeds", *heads, ""]
+    columns = ["data", "host", "map", "seeds", *heads, ""]
     lines = ["", f"### {title}", "", f"**{word}**: in {held} of {len(rows)}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, holds, cells in compared:
@@ -259,6 +235,11 @@ def _beside(rows: list[Row], row: Row, method: str) -> Row | None:
 
 def _file(row: Row) -> float:
     return row.mean("adapter_bytes")
+
+
+def _task(row: Row) -> float:
+    """What a task adds to a file that has the space already."""
+    return sum(row.mean(name) or 0 for name in ("reader_bytes", "head_bytes", "delta_bytes"))
 
 
 # ---- the rates that were tried ----

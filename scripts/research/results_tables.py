@@ -63,7 +63,7 @@ def rendered(records: dict[str, dict]) -> str:
     for name, ablation in ablations.items():
         lines += ablation_table(name, ablation)
     lines += search_tables(searches)
-    lines += paper_page([*compared.values()], [*trials.values()], matrices)
+    lines += paper_page([*compared.values()], [*trials.values()])
     return "\n".join(lines) + "\n"
 
 

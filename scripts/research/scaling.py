@@ -22,11 +22,17 @@ import torch
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.adapter import knot_layers
-from modeling_unihyperlora.calibration import fit_host
-from modeling_unihyperlora.hosts import linear_multiply_adds, load_host
-from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.stream import read_anchor_states
+from modeling_unihyperlora.hosts import load_host
+from modeling_unihyperlora.sites import linear_multiply_adds
+from modeling_unihyperlora.space import (
+    CanonicalSpace,
+    fit_host,
+    knot_layers,
+    layers_of,
+    near_layers,
+    word_states,
+)
+from modeling_unihyperlora.storage import StoredTensor, write_json
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 from trainers.state_cache import WordStates
 
@@ -37,6 +43,7 @@ BATCH, WORDS = 8, 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="the host of all but the calibrations")
     parser.add_argument("--hosts", nargs="+", required=True, help="hosts that are lined up")
+    parser.add_argument("--space", help="file of the canonical space; the package's own if none")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--sentences", type=int, nargs="+", default=[64, 128, 256], help="whose states are kept")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128])
@@ -47,18 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Measure what ``args`` ask for and write it to ``args.output``."""
     torch.manual_seed(0)
+    space = CanonicalSpace.default() if args.space is None else CanonicalSpace.load(args.space)
+    make = UniHyperLoraForTokenClassification.from_host
     models = {
-        pathway: UniHyperLoraForTokenClassification.from_host(
-            args.model_name_or_path, LABELS, "t", UniHyperLoraConfig(pathway=pathway)
-        )
-        for pathway in ("inject", "stream")
+        "inject": make(args.model_name_or_path, LABELS, "t", UniHyperLoraConfig(pathway="inject")),
+        "stream": make(args.model_name_or_path, LABELS, "t", space=space),
     }
     for model in models.values():
-        for name, parameter in model.adapter.named_parameters():
-            if "anchors" not in name and "waves" not in name:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        for name, module in model.adapter.named_modules():
+            if isinstance(module, StoredTensor) and not name.startswith("space.") and "waves" not in name:
+                module.latent.data += 0.1 * torch.randn_like(module.latent)
     curves = forward(models, args) + training_step(models["stream"], args) + states(args)
-    rows, calibrations = [], calibrate(args.hosts)
+    rows, calibrations = [], line_up(args.hosts, space)
     for what, size, seconds in curves:
         xs, ys = list(seconds), list(seconds.values())
         slope = float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
@@ -109,9 +116,9 @@ def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tupl
 
 def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
     """A step of a stream on states that are kept, over the sentences of its batch; the host has no part in it."""
-    model.train().set_train_scope("source")
+    model.train().set_train_scope("task")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    dim = model.config.stream_dim
+    dim = model.config.space["dim"]
 
     def step(sentences: int) -> None:
         batch = {
@@ -147,23 +154,23 @@ def states(args: argparse.Namespace) -> list[tuple]:
     return [(f"states of a training text, once a host, {WORDS} tokens a sentence", "sentences", seconds)]
 
 
-def calibrate(hosts: list[str]) -> list[dict[str, object]]:
+def line_up(hosts: list[str], space: CanonicalSpace) -> list[dict[str, object]]:
     """Lining up each host, and what it computes for a token; the hosts do not know of each other, so times add up."""
     rows = []
     for name in hosts:
-        model = UniHyperLoraForTokenClassification.from_host(name, LABELS, "t", UniHyperLoraConfig(pathway="stream"))
-        anchors = model.adapter.anchors
+        host = load_host(name).eval()
         start = time.perf_counter()
-        read = read_anchor_states(model.host, model.stream.words, anchors.sentences())
-        stream = model.stream
-        fit_host(read, stream.near, knot_layers(stream.num_layers), anchors.canonical().detach())
+        words = WordReader(host, load_tokenizer(name))
+        near = near_layers(words.num_layers)
+        read = word_states(host, words, space.sentences(), layers_of(near))
+        fit_host(read, near, knot_layers(words.num_layers), space.canonical())
         seconds = time.perf_counter() - start
         rows.append(
             {
                 "host": Path(name).name,
-                "blocks": model.stream.num_layers,
-                "width": model.stream.hidden_size,
-                "multiply_adds_a_token": linear_multiply_adds(model.host),
+                "blocks": words.num_layers,
+                "width": host.config.hidden_size,
+                "multiply_adds_a_token": linear_multiply_adds(host),
                 "seconds": seconds,
             }
         )

@@ -48,25 +48,28 @@ def slope_table(record: dict) -> list[str]:
 
 
 def task_table(record: dict) -> list[str]:
-    """A row for each number of tasks, a column for each pathway."""
-    pathways = list(dict.fromkeys(row["pathway"] for row in record["rows"]))
+    """A row for each number of tasks, a column for each pathway and way."""
+    ways = list(dict.fromkeys((row["pathway"], row["way"]) for row in record["rows"]))
     lines = [
         f"Host {record['host']}, {record['batch_size']} sentences of {record['tokens']} words, {record['threads']} "
-        f"threads: time of a mixed batch over that of one task in the same round, median of {record['rounds']} "
-        "(least – greatest).",
+        f"threads, a {record['reader']} reader for each task of the stream: time over that of one task in the same "
+        f"round, median of {record['rounds']} (least – greatest).",
         "",
-        "| tasks | in the batch | " + " | ".join(pathways) + " |",
-        "|---" * (2 + len(pathways)) + "|",
+        "| tasks | " + " | ".join(f"{pathway}, {way}" for pathway, way in ways) + " |",
+        "|---" * (1 + len(ways)) + "|",
     ]
     for n in dict.fromkeys(row["tasks"] for row in record["rows"]):
-        rows = {row["pathway"]: row for row in record["rows"] if row["tasks"] == n}
-        cells = [
-            f"{rows[name]['ratio']:.2f} ({rows[name]['least']:.2f} – {rows[name]['greatest']:.2f})" for name in rows
-        ]
-        lines.append(f"| {n:,} | {rows[pathways[0]]['tasks_in_the_batch']} | " + " | ".join(cells) + " |")
+        rows = {(row["pathway"], row["way"]): row for row in record["rows"] if row["tasks"] == n}
+        lines.append(f"| {n:,} | " + " | ".join(_times(rows[way]) for way in ways) + " |")
     held = {row["pathway"]: row["bytes_in_memory_a_task"] for row in record["rows"]}
     told = ", ".join(f"{size:,} B ({name})" for name, size in held.items())
     return [*lines, "", f"A task of nine labels takes in memory, in float32: {told}."]
+
+
+def _times(row: dict) -> str:
+    """A ratio; in brackets its range, and of a mixed batch how many tasks are in it where they are not all."""
+    fewer = f", {row['tasks_in_the_batch']} of them" if row["tasks_in_the_batch"] < row["tasks"] else ""
+    return f"{row['ratio']:.2f} ({row['least']:.2f} – {row['greatest']:.2f}{fewer})"
 
 
 def kill_table(record: dict) -> list[str]:

@@ -33,11 +33,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 from modeling_unihyperlora import UniHyperLoraForTokenClassification
-from modeling_unihyperlora.accounting import flops_overhead_pct, measure
-from modeling_unihyperlora.anchors import read_anchors
+from modeling_unihyperlora.measure.accounting import flops_overhead_pct, host_multiply_adds, measure
+from modeling_unihyperlora.reader import READERS
+from modeling_unihyperlora.space import CanonicalSpace, layers_of, near_layers, word_states
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.stream import read_anchor_states
-from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, texts
+from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, anchors, texts
 
 COMMANDS = ("latency", "slopes", "train", "memory", "calibrate", "size")
 SLOPES = {  # what varies → (blocks, width, tokens)
@@ -58,6 +58,8 @@ VERSIONS = ("torch", "transformers", "peft")
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="The host: Hub id or folder.")
     parser.add_argument("--adapter", help="Folder of a trained adapter; a fresh one by default.")
+    parser.add_argument("--reader", choices=sorted(READERS), default="large", help="Of a fresh stream's task.")
+    parser.add_argument("--space", help="File of a fresh stream's canonical space; the package's own by default.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
@@ -73,7 +75,7 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
 def run(command: str, args: argparse.Namespace) -> None:
     """Measure what a command says, and write it to ``args.output``."""
     torch.set_num_threads(args.threads)
-    ground = Ground(args.model_name_or_path, args.adapter, args.device)
+    ground = Ground(args.model_name_or_path, args.adapter, args.device, reader=args.reader, space=args.space)
     measured = {
         "latency": latency,
         "slopes": slopes,
@@ -90,6 +92,7 @@ def run(command: str, args: argparse.Namespace) -> None:
         "what": command,
         "host": host,
         "trained_adapter": args.adapter is not None,
+        "reader": args.reader,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": args.threads,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
@@ -181,14 +184,13 @@ def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     """How overhead and host grow with blocks, width and tokens, on random hosts: exponents of fitted powers."""
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
-        anchors = Path(folder) / "anchors.txt"
-        anchors.write_text("\n".join(map(" ".join, read_anchors()[:SLOPE_ANCHOR_SENTENCES])), encoding="utf-8")
+        space = Path(folder) / "space.safetensors"
+        slope_space(ground, Path(folder)).save(space)
         for varied, shapes in SLOPES.items():
             points = []
             for blocks, width, tokens in shapes:
-                here = Ground(
-                    ground.host, None, ground.device, lambda b=blocks, w=width: random_host(b, w, ground), anchors
-                )
+                new_host = partial(random_host, blocks, width, ground)
+                here = Ground(ground.host, None, ground.device, new_host, ground.reader, str(space))
                 batch = here.batch(SLOPE_BATCH, tokens)
                 models = {name: here.forward(name) for name in ("host", "stream", "inject")}
                 contenders = {name: (lambda model=model, batch=batch: model(batch)) for name, model in models.items()}
@@ -202,6 +204,13 @@ def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
                 exponents[name] = _exponent(sizes, [point[name]["more_ms"] for point in raced])
             curves[varied] = {"points": points, "exponents": exponents}
     return {"first": "host", "batch": SLOPE_BATCH, "curves": curves}
+
+
+def slope_space(ground: Ground, folder: Path) -> CanonicalSpace:
+    """A space of few anchors, so that lining up the random hosts takes little time; a map is as large as any."""
+    text = folder / "anchors.txt"
+    text.write_text("\n".join(map(" ".join, anchors()[:SLOPE_ANCHOR_SENTENCES])), encoding="utf-8")
+    return CanonicalSpace.make([random_host(2, 128, ground)], text, tokenizers=[ground.tokenizer])
 
 
 def random_host(blocks: int, width: int, ground: Ground) -> torch.nn.Module:
@@ -261,7 +270,7 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         for number, name in itertools.product(range(1 + MEMORY_ROUNDS), marks):
             adapter = stream if name.startswith("stream") else args.adapter
             command = [sys.executable, "-m", "scripts.research.speed", name, args.model_name_or_path, args.device]
-            command += [str(args.threads), *([adapter] if adapter else [])]
+            command += [str(args.threads), adapter or "", args.reader, args.space or ""]
             environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(args.threads)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
@@ -279,10 +288,12 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     return {"first": "lora"} | figures
 
 
-def memory_of_one(name: str, host: str, device: str, threads: str, adapter: str | None = None) -> dict[str, float]:
+def memory_of_one(
+    name: str, host: str, device: str, threads: str, adapter: str, reader: str, space: str
+) -> dict[str, float]:
     """Train a contender for some steps in this process; megabytes at most, and above those with the host loaded."""
     torch.set_num_threads(int(threads))
-    ground = Ground(host, adapter, device)
+    ground = Ground(host, adapter or None, device, reader=reader, space=space or None)
     ground.new_host()
     loaded = _peak(device)
     step = ground.step(name, texts(8, 126), 128)
@@ -318,16 +329,17 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         spent[name].append(time.perf_counter() - start)
         return result
 
-    sentences = read_anchors()
     with _cache_of_its_own() as cache:
         folder = ground.stream_folder(cache / "adapter")
         here = ground.new_host()
         model = UniHyperLoraForTokenClassification.from_pretrained(folder, host=here, tokenizer=ground.tokenizer)
+        words, sentences = model.bound_stream.words, model.adapter.space.sentences()
+        layers = layers_of(near_layers(words.num_layers))
         for _ in range(1 + CALIBRATE_ROUNDS):
-            for path in cache.glob("calibration-*"):
+            for path in cache.glob("*.safetensors"):  # the map, and the host's states of the anchors
                 path.unlink()
             host = timed("load_host", ground.new_host)
-            timed("host_on_anchors", lambda: read_anchor_states(here, ground.tokenizer, sentences))
+            timed("host_on_anchors", lambda: word_states(here, words, sentences, layers))
             timed("calibrate", lambda: model.calibrate(ground.tokenizer))
             own = {"host": host, "tokenizer": ground.tokenizer}
             load = partial(UniHyperLoraForTokenClassification.from_pretrained, folder, **own)
@@ -340,11 +352,11 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     for name, base in (("calibrate", "host_on_anchors"), ("load_adapter", "load_host")):
         ratios = [own / other for own, other in zip(warm[name], warm[base], strict=True)]
         figures[name] |= {f"ratio_to_{base}": _r(statistics.median(ratios)), "ratio_quartiles": _quartiles(ratios)}
-    return {"rounds": CALIBRATE_ROUNDS, "layers_read": len(model.bound_stream.layers)} | figures
+    return {"rounds": CALIBRATE_ROUNDS, "layers_read": len(layers)} | figures
 
 
 def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """Bytes of the files, and multiply-adds, of both pathways over LoRA's."""
+    """Bytes of the files by part, and multiply-adds, of both pathways over LoRA's."""
     lora = ground._forward_model("lora")
     lora_bytes = sum(p.numel() * p.element_size() for n, p in lora.named_parameters() if ".lora_" in n)
     rank_adds = sum(p.numel() for n, p in lora.named_parameters() if ".lora_" in n)
@@ -354,18 +366,24 @@ def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             own = measure(model, folder)
-        overhead = {
-            str(tokens): _r(flops_overhead_pct(model.path, len(model.labels), tokens)) for tokens in (16, 128, 512)
-        }
+        overhead = {str(tokens): _r(flops_overhead_pct(model, tokens)) for tokens in (16, 128, 512)}
         figures[pathway] = {
             "bytes": own["adapter_bytes"],
             "bytes_over_lora": _r(own["adapter_bytes"] / lora_bytes),
             "delta_bytes": own["delta_bytes"],
+            "bytes_by_part": own["parts"],
             "flops_overhead_pct_by_tokens": overhead,
         }
-        host = model.path.host_multiply_adds(128)
+        host = host_multiply_adds(model, 128)
         figures["lora"]["flops_overhead_pct_by_tokens"] = {"128": _r(100 * rank_adds / host)}
+    figures["reader_bytes"] = {name: reader_bytes(ground, name) for name in READERS}
     return figures
+
+
+def reader_bytes(ground: Ground, size: str) -> int:
+    """Bytes of a fresh task's reader of a size."""
+    model = Ground(ground.host, None, ground.device, ground.make_host, size, ground.space).pathway_model("stream")
+    return measure(model)["reader_bytes"]
 
 
 @contextmanager

@@ -13,12 +13,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.anchors import read_anchors
-from modeling_unihyperlora.hosts import HostMap, load_host
-from modeling_unihyperlora.storage import read_config
+from modeling_unihyperlora.configuration_unihyperlora import read_config
+from modeling_unihyperlora.hosts import load_host
+from modeling_unihyperlora.sites import HostMap
+from modeling_unihyperlora.space import read_anchors
+from modeling_unihyperlora.space_making.make import PACKAGE_ANCHORS
 from modeling_unihyperlora.words import load_tokenizer
 from trainers.baselines import make_baseline, require_peft
 from trainers.state_cache import CanonicalStates, StreamCollator, WordStates
+from trainers.trainer import disturb
+from trainers.training_args import UniHyperLoraTrainingArguments
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
 PATHWAYS = ("stream", "inject", "inject_merged")
@@ -29,6 +33,7 @@ TRAINED = (
 )
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
+FIDELITY = UniHyperLoraTrainingArguments.fidelity
 
 
 @dataclass
@@ -40,14 +45,16 @@ class Ground:
         adapter: folder or Hub id of an adapter; a fresh one where None, or where it is of the other pathway.
         device: "cpu" or "cuda".
         make_host: gives a new copy of the host; loads ``host`` by default.
-        anchor_file: anchor text of a fresh stream; the package's own when None.
+        reader: size of a fresh stream's reader.
+        space: file of a fresh stream's canonical space; the package's own when None.
     """
 
     host: str
     adapter: str | None = None
     device: str = "cpu"
     make_host: Callable[[], nn.Module] | None = None
-    anchor_file: Path | None = None
+    reader: str = "large"
+    space: str | None = None
 
     def __post_init__(self):
         self.tokenizer = load_tokenizer(self.host)
@@ -58,7 +65,7 @@ class Ground:
 
     def batch(self, sentences: int, tokens: int) -> dict[str, torch.Tensor]:
         """Running text: the package's anchor sentences, from another one on in every row, each row full."""
-        text, rows = read_anchors(), []
+        text, rows = anchors(), []
         for row in range(sentences):
             start = row * 9 % len(text)
             words = [word for sentence in (text[start:] + text[:start]) for word in sentence]
@@ -72,13 +79,15 @@ class Ground:
         if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == pathway:
             changes = {"router": router} if pathway == "inject" else {}
             return UniHyperLoraForTokenClassification.from_pretrained(self.adapter, **own, **changes).eval()
-        config = UniHyperLoraConfig(pathway=pathway, router=router)
-        model = UniHyperLoraForTokenClassification.from_host(
-            labels=LABELS, config=config, anchor_file=self.anchor_file, **own
-        )
-        own, generator = model.adapter.tasks["default"], torch.Generator(device=self.device).manual_seed(0)
-        with torch.no_grad():  # a fresh update and a fresh head are zero
-            for latent in (model.adapter.atoms_out.latent, own.head_weight.latent):
+        if pathway == "stream":
+            own |= {"reader": self.reader, "space": self.space}
+        else:
+            own["config"] = UniHyperLoraConfig(pathway=pathway, router=router)
+        model = UniHyperLoraForTokenClassification.from_host(labels=LABELS, **own)
+        task, generator = model.adapter.tasks["default"], torch.Generator(device=self.device).manual_seed(0)
+        fresh = [task.head_weight.latent, *([] if pathway == "stream" else [model.adapter.atoms_out.latent])]
+        with torch.no_grad():  # they are zero
+            for latent in fresh:
                 latent.normal_(0, 0.05, generator=generator)
         return model.eval()
 
@@ -136,13 +145,12 @@ class Ground:
             pathway, _, scope = name.removesuffix("_checkpointed").partition("_")
             model = self.pathway_model(pathway)
             model.config.tasks[model.config.active_task]["trained"] = True
-            model.set_train_scope(scope or "source")
+            model.set_train_scope(scope or "task")
             model.train()
         if name.endswith("_checkpointed"):
             model.gradient_checkpointing_enable()
         data = windows
         if name.startswith("stream"):
-            model.stream.disturbs = name == "stream"
             data = CanonicalStates(WordStates(model.host, model.stream.words, windows), lambda: [model.stream.fit])
         collate = StreamCollator(self._pad)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -150,6 +158,8 @@ class Ground:
         def step(chosen: Sequence[int]) -> None:
             batch = {key: value.to(self.device) for key, value in collate([data[index] for index in chosen]).items()}
             optimizer.zero_grad()
+            if name == "stream":
+                batch["canonical_states"] = disturb(batch["canonical_states"], FIDELITY)
             model(**batch).loss.backward()
             optimizer.step()
 
@@ -184,9 +194,14 @@ class Windows(Dataset):
         return self.items[index]
 
 
+def anchors() -> list[list[str]]:
+    """The sentences of the package's anchor text."""
+    return read_anchors(PACKAGE_ANCHORS)
+
+
 def texts(count: int, words: int | None) -> list[list[str]]:
     """Sentences of the package's anchor text, as they are or ``words`` long each."""
-    text = read_anchors()
+    text = anchors()
     if words is None:
         return [text[index % len(text)] for index in range(count)]
     flat = [word for sentence in text for word in sentence]

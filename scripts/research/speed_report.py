@@ -147,7 +147,12 @@ def _size(record: dict) -> list[str]:
         share = f"{own['bytes_over_lora']:.3f}" if "bytes_over_lora" in own else "1"
         adds = ", ".join(f"{value:.2f} % at {tokens}" for tokens, value in own["flops_overhead_pct_by_tokens"].items())
         rows.append([NAMES[name], f"{own['bytes']:,}", share, adds])
-    return _table(["adapter", "bytes", "over LoRA's", "extra multiply-adds, tokens"], rows)
+    lines = _table(["adapter", "bytes", "over LoRA's", "extra multiply-adds, tokens"], rows)
+    for name in ("stream", "inject"):
+        parts = ", ".join(f"{part} {size:,}" for part, size in sorted(record[name].get("bytes_by_part", {}).items()))
+        lines += ["", f"Bytes of the {NAMES[name]}: {parts}."] if parts else []
+    readers = ", ".join(f"{name} {size:,}" for name, size in record.get("reader_bytes", {}).items())
+    return [*lines, "", f"Bytes of a task's reader by its size: {readers}."] if readers else lines
 
 
 TABLES = {

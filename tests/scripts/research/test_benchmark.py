@@ -15,7 +15,7 @@ ADAPTER = {"pathway": "inject", "projector": "dimension", "source_hosts": [{"nam
 def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
     folder.mkdir(parents=True)
     settings = {name: None for name in SETTINGS} | {"method": method, "seed": seed, "lambda_f": 0.001}
-    settings |= {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.01, "train_scope": "source"}
+    settings |= {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.01, "train_scope": "task"}
     data = {"name": "tweets", "splits": {"validation": {"sentences": 3, "sha256": "ab"}}}
     arguments = settings | {"model_name_or_path": "/somewhere/private/host-a", "adapter": None, "data": data}
     (folder / "run_arguments.json").write_text(json.dumps(arguments))
@@ -27,6 +27,7 @@ def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
         "train_runtime": 9.0,
         "cpu_seconds": 100.0 + 10 * seed,
     }
+    costs |= {"reader_bytes": 330000, "host_cpu_seconds": 40.0 + seed, "space": "english 1 abc"}
     results = costs | {"eval_f1": f1, "active_atoms_per_token": 1.5, "bytes_of_delta": 512}
     (folder / "all_results.json").write_text(json.dumps(results))
     (folder / "config.json").write_text(json.dumps(ADAPTER if method == "unihyperlora" else {}))
@@ -39,7 +40,11 @@ def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| tweets")]
     assert len(rows) == 2
     both = next(row for row in rows if "| 0, 1 |" in row)
-    assert "0.8500 ± 0.0707" in both and "118,000" in both and both.endswith("| 105 ± 7 |")
+    assert (
+        "0.8500 ± 0.0707" in both
+        and "118,000 | 330,000 | 11,556 | 512" in both
+        and both.endswith("| 105 ± 7 | 40 ± 1 |")
+    )
     assert any("probe" in row and "0.5000" in row and "±" not in row for row in rows)
     assert "| delta | 512 |" in text
 
@@ -78,8 +83,11 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
         (tmp_path / page).write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     for seed, score in enumerate((0.7, 0.8)):
         benchmark.main(["record", str(a_run(tmp_path / str(seed), seed, score)), "--name", f"run-s{seed}"])
-    families = {"bert": {"inject_merge": "passed", "inject_compile": "no compiler", "stream_detach": "failed"}}
-    record = {"kind": "host_families", "families": families, "versions": {"torch": "2"}}
+    families = {
+        "llama": {"stream_new_thing": "passed"},
+        "bert": {"inject_merge": "passed", "inject_compile": "no compiler", "stream_detach": "failed"},
+    }
+    record = {"kind": "host_families", "families": families, "decoders": ["llama"], "versions": {"torch": "2"}}
     (results / "families.json").write_text(json.dumps(record))
     outcomes = {"cut off": {"refused": 1200, "loaded, equal logits": 3}}
     record = {"kind": "adapter_fuzz", "files": 1203, "seed": 0, "failures": [], "outcomes": outcomes}
@@ -92,11 +100,13 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     scaling = (tmp_path / "docs" / "SCALING.md").read_text()
     assert "| ddp_gpu | inject | – | not run: no GPU | – | – | – |" in scaling and "old" not in scaling
     assert hosts.startswith("above\n") and hosts.endswith("below\n") and "old" not in hosts
-    assert "| bert | ✓ | (1) |" in hosts and "1. no compiler." in hosts and "| bert | ✗ |" in hosts
+    assert "| bert | ✓ | (1) |" in hosts and "1. no compiler." in hosts
+    assert "| family | detach bit-equal | new thing |" in hosts
+    assert "| bert | ✗ | – |" in hosts and "| llama (decoder) | – | ✓ |" in hosts
     assert "| cut off | 1,200 | 3 | 0 | 0 |" in hosts
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    assert "| host-a | source | 2 | 0.750 ± 0.071 | 118,000 | 105 ± 7 |" in readme
+    assert "| host-a | task | 2 | 0.750 ± 0.071 | 118,000 | 105 ± 7 |" in readme
     assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
 
 
@@ -115,16 +125,16 @@ def test_an_ablation_is_a_table_of_differences(tmp_path, monkeypatch):
     folder = a_run(tmp_path / "ablation" / "00", 0, 0.8).parent
     arguments = json.loads((folder / "00/run_arguments.json").read_text())
     arguments["data"]["splits"]["train"] = {"sentences": 3500, "sha256": "cd"}
-    arguments["coordinate_epochs"] = 6.0
     (folder / "00/run_arguments.json").write_text(json.dumps(arguments))
     with pytest.raises(ConfigError, match=r"ablation.json cannot be read"):
         ablation_of(folder)
     rows = [{"row": "as shipped", "f1": {"source": 0.8, "b": 0.7}}, {"row": "no x", "f1": {"source": 0.81, "b": 0.6}}]
-    (folder / "ablation.json").write_text(json.dumps({"rows": rows}))
+    (folder / "ablation.json").write_text(json.dumps({"rows": rows, "space_hosts": ["a", "b"]}))
     benchmark.main(["record", str(folder), "--name", "parts"])
     text = rendered(read_records(tmp_path / "results"))
     assert "| no x | 0.8100 | +0.0100 | 0.6000 | -0.1000 |" in text
-    assert "3,500 sentences of tweets (6 epochs for the coordinates, then 5 steps × 2), seed 0" in text
+    assert "3,500 sentences of tweets (5 steps × 2), seed 0" in text
+    assert "The space that ships is english 1 abc." in text and "The space hosts are a, b." in text
 
 
 def test_a_line_of_the_papers_runs_is_replaced_by_the_same_run(tmp_path):

@@ -98,6 +98,35 @@ def test_tuning_starts_from_the_source_of_its_seed(config, done, results, tmp_pa
     assert line[line.index("--adapter") + 1] == str(tmp_path / "runs" / "source-x-s3")
 
 
+def test_each_data_set_has_a_source_of_its_own(done, results, tmp_path):
+    data, where = ("sst2", "boolq"), ["--output_dir", str(tmp_path / "runs")]
+    tuned = [f"unihyperlora-iter1-{name}" for name in data]
+    sources = [f"unihyperlora-source-iter1-{name}" for name in data]
+    with pytest.raises(ConfigError, match=r"unihyperlora-iter1-boolq tunes .* the same data \(boolq\)"):
+        benchmark.main(["paper", *tuned, *where, "--source", sources[0]])
+    with pytest.raises(ConfigError, match="train on the same data; give one of them"):
+        benchmark.main(["paper", tuned[0], *where, "--source", sources[0], f"{sources[0]}.yaml"])
+    assert not done
+    benchmark.main(["paper", *tuned, *where, "--source", *sources])
+    assert done == [f"{name}-s0" for pair in zip(sources, tuned, strict=True) for name in pair]
+    for source, name in zip(sources, tuned, strict=True):
+        line = done.lines[f"{name}-s0"]
+        assert line[line.index("--adapter") + 1] == str(tmp_path / "runs" / f"{source}-s0")
+
+
+def test_another_space_of_the_package_makes_streams_stale_alone(config, done, results, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(paper, "PACKAGE_SPACE", tmp_path / "one")
+    command = ["paper", config("unihyperlora", "unihyperlora-iter1-x"), config("lora", "lora-iter1-x")]
+    command += ["--output_dir", str(tmp_path / "runs")]
+    benchmark.main(command)
+    done.clear()
+    monkeypatch.setattr(paper, "PACKAGE_SPACE", tmp_path / "two")
+    benchmark.main(command)
+    assert done == ["unihyperlora-iter1-x-s0"]
+
+
 def test_a_source_of_another_kind_of_task(config, done, results, tmp_path):
     source = config("unihyperlora", "source-x", metric="accuracy")
     tags = config("unihyperlora", "unihyperlora-iter1-x", tunes=True)

@@ -54,7 +54,7 @@ def test_a_curve_from_one_adapter(host, write_jsonl, tmp_path, monkeypatch):
     rows = [(["anna", "lives", "in", "paris", "."], ["B-PER", "O", "O", "B-LOC", "O"])] * 8
     data = str(write_jsonl("data.jsonl", rows))
     shape = f"--model_name_or_path {host} --train_file {data} --pathway stream --do_train --max_steps 2"
-    more = "--use_cpu --report_to none --coordinate_epochs 1 --max_flops_overhead_pct 1000"
+    more = "--use_cpu --report_to none --reader small --max_flops_overhead_pct 100000"
     run(NER, [*shape.split(), *more.split(), "--output_dir", str(tmp_path / "adapter")])
     command = ["--adapter", str(tmp_path / "adapter"), "--hosts", host, "--layers", "2 1", "--validation_file", data]
     command += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none"]

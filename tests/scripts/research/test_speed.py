@@ -5,17 +5,22 @@ import json
 import pytest
 import torch
 
-from modeling_unihyperlora import DataError
-from modeling_unihyperlora.anchors import read_anchors
+from modeling_unihyperlora import CanonicalSpace
+from modeling_unihyperlora.hosts import load_host
+from modeling_unihyperlora.words import load_tokenizer
 from scripts.research import benchmark, speed, speed_report
 from scripts.research.speed_contenders import Ground, texts
 
 
 @pytest.fixture
-def few_anchors(monkeypatch, tmp_path):
-    """The package's anchors, but few of them, and a cache of the test's own."""
-    monkeypatch.setattr("scripts.research.speed_contenders.read_anchors", lambda: read_anchors()[:20])
+def space(tiny_host, monkeypatch, tmp_path) -> str:
+    """A small space on the tiny host, and a cache of the test's own."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
+    words = [word for word in load_tokenizer(str(tiny_host)).get_vocab() if word.isalpha()]
+    (tmp_path / "anchors.txt").write_text("\n".join(" ".join(words[n % 9 :]) for n in range(40)))
+    path = tmp_path / "space.safetensors"
+    CanonicalSpace.make([load_host(str(tiny_host))], tmp_path / "anchors.txt", dim=8).save(path)
+    return str(path)
 
 
 class Clock:
@@ -67,11 +72,12 @@ def test_batches_are_running_text_without_padding(tiny_host):
     assert len({len(words) for words in texts(20, None)}) > 5
 
 
-def test_latency_is_written_with_all_contenders(tiny_host, tmp_path, few_anchors, monkeypatch):
+def test_latency_is_written_with_all_contenders(tiny_host, tmp_path, space, monkeypatch):
     monkeypatch.setattr(speed, "SHORTEST", 1e-9)
     output = tmp_path / "latency.json"
     threads = torch.get_num_threads()
     flags = ["--output", str(output), "--batches", "2", "--lengths", "16", "--seconds", "20", "--threads", "1"]
+    flags += ["--space", space, "--reader", "small"]
     benchmark.main(["latency", "--model_name_or_path", str(tiny_host), "--peers", "lora", "lora_merged", *flags])
     torch.set_num_threads(threads)
     record = json.loads(output.read_text())
@@ -80,8 +86,8 @@ def test_latency_is_written_with_all_contenders(tiny_host, tmp_path, few_anchors
     assert {"stream", "inject", "inject_merged", "lora", "lora_merged"} < set(cell) and cell["rounds"] >= 5
 
 
-def test_a_training_step_of_every_contender_trains_its_own(tiny_host, few_anchors):
-    ground = Ground(str(tiny_host))
+def test_a_training_step_of_every_contender_trains_its_own(tiny_host, space):
+    ground = Ground(str(tiny_host), reader="small", space=space)
     for name in ("stream", "stream_delta", "inject_delta", "lora"):
         step = ground.step(name, texts(4, 12), 16)
         model = step.__closure__[[*step.__code__.co_freevars].index("model")].cell_contents
@@ -139,7 +145,13 @@ def test_the_page_has_every_table_and_the_picture(tmp_path, monkeypatch):
         ),
         "speed-size": a_record(
             "size",
-            stream={"bytes": 5, "bytes_over_lora": 0.5, "flops_overhead_pct_by_tokens": {"128": 4.0}},
+            stream={
+                "bytes": 5,
+                "bytes_over_lora": 0.5,
+                "bytes_by_part": {"space": 3, "reader": 2},
+                "flops_overhead_pct_by_tokens": {"128": 4.0},
+            },
+            reader_bytes={"small": 36, "large": 330},
             inject={"bytes": 6, "bytes_over_lora": 0.6, "flops_overhead_pct_by_tokens": {"128": 3.0}},
             lora={"bytes": 10, "flops_overhead_pct_by_tokens": {"128": 3.1}},
         ),
@@ -154,6 +166,8 @@ def test_the_page_has_every_table_and_the_picture(tmp_path, monkeypatch):
         "| stream | 0.800 [0.790, 0.810] | 900 |",
         "| 2.500 [1.000, 2.000] | 0.250 |",
         "| stream | 5 | 0.500 | 4.00 % at 128 |",
+        "Bytes of the stream: reader 2, space 3.",
+        "Bytes of a task's reader by its size: small 36, large 330.",
         "On a GPU: not measured.",
     ):
         assert text in page, text
@@ -161,7 +175,7 @@ def test_the_page_has_every_table_and_the_picture(tmp_path, monkeypatch):
 
 
 def test_an_unknown_host_is_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match="nowhere"):
+    with pytest.raises(HostError, match="nowhere"):
         benchmark.main(
             ["size", "--model_name_or_path", str(tmp_path / "nowhere"), "--output", str(tmp_path / "f.json")]
         )

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from modeling_unihyperlora import BudgetError, ConfigError, DataError, HostError
+from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, DataError, HostError
+from modeling_unihyperlora.space import PACKAGE_SPACE
 from scripts.research import benchmark, runner, transfer, transfer_plan
 from scripts.research.records import SETTINGS
 from scripts.research.transfer_picture import draw
@@ -42,12 +43,13 @@ def hosts(tmp_path, monkeypatch) -> dict[str, str]:
             raise HostError(f"The host '{name}' cannot be loaded")
         return Path(name).name
 
-    def describe_host(host, name):
+    def describe_host(host, name, num_layers):
         assert host == name
-        return {"name": name, "family": "bert", "hidden_size": 8, "num_layers": HOSTS[name], "fingerprint": host}
+        return {"name": name, "family": "bert", "hidden_size": 8, "num_layers": num_layers, "fingerprint": host}
 
     monkeypatch.setattr(transfer, "load_host", load_host)
     monkeypatch.setattr(transfer, "describe_host", describe_host)
+    monkeypatch.setattr(transfer, "num_layers_of", HOSTS.get)
     for name in HOSTS:
         (tmp_path / "private" / name).mkdir(parents=True)
     return {name: str(tmp_path / "private" / name) for name in HOSTS}
@@ -78,7 +80,7 @@ def runs(monkeypatch) -> list[SimpleNamespace]:
         if column in ("source", "own_stream", "delta", "probe", "lora"):
             results["train_runtime"] = 10.0 + seed
         if column not in ("probe", "lora"):
-            results |= {"adapter_bytes": 887_000 + HOSTS[host]}
+            results |= {"adapter_bytes": 887_000 + HOSTS[host], "space": "english 1 abc"}
         if "adapter" in flags:
             results |= {"calibration_seconds": 2.0 + seed, "calibration_r2": [0.5, 0.25 + seed]}
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +135,9 @@ def by_name(runs) -> dict[str, SimpleNamespace]:
 
 class TestRuns:
     def test_each_column_is_called_as_it_says(self, go, runs, hosts, tmp_path):
-        go("--num_train_epochs", 6, "--learning_rate", 0.004, "--coordinate_epochs", 2, "--baseline_args", "--bf16")
+        go("--num_train_epochs", 6, "--learning_rate", 0.004, "--reader", "small", "--baseline_args", "--bf16")
         found = by_name(runs)
-        targets, columns = ("two", "three"), {*transfer_plan.COLUMNS} - {"delta_both"}
+        targets, columns = ("two", "three"), {*transfer_plan.COLUMNS}
         assert set(found) == {"source-s0", *(f"{column}-{target}-s0" for column in columns for target in targets)}
         assert all(run.flags["seed"] == "0" and "do_eval" in run.flags for run in found.values())
         assert all(run.flags["train_file"].endswith("train.jsonl") for run in found.values())
@@ -145,18 +147,15 @@ class TestRuns:
         own = found["own_stream-two-s0"].flags
         for flags in (source, own):
             assert flags["pathway"] == "stream" and {"do_train", "cache_eval_states"} <= flags.keys()
-            assert (flags["num_train_epochs"], flags["learning_rate"], flags["coordinate_epochs"]) == (
-                "6",
-                "0.004",
-                "2",
-            )
+            assert (flags["num_train_epochs"], flags["learning_rate"], flags["reader"]) == ("6", "0.004", "small")
+            assert flags["space"] == str(PACKAGE_SPACE)
         assert own["model_name_or_path"] == hosts["two"] and "adapter" not in own
 
         adapter = str(tmp_path / "out/runs/source-s0")
         zero_shot, delta = found["zero_shot-two-s0"].flags, found["delta-two-s0"].flags
         for flags in (zero_shot, delta):
             assert flags["adapter"] == adapter and flags["model_name_or_path"] == hosts["two"]
-            assert "cache_eval_states" in flags and "coordinate_epochs" not in flags
+            assert "cache_eval_states" in flags and not {"reader", "space"} & flags.keys()
         assert "do_train" not in zero_shot
         refined, text = found["refined-two-s0"].flags, tmp_path / "out/unlabelled.txt"
         assert refined == zero_shot | {
@@ -172,7 +171,7 @@ class TestRuns:
         for column, steps in (("probe", "500"), ("lora", "500")):
             flags = found[f"{column}-three-s0"].flags
             assert (flags["method"], flags["max_steps"], flags["bf16"]) == (column, steps, [])
-            assert not {"adapter", "learning_rate", "coordinate_epochs", "cache_eval_states"} & flags.keys()
+            assert not {"adapter", "learning_rate", "reader", "space", "cache_eval_states"} & flags.keys()
         assert found["lora-three-s0"].flags["lora_r"] == "8"
         assert "bf16" not in own
 
@@ -214,24 +213,29 @@ class TestRuns:
         matrix = go("--only", "zero_shot", "--max_flops_overhead_pct", 90, "--logging_steps", 7)
         assert len(runs) == count and matrix["targets"]["two"]["zero_shot_f1"] is not None
 
-    @pytest.mark.parametrize("change", ["flag", "data", "host"])
-    def test_other_flags_data_or_hosts_make_it_stale(self, go, runs, tmp_path, monkeypatch, change):
+    @pytest.mark.parametrize("change", ["flag", "data", "host", "space"])
+    def test_other_flags_data_hosts_or_spaces_make_it_stale(self, go, runs, tmp_path, monkeypatch, change):
+        (tmp_path / "space").write_text("a space")
+        for module in (transfer, transfer_plan):
+            monkeypatch.setattr(module, "PACKAGE_SPACE", tmp_path / "space")
         go("--only", "zero_shot", "probe")
         count, flags = len(runs), []
         if change == "flag":
             flags = ["--max_train_samples", 5]
         elif change == "data":
             (tmp_path / "validation.jsonl").write_text("other\n")
+        elif change == "space":
+            (tmp_path / "space").write_text("other")
         else:
             describe = transfer.describe_host
             other = {"fingerprint": "of other weights"}
             monkeypatch.setattr(
-                transfer, "describe_host", lambda host, name: describe(host, name) | (other if name == "one" else {})
+                transfer, "describe_host", lambda *of: describe(*of) | (other if of[1] == "one" else {})
             )
         go("--only", "zero_shot", "probe", *flags)
         again = {run.name for run in runs[count:]}
         on_source = {"source-s0", "zero_shot-two-s0", "zero_shot-three-s0"}
-        assert again == on_source | (set() if change == "host" else {"probe-two-s0", "probe-three-s0"})
+        assert again == on_source | (set() if change in ("host", "space") else {"probe-two-s0", "probe-three-s0"})
 
     def test_an_interrupted_matrix_goes_on(self, go, runs, monkeypatch, tmp_path):
         main = runner.run
@@ -274,18 +278,6 @@ class TestRuns:
         assert set(by_name(runs)) == {"lora-three-s1", "probe-two-s1", "probe-three-s1"}
         assert matrix["targets"]["two"]["lora_r8_f1"] is None
 
-    def test_the_injected_update_is_tuned_on_targets_that_are_named(self, go, runs):
-        only = ("--only", "delta", "delta_both")
-        assert "delta_both_500" not in [column["key"] for column in go(*only)["columns"]]
-        matrix = go(*only, "--delta_both_hosts", "three")
-        found = by_name(runs)
-        assert {name for name in found if name.startswith("delta_both")} == {"delta_both-three-s0"}
-        both, plain = found["delta_both-three-s0"].flags, found["delta-three-s0"].flags
-        assert both == plain | {"pathway": "both", "output_dir": both["output_dir"]}
-        assert matrix["targets"]["two"]["delta_both_500_f1"] is None
-        assert matrix["targets"]["three"]["delta_both_500_f1"] is not None
-        assert "delta_both_500" in [column["key"] for column in matrix["columns"]]
-
     def test_weights_of_the_baselines_are_not_kept(self, go, tmp_path):
         go()
         kept = {path.parent.name for path in tmp_path.rglob("model.safetensors")}
@@ -327,12 +319,20 @@ class TestMatrix:
         assert row["calibration_seconds"]["mean"] == 3.0
         assert row["calibration_r2"]["mean"] == [0.5, 1.25] and row["calibration_r2"]["seeds"]["2"] == [0.5, 2.25]
         assert row["zero_shot_over_own_stream"]["mean"] == pytest.approx((0.6 / 0.8 + 0.62 / 0.82) / 2)
+        assert row["gap_recovered"] == pytest.approx((0.61 - 0.41) / (0.81 - 0.41))
+        assert matrix["space"] == row["space"] == "english 1 abc"
         assert row["refined_f1"]["mean"] == pytest.approx(0.63)
         assert row["refined_over_own_stream"]["mean"] == pytest.approx((0.62 / 0.8 + 0.64 / 0.82) / 2)
         assert row["train_seconds"]["source"]["mean"] == 11.0 and row["train_seconds"]["zero_shot"] is None
         assert matrix["source_f1"]["mean"] == pytest.approx(0.91)
         assert matrix["adapter_bytes"] == row["adapter_bytes"] == 887_001
         assert (row["num_layers"], row["source_hosts"]) == (3, ["one"])
+
+    @pytest.mark.parametrize(("own", "expected"), [(0.44, 2.0), (0.42, None), (None, None)])
+    def test_a_gap_of_less_than_three_points_is_not_recovered(self, own, expected):
+        own = own and {"mean": own}
+        found = transfer.gap_recovered({"mean": 0.48}, {"mean": 0.40}, own)
+        assert found == (expected and pytest.approx(expected))
 
     def test_one_seed_has_no_deviation(self, go):
         assert go()["source_f1"] == {"mean": 0.9, "sd": None, "seeds": {"0": 0.9}}
@@ -387,7 +387,8 @@ class TestMatrix:
         (row,) = (line for line in lines if line.startswith("| three |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[1:6] == ["one", *(f"{score:.4f} ± 0.0071" for score in (0.905, 0.605, 0.625, 0.805))]
-        assert "–" in cells and cells[-2:] == ["2.5 ± 0.7", "0.50 0.75"]
+        assert "–" in cells and cells[-3:] == ["0.50", "2.5 ± 0.7", "0.50 0.75"]
+        assert "Space: english 1 abc." in "".join(lines)
         assert "tweets" not in (tmp_path / "README.md").read_text()  # the short table is of runs
 
     def test_half_a_matrix_is_not_kept(self, tmp_path):
@@ -410,7 +411,6 @@ class TestRefusals:
             (["--seeds"], {}, ConfigError, "--seeds needs one number or more"),
             (["--seeds", 1, 1], {}, ConfigError, "each once"),
             (["--lora_hosts", "four"], {}, ConfigError, "--lora_hosts four is no target. Choose from: two, three"),
-            (["--delta_both_hosts", "four"], {}, ConfigError, "--delta_both_hosts four is no target"),
             (["--delta_steps", 0], {}, ConfigError, "--delta_steps 0 trains nothing"),
             (["--seed", 1], {}, ConfigError, "--seed is chosen by this script"),
             (["--seed=5"], {}, ConfigError, "--seed=5 is chosen by this script"),
@@ -460,12 +460,13 @@ def test_with_real_runs(tiny_host, tokenizer, tmp_path, write_jsonl, monkeypatch
         tmp_path / "wide"
     )
     tokenizer.save_pretrained(tmp_path / "wide")
+    CanonicalSpace.make([tiny_host], anchors, dim=16).save(tmp_path / "space.safetensors")
     flags = f"""
         --source_hosts {tiny_host} --target_hosts {tmp_path / "wide"} --output_dir {tmp_path / "out"}
         --train_file {write_jsonl("train.jsonl", rows)} --validation_file {write_jsonl("dev.jsonl", rows[::7])}
-        --delta_steps 2 --baseline_steps 2 --use_cpu --stream_dim 16 --anchor_file {anchors}
+        --delta_steps 2 --baseline_steps 2 --use_cpu --space {tmp_path / "space.safetensors"} --reader small
         --max_flops_overhead_pct 1e6 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 1e-2
-        --disable_tqdm true --coordinate_epochs 4
+        --disable_tqdm true
     """
     matrix = transfer.main(flags.split())
     row = matrix["targets"]["wide"]
