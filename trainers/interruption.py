@@ -186,12 +186,16 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint of the most steps in an output folder; None if there is none."""
+    """The complete checkpoint of the most steps in an output folder; None if there is none.
+
+    A renamed one is told by the schedule's state, which the folder of a finished run does not have.
+    """
     folders = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-    steps = {path: step for path in folders if (step := step_of(path)) is not None}
-    for path in folders:
-        if path not in steps and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name):
-            logger.warning("%s was not written to its end; it is passed over.", path)
+    named = {path for path in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)}
+    found = [path for path in folders if path in named or (path / SCHEDULER_NAME).is_file()]
+    steps = {path: step for path in found if (step := step_of(path)) is not None}
+    for path in sorted(named - steps.keys()):
+        logger.warning("%s was not written to its end; it is passed over.", path)
     return max(steps, key=steps.get, default=None)
 
 

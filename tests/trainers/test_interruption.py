@@ -8,10 +8,10 @@ import signal
 
 import pytest
 import torch
-from modeling_unihyperlora.publish.hub import files_of
 from transformers import BertConfig, BertModel, TrainerCallback
 
 from modeling_unihyperlora import AdapterFileError, ConfigError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.publish.hub import files_of
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.interruption import EXIT_STATUS, is_complete, last_complete_checkpoint
 
@@ -157,7 +157,8 @@ def test_the_name_of_a_folder_means_nothing(whole, tmp_path):
     source, folder = tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(source / "checkpoint-4", folder / "the one that I like")
     shutil.copytree(source / "checkpoint-2", folder / "checkpoint-9")
-    (folder / "notes").mkdir()
+    (folder / "another run").mkdir()
+    (folder / "another run" / "trainer_state.json").write_text('{"global_step": 99}')  # as at the end of a run
     assert last_complete_checkpoint(folder).name == "the one that I like"
     trainer = make_trainer(tmp_path / "new", make_model(seed=5))
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-9"))
@@ -168,7 +169,9 @@ def test_an_output_folder_with_the_name_of_a_checkpoint_gets_a_whole_adapter(tmp
     trainer = make_trainer(tmp_path / "checkpoint-final", make_model(), max_steps=2)
     trainer.train()
     trainer.save_model()
-    assert {path.name for path in (tmp_path / "checkpoint-final").iterdir() if path.is_file()} == set(files_of("inject"))
+    assert {path.name for path in (tmp_path / "checkpoint-final").iterdir() if path.is_file()} == set(
+        files_of("inject")
+    )
     assert not (tmp_path / "checkpoint-final" / "checkpoint-2" / "README.md").exists()
 
 
