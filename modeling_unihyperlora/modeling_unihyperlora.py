@@ -577,7 +577,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             )
         if config.delta_step != self.config.delta_step and bool(other.tasks[task].delta().any()):
             raise ConfigError(
-                f"δθ of task {task!r} has steps of {config.delta_step:g}, this adapter has {self.config.delta_step:g}, "
+                f"δθ of task {task!r} has steps of {config.delta_step:g}, this one has {self.config.delta_step:g}, "
                 "in which it would be another δθ. Make both adapters with the same delta_step."
             )
         self.config.tasks[name] = config.tasks[task]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.calibration import HostFit, KnotFit, Landmarks
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora import CanonicalSpace, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.modeling_unihyperlora import Stream
+from modeling_unihyperlora.reader import TOGETHER
 from modeling_unihyperlora.routing import Routing, make_bags, read_atoms, write_atoms
-from modeling_unihyperlora.stream import Stream
-from modeling_unihyperlora.token_mixer import GROUP, TokenMixer, Words
+from modeling_unihyperlora.space import HostFit, KnotFit, Landmarks
 from tests.conftest import WORDS, mapped, tiny_tokenizer
+from tests.modeling_unihyperlora.small_streams import stirred
 
 LABELS = ["O", "B-A", "I-A"]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -28,23 +28,23 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 @pytest.fixture
-def stream(make_host, stir, tmp_path, monkeypatch):
-    """A stream on a random BERT with the tiny tokenizer, every part of it stirred."""
+def stream(make_host, tmp_path, monkeypatch):
+    """A stream on a random BERT with the tiny tokenizer, every value of its task is random."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     lines = sentences(60, seed=9)
     (tmp_path / "anchors.txt").write_text("\n".join(lines), encoding="utf-8")
-    shape = {"stream_dim": 12, "atoms": 16, "stream_width": 10, "stream_hidden": 6, "stream_dropout": 0.0}
+    host = make_host("bert")
+    space = CanonicalSpace.make([host], tmp_path / "anchors.txt", dim=12, atoms=16, tokenizers=[tiny_tokenizer()])
     model = UniHyperLoraForTokenClassification.from_host(
-        make_host("bert"),
+        host,
         labels=LABELS,
         task="ner",
-        config=UniHyperLoraConfig(pathway="stream", **shape),
+        config=UniHyperLoraConfig(dropout=0.0),
+        reader={"width": 10, "hidden": 6},
         tokenizer=tiny_tokenizer(),
-        anchor_file=tmp_path / "anchors.txt",
+        space=space,
     )
-    anchors = {name: tensor.clone() for name, tensor in model.adapter.anchors.state_dict().items()}
-    stir(model).adapter.anchors.load_state_dict(anchors)
-    return model.eval()
+    return stirred(model, "ner").eval()
 
 
 @pytest.fixture(params=["stream", "token", "static"])
@@ -91,36 +91,6 @@ class TestRoutedAtoms:
             assert theirs.grad.norm() > 0 and relative(mine.grad, theirs.grad) < bound
 
 
-class TestTokenMixer:
-    def test_groups_of_sentences_against_torchs_layer_in_float64(self):
-        """More sentences than fit a group, none like another in length: values and gradients of each on its own."""
-        torch.manual_seed(0)
-        mixer = TokenMixer(6, 5, 4, dropout=0.0)
-        lengths = torch.randperm(2 * GROUP + 3) + 1
-        z = torch.randn(int(lengths.sum()), 6)
-        z[:, 0] *= 3
-        mine = z.clone().requires_grad_(True)
-        found = mixer(mine, Words.one_after_the_other(lengths, len(z)))
-
-        plain = nn.LSTM(5, 4, batch_first=True, bidirectional=True).double()
-        for direction, suffix in zip(mixer.directions, ("", "_reverse"), strict=True):
-            getattr(plain, f"weight_ih_l0{suffix}").data.copy_(direction["from_input"]())
-            getattr(plain, f"weight_hh_l0{suffix}").data.copy_(direction["from_state"]())
-            getattr(plain, f"bias_ih_l0{suffix}").data.copy_(direction["bias"]())
-            getattr(plain, f"bias_hh_l0{suffix}").data.zero_()
-        theirs = z.double().requires_grad_(True)
-        inward, bias = mixer.inward().detach().double(), mixer.inward_bias().detach().double()
-        x = nn.functional.gelu(theirs @ inward.T + bias)
-        expected = torch.cat([plain(sentence[None])[0][0] for sentence in x.split(lengths.tolist())])
-        assert relative(found, expected) < 1e-5
-        way = torch.randn_like(expected)
-        (expected * way).sum().backward()
-        (found * way.float()).sum().backward()
-        assert relative(mine.grad, theirs.grad) < 1e-5
-        weight = mixer.directions[1]["from_state"].latent.grad
-        assert relative(weight, plain.weight_hh_l0_reverse.grad) < 1e-5
-
-
 class TestStream:
     @pytest.mark.parametrize("dtype,error", PRECISIONS)
     def test_a_hosts_map_by_layer_is_that_by_knot(self, dtype, error):
@@ -130,10 +100,11 @@ class TestStream:
         values = (torch.randn(2, 24) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
         fit = HostFit(knots, Landmarks([0, 2, 4], *values))
         hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
-        cells = torch.tensor([0, 3, 7, 11, 2])
+        cells = torch.tensor([0, 3, 2, 7, 11, 6])  # those of ``at`` below
         bound = object.__new__(Stream)
-        bound.fit, bound._to_knots = fit, None
-        found = bound._at_knots(tuple(hidden), cells)
+        bound.fit, bound._map = fit, None
+        at = torch.tensor([[0, 3, 2], [1, 5, 0]])  # tokens of three words in each of two sentences
+        found = bound.canonical_states(hidden, at)
         states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1).double()
 
         def beside(part: KnotFit | Landmarks) -> torch.Tensor:
@@ -141,35 +112,21 @@ class TestStream:
 
         query, at, weights = beside(fit.landmarks), fit.landmarks.at.double(), fit.landmarks.weights.double()
         near_by = torch.exp(-(query[:, None] - at).square().sum(dim=-1)) @ weights.T
-        expected = torch.stack([beside(knot) for knot in knots], dim=1) + near_by.view(5, 5, 3)
+        expected = torch.stack([beside(knot) for knot in knots], dim=1) + near_by.view(6, 5, 3)
         assert near_by.norm() > 0.1 * expected.norm()
-        assert relative(found.view(5, 5, 3), expected) < error
+        assert relative(found.view(6, 5, 3), expected) < error
         assert relative(mapped(fit, states.float(), list(range(5))), expected) < error
 
     def test_many_sentences_score_as_each_on_its_own(self, stream):
-        tokenizer, text = tiny_tokenizer(), sentences(GROUP + 4)
+        tokenizer, text = tiny_tokenizer(), sentences(TOGETHER + 4)
         with torch.no_grad():
             encoded = tokenizer(text, padding=True, return_tensors="pt")
             together = stream(**encoded)
             assert together.logits.std() > 0.1
             for row, sentence in enumerate(text):
                 alone = stream(**tokenizer(sentence, return_tensors="pt"))
-                for name in ("logits", "expected_atoms", "active_atoms"):
-                    mine = together[name][row, : alone[name].shape[1]]
-                    torch.testing.assert_close(mine, alone[name][0], rtol=1e-5, atol=1e-5)
-
-    def test_what_is_kept_never_serves_other_values(self, stream):
-        batch = tiny_tokenizer()(sentences(3), padding=True, return_tensors="pt")
-        with torch.no_grad():
-            last = stream(**batch).logits
-            assert torch.equal(stream(**batch).logits, last)
-            for name, module in stream.adapter.named_modules():
-                if isinstance(module, StoredTensor) and not name.startswith("anchors"):
-                    module.latent.mul_(-1)
-                    now = stream(**batch).logits
-                    assert not torch.equal(now, last), name
-                    last = now
-        assert torch.allclose(stream(**batch).logits, last, atol=1e-6)
+                mine = together.logits[row, : alone.logits.shape[1]]
+                torch.testing.assert_close(mine, alone.logits[0], rtol=1e-5, atol=1e-5)
 
     def test_another_map_shows_at_once(self, stream):
         batch = tiny_tokenizer()(sentences(3), padding=True, return_tensors="pt")
@@ -243,14 +200,14 @@ class TestWhatIsTrained:
         assert own.delta.latent.grad.norm() > 0
 
     def test_the_stream_never_goes_back_through_its_host(self, stream):
-        stream.set_train_scope("source")
+        stream.set_train_scope("task")
         stream.train()
         batch = tiny_tokenizer()(sentences(3), padding=True, return_tensors="pt")
         entered = []
         for module in (m for m in stream.host.modules() if isinstance(m, nn.Linear)):
             module.register_full_backward_hook(lambda *_: entered.append(1))
-        run = stream.run(None, batch["attention_mask"], True, input_ids=batch["input_ids"])
+        run = stream.stream.read(batch["attention_mask"], {"input_ids": batch["input_ids"]})
         assert not any(state.requires_grad for state in run.hidden_states)
-        run.token_logits().sum().backward()
+        run.logits("ner").sum().backward()
         assert not entered
-        assert stream.adapter.atoms_in.latent.grad.norm() > 0
+        assert stream.adapter.tasks["ner"].reader.inward.latent.grad.norm() > 0

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizerLegacy, PreTrainedTokenizerFast, pipeline
 
 from modeling_unihyperlora import (
+    CanonicalSpace,
     ConfigError,
     HostError,
-    UniHyperLoraConfig,
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
@@ -24,10 +24,10 @@ from modeling_unihyperlora.words import (
     Continuation,
     WordReader,
     begins_of,
-    is_causal,
     is_mark,
     load_tokenizer,
     prepare_tokenizer,
+    probe,
     vocabulary_flags,
     word_places,
 )
@@ -97,9 +97,10 @@ def make_tagger(anchor_file):
     def make(kind: str, family: str = "bert", cls=UniHyperLoraForTokenClassification, labels=LABELS):
         tokenizer = make_tokenizer(kind)
         host = tiny_host(family, vocab_size=len(tokenizer) + 3, max_position_embeddings=128)
-        config = UniHyperLoraConfig(pathway="stream", stream_dim=8, atoms=16, stream_width=12, stream_hidden=8)
+        space = CanonicalSpace.make([host], anchor_file, dim=8, atoms=16, tokenizers=[tokenizer])
         torch.manual_seed(0)
-        model = cls.from_host(host, labels, "t", config, tokenizer=tokenizer, anchor_file=anchor_file).eval()
+        given = {"tokenizer": tokenizer, "space": space, "reader": {"width": 12, "hidden": 8}}
+        model = cls.from_host(host, labels, "t", **given).eval()
         with torch.no_grad():
             model.adapter.tasks["t"].head_weight.latent.normal_()
         return model
@@ -199,10 +200,11 @@ class TestStatesAndTags:
             raw = tokenizer(text, return_tensors="pt")
             words = tokenizer(rule(text), is_split_into_words=True, return_tensors="pt")
             with torch.no_grad():
-                z_raw, *_ = model.stream.read_host(raw["attention_mask"], {"input_ids": raw["input_ids"]})
+                from_raw = model.stream.read(raw["attention_mask"], {"input_ids": raw["input_ids"]})
                 given = {name: words[name] for name in ("input_ids", "word_index")}
-                z_words, *_ = model.stream.read_host(words["attention_mask"], given)
-                assert torch.equal(z_raw, z_words)
+                from_words = model.stream.read(words["attention_mask"], given)
+                assert torch.equal(from_raw.z, from_words.z)
+                assert from_raw.lengths.tolist() == from_words.lengths.tolist() == [len(rule(text))]
                 assert torch.equal(model(**raw).logits.argmax(-1), model(**words).logits.argmax(-1))
 
     @pytest.mark.parametrize("family", HOSTS)
@@ -268,12 +270,12 @@ class TestHosts:
     @pytest.mark.parametrize("family", DECODERS)
     def test_decoders_are_causal(self, family):
         host = tiny_host(family, vocab_size=300)
-        assert is_causal(host, vocabulary_flags(make_tokenizer("byte-level"))[:300])
+        assert probe(host, vocabulary_flags(make_tokenizer("byte-level"))[:300]) == (True, 3)
 
     @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert", "fnet", "deberta-v2"])
     def test_encoders_are_not(self, family):
         host = tiny_host(family, vocab_size=300)
-        assert not is_causal(host, vocabulary_flags(make_tokenizer("byte-level"))[:300])
+        assert probe(host, vocabulary_flags(make_tokenizer("byte-level"))[:300]) == (False, 3)
 
     def test_the_way_of_reading_is_part_of_the_maps_name(self):
         kinds = ("byte-level", "byte-level-digits", "wordpiece-cased", "wordpiece-uncased")
