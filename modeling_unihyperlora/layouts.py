@@ -143,6 +143,19 @@ LAYOUTS = {
     ),
     "electra": _BERT,
     "eurobert": _GATED,
+    "gemma": _GATED,
+    "gpt_neox": _like(
+        _GATED,
+        query="attention.query_key_value",
+        key="attention.query_key_value",
+        value="attention.query_key_value",
+        attention_output="attention.dense",
+        ffn_up="mlp.dense_h_to_4h",
+        ffn_down="mlp.dense_4h_to_h",
+        fused_by_head=True,
+    ),
+    "llama": _GATED,
+    "mistral": _GATED,
     "mobilebert": _like(
         _BERT,
         ffn_up=("intermediate.dense", *(f"ffn.{i}.intermediate.dense" for i in range(3))),
@@ -165,6 +178,15 @@ LAYOUTS = {
         attention_output="attention.attn.o",
     ),
     "nomic_bert": _GATED,
+    "opt": _like(
+        _GATED,
+        block="decoder.layers.{}",
+        attention_output="self_attn.out_proj",
+        ffn_up="fc1",
+        ffn_down="fc2",
+    ),
+    "qwen2": _GATED,
+    "qwen3": _GATED,
     "roberta": _BERT,
     "squeezebert": HostLayout(
         block="encoder.layers.{}.attention",  # the module around it is not called, only its forward

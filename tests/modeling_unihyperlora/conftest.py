@@ -232,7 +232,7 @@ class _Linear(nn.Module):
 
     def rows(self, position: int, outputs: int) -> list[int]:
         """Which outputs of the layer are those of the role at this position."""
-        if self.run.family == "deberta":  # head by head, in each first the query's, then the key's, then the value's
+        if self.run.family in ("deberta", "gpt_neox"):  # head by head, in each first the query's, then the key's, then the value's
             width = outputs // (self.run.heads * len(self.kinds))
             starts = [(head * len(self.kinds) + position) * width for head in range(self.run.heads)]
         else:

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from modeling_unihyperlora import (
+    CanonicalSpace,
     MergeError,
     UniHyperLoraConfig,
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.hosts import LAYOUTS, encoder_of
-from modeling_unihyperlora.quantization import StoredTensor
+from modeling_unihyperlora.hosts import encoder_of
+from modeling_unihyperlora.layouts import LAYOUTS
+from modeling_unihyperlora.storage import StoredTensor
 from tests.conftest import piece_tokenizer
-from tests.modeling_unihyperlora.families import STREAM_ONLY, VOCABULARY, tiny_host
+from tests.modeling_unihyperlora.families import DECODERS, STREAM_ONLY, VOCABULARY, tiny_host
 
 # What differs from another family in nothing that matters here is left to the slow tests, and so to the table.
 LIKE_BERT = {"camembert", "electra", "nomic_bert", "roberta", "xlm-roberta"}
+LIKE_LLAMA = {"mistral", "qwen2"}
 LIKE_IN_STATES = LIKE_BERT | {"bert", "big_bird", "deberta", "distilbert", "mobilebert", "nystromformer", "rembert"}
 
 
@@ -28,8 +31,8 @@ def families(names: set[str], slow: set[str]) -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in sorted(names)]
 
 
-INJECT = families({*LAYOUTS}, LIKE_BERT)
-TEXT = families({*LAYOUTS, *STREAM_ONLY} - {"vit"}, LIKE_IN_STATES)
+INJECT = families({*LAYOUTS}, LIKE_BERT | LIKE_LLAMA)
+TEXT = families({*LAYOUTS, *STREAM_ONLY, *DECODERS} - {"vit"}, LIKE_IN_STATES)
 LABELS = ["O", "B-A", "I-A"]
 NO_MERGE = {"albert", "deberta-v2", "squeezebert"}
 
@@ -103,14 +106,14 @@ class TestInject:
     def test_inject_gradient_scope(self, family, injected):
         """What a scope trains has a gradient, nothing else has, the host least of all."""
         model, batch = injected(family), inputs(family)
-        for scope, head_is_new in (("source", True), ("delta", True), ("delta", False)):
+        for scope, head_is_new in (("task", True), ("delta", True), ("delta", False)):
             model.config.tasks["ner"]["trained"] = not head_is_new
             model.set_train_scope(scope)
             model.zero_grad(set_to_none=True)
             out = model.train()(**batch, labels=labels_of(batch))
             (out.loss + out.expected_atoms.mean()).backward()
             own = {name for name, p in model.adapter.named_parameters() if p.grad is not None and p.grad.any()}
-            if scope == "source":
+            if scope == "task":
                 expected = {name for name, _ in model.adapter.named_parameters() if not name.endswith("delta.latent")}
             else:
                 expected = {"tasks.ner.delta.latent"}
@@ -129,7 +132,7 @@ class TestInject:
             plain = host(**batch).last_hidden_state
             model = injected(family, host=host)
             run = model.run(None, batch.get("attention_mask"), None, **batch_without_mask(batch))
-            assert not torch.equal(run.last_hidden_state, plain)
+            assert not torch.equal(run["last_hidden_state"], plain)
             broken = list(model.injection.map.sites)[-1].linear.register_forward_pre_hook(_fail)
             with pytest.raises(ZeroDivisionError):
                 model(**batch)
@@ -231,20 +234,11 @@ def stream_folder(tokenizer, stir, tmp_path_factory):
     (folder / "anchors.txt").write_text(text + "\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIHYPERLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        shape = {"stream_dim": 8, "stream_width": 8, "stream_hidden": 6}
-        model = UniHyperLoraForTokenClassification.from_host(
-            tiny_host("bert"),
-            labels=LABELS,
-            task="ner",
-            config=UniHyperLoraConfig(pathway="stream", atoms=12, anchor_dim=8, mixer_hidden=4, **shape),
-            tokenizer=tokenizer,
-            anchor_file=folder / "anchors.txt",
-        )
-        coordinates = model.adapter.anchors.coordinates.latent.detach().clone()
-        stir(model, 1)
-        model.adapter.anchors.coordinates.latent.data.copy_(coordinates)
-        model.adapter.anchors.text = model.adapter.anchors.text.new_tensor(list(text.encode()))
-        model.save_pretrained(folder / "adapter")
+        host = tiny_host("bert")
+        space = CanonicalSpace.make([host], folder / "anchors.txt", dim=8, atoms=12, tokenizers=[tokenizer])
+        own = {"reader": {"width": 8, "hidden": 6}, "space": space, "tokenizer": tokenizer}
+        model = UniHyperLoraForTokenClassification.from_host(host, labels=LABELS, task="ner", **own)
+        stir(model, 1).save_pretrained(folder / "adapter")
     return folder / "adapter"
 
 
@@ -272,19 +266,24 @@ class TestStream:
             assert torch.equal(again(**batch).logits, logits)
             assert torch.isfinite(logits).all() and logits.std() > 0.01
             for name, module in model.adapter.named_modules():
-                if isinstance(module, StoredTensor) and "token_mixer" in name and name.endswith("inward"):
+                if isinstance(module, StoredTensor) and name == "tasks.ner.reader.inward":
                     module.latent.neg_()
             assert not torch.equal(model(**batch).logits, logits), "the stream did nothing"
 
     def test_stream_gradient_scope(self, family, streamed):
+        """What a scope trains has a gradient, nothing else has, the space and the host least of all."""
         batch, model = inputs(family), streamed(tiny_host(family, layers=2))
-        model.set_train_scope("source")
-        out = model.train()(**batch, labels=labels_of(batch))
-        (out.loss + out.expected_atoms.mean()).backward()
-        own = {name for name, p in model.adapter.named_parameters() if p.grad is not None}
-        no_gradient = ("delta.latent", "anchors.coordinates.latent")
-        assert own == {name for name, _ in model.adapter.named_parameters() if not name.endswith(no_gradient)}
-        assert all(p.grad is None for p in model.host.parameters())
+        of_task = {name for name, _ in model.adapter.named_parameters() if name.startswith("tasks.ner.")}
+        head = {"tasks.ner.head_weight.latent", "tasks.ner.head_bias.latent"}
+        for scope, head_is_new in (("task", True), ("delta", True), ("delta", False)):
+            model.config.tasks["ner"]["trained"] = not head_is_new
+            model.set_train_scope(scope)
+            model.zero_grad(set_to_none=True)
+            model.train()(**batch, labels=labels_of(batch)).loss.backward()
+            own = {name for name, p in model.adapter.named_parameters() if p.grad is not None and p.grad.any()}
+            delta = {"tasks.ner.delta.latent"}
+            assert own == (of_task - delta if scope == "task" else delta | head if head_is_new else delta)
+            assert all(p.grad is None for p in model.host.parameters())
 
     def test_stream_detach(self, family, streamed):
         host, batch = tiny_host(family, layers=2), inputs(family)
