@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -45,10 +46,12 @@ def require_writable(folder: str | Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise ConfigError(f"The output folder {folder} cannot be made: {existing} is a file. Choose another.")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=existing))
+    except OSError as error:  # no permission, a full disk, a file system that is only read
         raise ConfigError(
-            f"The output folder {folder} cannot be written: no permission at {existing}. Choose another."
-        )
+            f"The output folder {folder} cannot be written ({error.strerror} at {existing}). Choose another."
+        ) from error
 
 
 def require_unused(folder: str | Path, resumed: str | Path | None = None, but_checkpoints: bool = False) -> None:
