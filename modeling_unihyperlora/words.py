@@ -457,8 +457,10 @@ class WordReader:
     def key(self) -> str:
         """All that the states of words depend on beside the host's weights; for the names of cached files."""
         tokenizer = self.tokenizer
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= {"truncation": None, "padding": None}  # these are of its last call
         special = [tokenizer.model_max_length, tokenizer.unk_token_id, sorted(tokenizer.all_special_ids)]
-        return json.dumps([tokenizer.backend_tokenizer.to_str(), special, self.causal])
+        return json.dumps([state, special, self.causal])
 
 
 def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

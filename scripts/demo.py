@@ -4,14 +4,15 @@
     make demo SENTENCE="Ada Lovelace flew to Lisbon with Air Portugal ."
 
 The host (all-MiniLM-L6-v2) and the tweets come from two packages of PyPI and are checked against the sums below, so
-nothing but pip needs a network. All training and scoring is that of scripts/run_ner.py. The second host is the lower
-half of the first, which the adapter has not seen and gets no label of.
+nothing but pip needs a network. All training and scoring is that of scripts/run_ner.py, in the canonical space that
+the package ships. The second host is the lower half of the first, which the adapter has not seen and gets no label of.
 """
 
 import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -66,8 +67,8 @@ def main(command_line: list[str] | None = None) -> None:
     )
     results = run(
         NER,
-        ["--pathway", "stream", "--model_name_or_path", host, "--output_dir", args.output_dir]
-        + [*common, *training, *schedule, "--logging_steps", "100"],
+        ["--pathway", "stream", "--reader", "medium", "--model_name_or_path", host, "--output_dir", args.output_dir]
+        + [*common, *training, *schedule],
     )
 
     other = str(first_blocks(host, folder / "other_host"))
@@ -89,6 +90,7 @@ def main(command_line: list[str] | None = None) -> None:
             console.print(
                 " ".join(shown(word, found) for word, found in zip(words, tags, strict=True)), highlight=False
             )
+    console.print(next_steps(folder, host, other), highlight=False, markup=False, soft_wrap=True)
 
 
 def first_blocks(host: str, folder: Path, blocks: int = 3) -> Path:
@@ -145,11 +147,13 @@ def table_of(results: dict[str, object]) -> Table:
     rows = {
         "entity F1": f"{results['eval_f1']:.3f}",
         "adapter file": f"{results['adapter_bytes']:,} B",
+        "… of that the canonical space": f"{results['bytes_of_space']:,} B",
+        "… of that the reader": f"{results['reader_bytes']:,} B",
         "… of that the head": f"{results['head_bytes']:,} B",
         "… of that δθ": f"{results['delta_bytes']:,} B",
         "multiply-adds added": f"{results['flops_overhead_pct']:.2f} %",
         "extra RAM": f"{results['extra_ram_mb']:.2f} MB",
-        "active atoms a token": f"{results['active_atoms_per_token']:.2f}",
+        "lining up and reading": f"{results['host_cpu_seconds']:.0f} CPU s",
         "training time": f"{results['train_runtime']:.0f} s",
     }
     return _two_columns("UniHyperLoRA on tweets, held-out part", "figure", rows)
@@ -165,6 +169,24 @@ def transfer_table(results: dict, zero_shot: dict, probe: dict, control: dict) -
     }
     title = "The same file on a host that it has never seen (3 blocks instead of 6, no label)"
     return _two_columns(title, "entity F1 on the held-out part", rows)
+
+
+def next_steps(folder: Path, host: str, other: str) -> str:
+    """Where the adapter lies, and commands that go on from it."""
+    data = f"--train_file {folder}/data/train.jsonl --validation_file {folder}/data/held_out.jsonl"
+    python = os.path.relpath(sys.executable)
+    tune = f"{python} scripts/run_ner.py --adapter {folder} --do_train --do_eval --max_seq_length 64 {data}"
+    return f"""
+The adapter is the folder {folder}: model.safetensors is all that was trained, and the space. What to type next:
+
+# what is in it, and how it fits another host (a folder, or any Hub id)
+{python} -m modeling_unihyperlora inspect {folder} --host {other}
+# tune the 512 bytes of δθ to that host; it is small, and 10 % of its multiply-adds are few
+{tune} --model_name_or_path {other} --train_scope delta --learning_rate 2e-2 --max_flops_overhead_pct 25 \
+    --output_dir {folder}-tuned
+# add a task with a small reader of its own: your file, in place of the tweets
+{tune} --model_name_or_path {host} --task_name mine --reader small --output_dir {folder}-two-tasks
+"""
 
 
 def _two_columns(title: str, left: str, rows: dict[str, str]) -> Table:

@@ -88,7 +88,9 @@ class ModelArguments:
     )
     projector: str | None = field(default=None, metadata={"help": "Of --pathway inject: kind of projector."})
     router: str | None = field(default=None, metadata={"help": "Of --pathway inject: token or static."})
-    router_top_k: int | None = field(default=None, metadata={"help": "Of --pathway inject: atoms a token may use, 1 to 3."})
+    router_top_k: int | None = field(
+        default=None, metadata={"help": "Of --pathway inject: atoms a token may use, 1 to 3."}
+    )
     atoms: int | None = field(default=None, metadata={"help": "Of --pathway inject: number of atoms, M."})
     anchor_dim: int | None = field(
         default=None, metadata={"help": "Of --pathway inject: width of its canonical space, d0."}

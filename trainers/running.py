@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, UniHyperLoraModel
 from modeling_unihyperlora.configuration_unihyperlora import read_config
 from modeling_unihyperlora.hosts import window_of
-from modeling_unihyperlora.measure.accounting import measure
+from modeling_unihyperlora.measure.accounting import check_budget, measure
 from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
 from modeling_unihyperlora.words import check_vocabulary, load_tokenizer
@@ -36,6 +36,7 @@ from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
 from .trainer import UniHyperLoraTrainer
 from .training_args import UniHyperLoraTrainingArguments
+from .unusable import check_pathway
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +331,9 @@ def make_trainer(
                 f"--label_all_tokens does not go with --pathway {model.config.pathway}, which reads one state of each "
                 "word and has no others to label. Leave it out, or train with --pathway inject."
             )
+        if "train" in splits:  # before text is read
+            check_pathway(training_args, model)
+            check_budget(model, training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
         host_config, trainer_class = model.host.config, UniHyperLoraTrainer
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
         logger.info(model.describe())

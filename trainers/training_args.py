@@ -48,13 +48,19 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
             "choices": ["task", "delta"],
         },
     )
-    lambda_f: float = field(default=1e-3, metadata={"help": "Of an injected update: weight λ_F of the expected atoms a token, E[k]."})
+    lambda_f: float = field(
+        default=1e-3, metadata={"help": "Weight λ_F of E[k], the expected atoms a token of an injected update."}
+    )
     lambda_q: float = field(default=1e-5, metadata={"help": "Weight λ_Q of the squared norm of δθ."})
-    dictionary_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the atoms."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the projector."})
-    mixer_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the mixer."})
-    router_learning_rate: float | None = field(default=None, metadata={"help": "Of an injected update: that of the router."})
-    reader_learning_rate: float | None = field(default=None, metadata={"help": "Of a stream: that of the reader."})
+    dictionary_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of an injected update's atoms."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of an injected update's projector."}
+    )
+    mixer_learning_rate: float | None = field(default=None, metadata={"help": "That of an injected update's mixer."})
+    router_learning_rate: float | None = field(default=None, metadata={"help": "That of an injected update's router."})
+    reader_learning_rate: float | None = field(default=None, metadata={"help": "That of a stream's reader."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
     fidelity: float = field(

@@ -127,8 +127,8 @@ def check_pathway(args: TrainingArguments, model: nn.Module) -> None:
             )
     if stream and args.train_scope == "delta" and not config.tasks[config.active_task].get("trained"):
         raise ConfigError(
-            f"Task '{config.active_task}' is new: its reader was never trained, and train_scope 'delta' would leave it "
-            "as it is. Train the task with train_scope 'task' first, on any host."
+            f"Task '{config.active_task}' is new: its reader was never trained, and train_scope 'delta' would leave "
+            "it as it is. Train the task with train_scope 'task' first, on any host."
         )
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from modeling_unihyperlora import DataError
 from scripts import demo
+from trainers.arguments import NerArguments, check_arguments, parse
 from trainers.ner_data import Sentence, read_file
 
 
@@ -63,19 +65,52 @@ def test_words_are_cut_as_in_the_tweets():
     assert words == ["@ada", "I'm", "at", "St", ".", "Mary's", ",", "#lisbon", "!", ":", ")"]
 
 
-def test_the_table_has_every_figure():
-    results = {"eval_f1": 0.4567, "adapter_bytes": 113_120, "head_bytes": 5_460, "delta_bytes": 512}
-    results |= {
-        "flops_overhead_pct": 3.36,
-        "extra_ram_mb": 2.62,
-        "active_atoms_per_token": 1.87,
-        "train_runtime": 99.6,
-    }
-    console = Console(width=80)
+def shown(table) -> str:
+    console = Console(width=100)
     with console.capture() as captured:
-        console.print(demo.table_of(results))
-    for shown in ("0.457", "113,120 B", "5,460 B", "512 B", "3.36 %", "2.62 MB", "1.87", "100 s"):
-        assert shown in captured.get()
+        console.print(table)
+    return captured.get()
+
+
+def test_the_table_has_every_figure():
+    results = {"eval_f1": 0.4567, "adapter_bytes": 613_120, "bytes_of_space": 451_700, "reader_bytes": 101_240}
+    results |= {"head_bytes": 5_460, "delta_bytes": 512, "flops_overhead_pct": 3.36, "extra_ram_mb": 2.62}
+    results |= {"host_cpu_seconds": 41.2, "train_runtime": 99.6}
+    figures = (
+        "0.457",
+        "613,120 B",
+        "451,700 B",
+        "101,240 B",
+        "5,460 B",
+        "512 B",
+        "3.36 %",
+        "2.62 MB",
+        "41 CPU s",
+        "100 s",
+    )
+    assert not [figure for figure in figures if figure not in shown(demo.table_of(results))]
+
+
+def test_the_transfer_table_has_the_controls():
+    scores = [{"eval_f1": 0.51}, {"zero_shot_f1": 0.42}, {"eval_f1": 0.33}, {"zero_shot_f1": 0.04}]
+    table = shown(demo.transfer_table(*scores))
+    assert [line.split("│")[-2].strip() for line in table.splitlines() if "│" in line] == [
+        "0.510",
+        "0.420",
+        "0.330",
+        "0.040",
+    ]
+
+
+def test_what_to_type_next_can_be_typed(tmp_path):
+    text = demo.next_steps(tmp_path / "demo", "a/host", "another/host")
+    assert f"The adapter is the folder {tmp_path / 'demo'}" in text
+    commands = [line.split() for line in text.replace("\\\n", "").splitlines() if "scripts/run_ner.py" in line]
+    assert len(commands) == 2
+    for _, script, *flags in commands:
+        assert (Path(__file__).parents[2] / script).is_file()
+        check_arguments(*parse([*flags, "--use_cpu"], NerArguments))
+    assert f"-m modeling_unihyperlora inspect {tmp_path / 'demo'} --host another/host" in text
 
 
 def test_sentences_to_tag(monkeypatch):

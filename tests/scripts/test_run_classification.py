@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import f1_score
 from transformers import BertConfig, BertModel, Trainer
 
-from modeling_unihyperlora import ConfigError, DataError, HostError
+from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, HostError
 from scripts import run_classification, run_ner
 from trainers.baselines import BASELINES
 from trainers.results import RESULT_KEYS
@@ -72,7 +72,8 @@ def test_it_learns_and_writes_what_the_contract_names(run, tmp_path):
     assert set(RESULT_KEYS) <= set(results)
     assert results["zero_shot_f1"] is None and "zero_shot_accuracy" not in results
     assert results["adapter_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
-    others = [results[name] for name in RESULT_KEYS if name not in ("zero_shot_f1", "budget_ok")]
+    of_a_stream = ("reader_bytes", "host_cpu_seconds", "space")
+    others = [results[name] for name in RESULT_KEYS if name not in ("zero_shot_f1", "budget_ok", *of_a_stream)]
     assert all(isinstance(value, int | float) and math.isfinite(value) for value in others)
     assert predictions(tmp_path) == [str(row["label"]) for row in ROWS[:5]]
     assert "predict_f1" not in results and results["predict_samples"] == 5  # its labels are not known
@@ -194,28 +195,32 @@ def other_host(tmp_path, tokenizer) -> Path:
     return tmp_path / "h"
 
 
-def stream_flags(anchors: Path) -> list:
-    return ["--pathway", "stream", "--stream_dim", 16, "--anchor_file", anchors, "--max_flops_overhead_pct", "1e6"]
+@pytest.fixture
+def stream_flags(anchors, tiny_host, tmp_path) -> list:
+    CanonicalSpace.make([str(tiny_host)], anchors, dim=16).save(tmp_path / "space.safetensors")
+    space = ["--pathway", "stream", "--space", tmp_path / "space.safetensors", "--reader", "small"]
+    return [*space, "--max_flops_overhead_pct", "1e6"]
 
 
-def test_the_stream_is_trained_here_and_scored_there(run, tmp_path, anchors, other_host):
-    flags = stream_flags(anchors)
+def test_the_stream_is_trained_here_and_scored_there(run, tmp_path, stream_flags, other_host):
     trained = run(
-        *flags, "--do_train", "--do_eval", "--max_steps", 40, "--per_device_train_batch_size", 16, output="1"
+        *stream_flags, "--do_train", "--do_eval", "--max_steps", 40, "--per_device_train_batch_size", 16, output="1"
     )
-    assert trained["eval_f1"] > 0.9 and trained["bytes_of_stream"] > 0
+    assert trained["eval_f1"] > 0.9 and trained["bytes_of_reader"] == trained["reader_bytes"] > 0
     there = run("--adapter", tmp_path / "1", "--do_eval", output="2", host=other_host)
     assert there["zero_shot_f1"] == there["eval_f1"] is not None
     assert there["adapter_bytes"] == trained["adapter_bytes"]
 
 
-def test_a_host_is_lined_up_on_text_as_well(run, tmp_path, write, anchors, other_host, tiny_host):
+def test_a_host_is_lined_up_on_text_as_well(run, tmp_path, write, stream_flags, other_host, tiny_host):
     tagged = write("tagged.jsonl", [{"tokens": ["anna", "in", "rome"], "ner_tags": ["B-PER", "O", "B-LOC"]}] * 8)
-    ner = ["--train_file", tagged, "--validation_file", tagged, *stream_flags(anchors)]
+    ner = ["--train_file", tagged, "--validation_file", tagged, *stream_flags]
     run(*TRAIN, *ner, output="1", main=run_ner.main)
     text = tmp_path / "text.txt"  # of another kind of task, with other words
     text.write_text("rome flew to anna .\n\n" * 60, encoding="utf-8")
-    flags = [*TRAIN, "--do_eval", "--train_scope", "delta", "--task_name", "home", "--adapter", tmp_path / "1"]
+    new = [*TRAIN, "--task_name", "home", "--adapter", tmp_path / "1", "--max_flops_overhead_pct", "1e6"]
+    run(*new, "--reader", "small", output="both")
+    flags = [*TRAIN, "--do_eval", "--train_scope", "delta", "--task_name", "home", "--adapter", tmp_path / "both"]
     flags += ["--max_flops_overhead_pct", "1e6"]
     plain = run(*flags, output="2", host=other_host)
     refined = run(*flags, "--refine_file", text, "--refine_host", tiny_host, output="3", host=other_host)

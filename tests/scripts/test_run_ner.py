@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, Trainer
 
-from modeling_unihyperlora import BudgetError, ConfigError, DataError, UniHyperLoraError
+from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, DataError, UniHyperLoraError
 from scripts import run_ner
 from trainers.arguments import NerArguments
 from trainers.baselines import BASELINES
@@ -58,6 +58,7 @@ def run(tiny_host, tmp_path, data):
 
 
 TINY = ["--max_flops_overhead_pct", "100"]  # beside so small a host any adapter is large
+MANY = ["--max_flops_overhead_pct", "1e6", "--per_device_train_batch_size", 8]  # for a stream
 TRAIN = ("--do_train", "--per_device_train_batch_size", 8, "--max_steps", 4, "--learning_rate", "1e-2")
 
 
@@ -70,7 +71,9 @@ def test_it_learns_and_writes_what_the_contract_names(run, tmp_path):
     assert results["adapter_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert results["delta_bytes"] == 512
     assert results["budget_ok"] in (True, False)
-    others = [results[name] for name in RESULT_KEYS if name not in ("zero_shot_f1", "budget_ok")]
+    of_a_stream = ("reader_bytes", "host_cpu_seconds", "space")
+    assert [results[name] for name in of_a_stream] == [None] * 3
+    others = [results[name] for name in RESULT_KEYS if name not in ("zero_shot_f1", "budget_ok", *of_a_stream)]
     assert all(isinstance(value, int | float) and math.isfinite(value) for value in others)
     assert "eval_PER_f1" in results
 
@@ -342,8 +345,6 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         for name, flags in (("first", []), ("further", ["--label_all_tokens"]))
     )
     assert first["train_loss"] != further["train_loss"]
-    with pytest.raises(ConfigError, match="--label_all_tokens does not go with --pathway stream"):
-        run("--do_train", "--pathway", "stream", *own, "--label_all_tokens", output="stream")
 
 
 # ---- refusals: one clear error, nothing written ----
@@ -359,8 +360,16 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
         (["--n_trials", "3"], ConfigError, "give --do_search with it"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),
-        (["--pathway", "both"], ConfigError, "--pathway both tunes a stream adapter that exists"),
-        (["--pathway", "both", "--adapter", "x"], ConfigError, "give --train_scope delta with it"),
+        (["--train_scope", "source"], SystemExit, "2"),
+        (["--pathway", "both"], ConfigError, "pathway='both' is not allowed; choose 'stream' or 'inject'"),
+        (["--pathway", "stream", "--atoms", "3"], ConfigError, "--atoms is of an injected update"),
+        (["--pathway", "stream", "--router_top_k", "3"], ConfigError, "--router_top_k is of an injected update"),
+        (["--pathway", "stream", "--reader", "huge"], ConfigError, "reader='huge' is not allowed; .* small, medium"),
+        (["--pathway", "stream", "--reader_bits", "3"], ConfigError, "bits=3 of the reader"),
+        (["--pathway", "stream", "--space", "a", "--anchor_file", "b"], ConfigError, "--anchor_file, .*not both"),
+        (["--pathway", "stream", "--space", "no.safetensors"], UniHyperLoraError, "no.safetensors"),
+        (["--fidelity", "1.5"], ConfigError, "fidelity=1.5 is not allowed; it must be a number from 0 to 1"),
+        (["--reader_learning_rate", "1"], ConfigError, "reader_learning_rate is not read: .* pathway 'inject'"),
         (["--method", "probe", "--adapter", "x"], ConfigError, "leave --adapter out"),
         (["--method", "lora", "--adapter", "x"], ConfigError, "leave --adapter out"),
         (["--method", "lora", "--lora_r", "0"], ConfigError, "--lora_r 0"),
@@ -376,7 +385,6 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--router_top_k", "9"], ConfigError, "router_top_k=9"),
         (["--model_name_or_path", "no/such-host"], UniHyperLoraError, "no/such-host"),
         (["--max_adapter_bytes", "1000"], BudgetError, "1,000 allowed.*anchor_dim"),
-        (["--max_adapter_bytes", "1000", "--pathway", "stream"], BudgetError, "stream_width"),
         (["--max_adapter_bytes", "1000", "--method", "sat_lora"], BudgetError, "--lora_r"),
         (["--adapter", "no/such-adapter"], UniHyperLoraError, "no/such-adapter"),
         (["--resume_from_checkpoint", "nowhere"], ConfigError, "no such checkpoint"),
@@ -477,6 +485,14 @@ def test_an_output_folder_that_cannot_be_made(run, tmp_path, place):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody may write")
+def test_an_output_folder_that_cannot_be_written(run):
+    with pytest.raises(ConfigError, match="cannot be written .* at /proc"):
+        run_ner.main([*run.files, "--model_name_or_path", run.host, "--do_train", "--output_dir", "/proc/x"])
+    with pytest.raises(ConfigError, match="has no name"):
+        run_ner.main([*run.files, "--model_name_or_path", run.host, "--do_train", "--output_dir", ""])
+
+
 def test_labels_that_the_adapter_does_not_have(run, tmp_path, write_jsonl):
     run(*TRAIN, output="first")
     other = write_jsonl("other.jsonl", [(["rome"], ["B-CITY"])])
@@ -537,63 +553,111 @@ class TestStream:
         return tmp_path / "cache"
 
     @pytest.fixture
-    def flags(self, tmp_path):
+    def flags(self, tmp_path, tiny_host, cache):
         anchors = tmp_path / "anchors.txt"
         anchors.write_text("".join(" ".join(words) + "\n" for words, _ in ROWS), encoding="utf-8")
-        shape = ["--pathway", "stream", "--stream_dim", 16, "--anchor_file", anchors]
-        return [*shape, "--max_flops_overhead_pct", "1e6", "--per_device_train_batch_size", 8]
+        CanonicalSpace.make([str(tiny_host)], anchors, dim=16).save(tmp_path / "space.safetensors")
+        space = ["--pathway", "stream", "--space", tmp_path / "space.safetensors", "--reader", "small"]
+        return [*space, *MANY]
 
-    def test_one_file_is_trained_here_and_scored_there(self, run, flags, tmp_path, tokenizer):
-        trained = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="here")
-        assert trained["eval_f1"] > 0.9 and trained["zero_shot_f1"] is None
-        assert trained["bytes_of_stream"] > 0 and trained["bytes_of_anchors"] > 0
-        weights = (tmp_path / "here" / "model.safetensors").read_bytes()
-        torch.manual_seed(1)
-        there = run(
-            "--adapter", tmp_path / "here", "--do_eval", output="there", host=self.other_host(tmp_path, tokenizer)
-        )
-        assert there["zero_shot_f1"] == there["eval_f1"] is not None
-        assert there["adapter_bytes"] == len(weights)
-        assert (tmp_path / "here" / "model.safetensors").read_bytes() == weights
-
-    def test_an_injected_update_is_tuned_on_top(self, run, flags, tmp_path, tokenizer, cache):
-        stream = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="here")
-        (states,) = cache.glob("states-*")
-        states.unlink()
-        tune = ["--train_scope", "delta", "--pathway", "both", *flags[-4:], "--max_steps", 20, "--cache_eval_states"]
-        tune += ["--learning_rate", "5e-2", "--adapter", tmp_path / "here", "--do_eval"]
-        tuned = run(*tune, "--do_train", "--bf16", output="tuned")
-        assert not [*cache.glob("states-*")]  # those of the host alone are of no use
-        assert tuned["zero_shot_f1"] == pytest.approx(stream["eval_f1"], abs=0.1)  # in bfloat16
-        assert tuned["trainable_parameters"] == 2 * 8 * 128 and tuned["delta_bytes"] == 1024
-        assert tuned["flops_overhead_pct"] > tuned["merged_flops_overhead_pct"] > 0
-        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("here", "tuned"))
-        assert {name for name in after if name not in before or not torch.equal(before[name], after[name])} == {
-            "tasks.ner.delta",
-            "tasks.ner.delta_injected",
-        }
-        again = run("--adapter", tmp_path / "tuned", "--do_eval", "--pathway", "both", output="again")
-        assert again["eval_f1"] > 0.8
-        other = self.other_host(tmp_path, tokenizer)
-        elsewhere = run("--adapter", tmp_path / "tuned", "--do_eval", output="elsewhere", host=other)
-        assert elsewhere["eval_f1"] is not None
-        tune[tune.index("--adapter") + 1] = tmp_path / "tuned"
-        without = [part for part in tune if part not in ("--pathway", "both")]
-        with pytest.raises(ConfigError, match="--pathway both"):
-            run(*without, "--do_train", output="refused", host=other)
-
+    @pytest.fixture
     def other_host(self, tmp_path, tokenizer) -> Path:
         folder = tmp_path / "wider"
         shape = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 100}
+        torch.manual_seed(1)
         BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 
+    def test_one_file_is_trained_here_and_scored_there(self, run, flags, tmp_path, other_host):
+        trained = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="here")
+        assert trained["eval_f1"] > 0.9 and trained["zero_shot_f1"] is None
+        assert trained["bytes_of_reader"] == trained["reader_bytes"] > 0 and trained["bytes_of_space"] > 0
+        assert trained["host_cpu_seconds"] >= 0 and trained["active_atoms_per_token"] is None
+        assert trained["space"] == f"own 1 {CanonicalSpace.load(tmp_path / 'space.safetensors').digest}"
+        weights = (tmp_path / "here" / "model.safetensors").read_bytes()
+        there = run("--adapter", tmp_path / "here", "--do_eval", output="there", host=other_host)
+        assert there["zero_shot_f1"] == there["eval_f1"] is not None
+        assert there["adapter_bytes"] == len(weights)
+        assert (there["space"], there["reader_bytes"]) == (trained["space"], trained["reader_bytes"])
+        assert (tmp_path / "here" / "model.safetensors").read_bytes() == weights
+        again = run("--adapter", tmp_path / "here", "--do_eval", "--cache_eval_states", output="again")
+        assert again["eval_f1"] == trained["eval_f1"]
+        assert again["eval_loss"] == pytest.approx(trained["eval_loss"], abs=1e-3)  # its states are in half precision
+
+    def test_delta_is_tuned_to_another_host(self, run, flags, tmp_path, other_host):
+        run(*flags, "--do_train", "--max_steps", 60, output="here")
+        there = ["--adapter", tmp_path / "here", "--do_eval"]
+        untouched = run(*there, "--cache_eval_states", output="there", host=other_host)
+        tune = [*there, *MANY, "--do_train", "--train_scope", "delta", "--max_steps", 60, "--learning_rate", "2e-2"]
+        tuned = run(*tune, "--cache_eval_states", output="tuned", host=other_host)
+        assert tuned["zero_shot_f1"] == untouched["eval_f1"] and tuned["zero_shot_loss"] == untouched["eval_loss"]
+        assert tuned["eval_loss"] < untouched["eval_loss"]
+        assert tuned["trainable_parameters"] == 8 * 128 and tuned["delta_bytes"] == 512
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("here", "tuned"))
+        assert {name for name in after if not torch.equal(before[name], after[name])} == {"tasks.ner.delta"}
+        hosts = json.loads((tmp_path / "tuned" / "config.json").read_text())["source_hosts"]
+        assert [host["name"] for host in hosts] == [run.host]  # δθ makes no host a source
+
+    def test_a_second_task_gets_a_reader_of_its_own(self, run, flags, tmp_path, write_jsonl, other_host):
+        first = run(*flags, "--do_train", "--do_eval", "--max_steps", 60, output="first")
+        rows = [(words, ["B-CITY" if tag == "B-LOC" else "O" for tag in tags]) for words, tags in ROWS]
+        cities = files(write_jsonl, rows[4:], rows[:4])
+        add = ["--adapter", tmp_path / "first", "--task_name", "cities", *cities, *MANY, "--do_train"]
+        with pytest.raises(ConfigError, match="'cities' is new: its reader was never trained"):
+            run(*add, "--train_scope", "delta", output="refused")
+        add += ["--do_eval", "--max_steps", 60, "--reader", "medium", "--reader_bits", 4]
+        second = run(*add, output="second", host=other_host)
+        assert second["zero_shot_f1"] is None and second["eval_f1"] > 0.9
+        assert second["space"] == first["space"] and second["bytes_of_space"] == first["bytes_of_space"]
+        assert second["bytes_of_reader"] == first["reader_bytes"] + second["reader_bytes"]
+        config = json.loads((tmp_path / "second" / "config.json").read_text())
+        assert config["tasks"]["cities"]["reader"] == {"width": 96, "hidden": 64, "bits": 4}
+        assert [host["name"] for host in config["source_hosts"]] == [run.host, str(other_host)]
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("first", "second"))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        back = run("--adapter", tmp_path / "second", "--task_name", "ner", "--do_eval", output="back")
+        assert back["zero_shot_f1"] == first["eval_f1"] and back["eval_loss"] == first["eval_loss"]
+        with pytest.raises(ConfigError, match="--reader is of a new task, and the adapter .* has the task 'ner'"):
+            run("--adapter", tmp_path / "first", "--reader", "small", "--do_eval", output="refused")
+
+    def test_several_sources(self, run, flags, tmp_path, other_host, write_jsonl, caplog):
+        train = [*flags, "--do_train", "--do_eval", "--max_steps", 40]
+        both = run(*train, "--source_hosts", other_host, output="both")
+        hosts = json.loads((tmp_path / "both" / "config.json").read_text())["source_hosts"]
+        assert [host["name"] for host in hosts] == [run.host, str(other_host)]
+        assert both["train_samples"] == len(ROWS) - 4 and both["eval_f1"] > 0.5
+        again = ["--adapter", tmp_path / "both", "--task_name", "more", "--do_train", "--max_steps", 2, *MANY]
+        run(*again, "--source_hosts", other_host, output="again")  # another task, the same sources
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["source_hosts"] == hosts
+        with pytest.raises(ConfigError, match="is among the sources already; name each once"):
+            run(*train, "--source_hosts", run.host, output="twice")
+        with pytest.raises(ConfigError, match="--source_hosts names further hosts"):
+            run("--do_train", "--adapter", tmp_path / "both", "--train_scope", "delta", "--source_hosts", other_host)
+
     def test_it_is_what_is_trained_where_no_pathway_is_given(self, run, flags, tmp_path):
         command = ["--model_name_or_path", run.host, *run.files, *flags[2:], "--do_train", "--max_steps", 1]
-        command += ["--coordinate_epochs", 0, "--use_cpu", "--output_dir", tmp_path / "out"]
-        assert run_ner.main(list(map(str, command)))["bytes_of_stream"] > 0
+        command += ["--use_cpu", "--output_dir", tmp_path / "out"]
+        assert run_ner.main(list(map(str, command)))["reader_bytes"] > 0
         assert json.loads((tmp_path / "out" / "config.json").read_text())["pathway"] == "stream"
+
+    def test_resuming_ends_like_an_uninterrupted_run(self, run, flags, tmp_path):
+        train = [*flags, "--do_train", "--do_eval", "--lr_scheduler_type", "constant", "--save_steps", 4]
+        whole = run(*train, "--max_steps", 12, output="whole")
+        run(*train, "--max_steps", 8, output="parts")  # within the second epoch
+        resumed = run(*train, "--max_steps", 12, "--resume_from_checkpoint", "true", output="parts")
+        assert resumed["eval_loss"] == whole["eval_loss"]
+        parts, at_once = (load_file(tmp_path / folder / "model.safetensors") for folder in ("parts", "whole"))
+        assert all(torch.equal(parts[name], at_once[name]) for name in at_once)
+
+    def test_the_best_checkpoint_is_what_is_saved(self, run, flags, tmp_path):
+        each_step = "--eval_strategy steps --eval_steps 10 --save_steps 10 --load_best_model_at_end"
+        train = [*flags, "--do_train", "--do_eval", "--max_steps", 30, "--cache_eval_states", *each_step.split()]
+        results = run(*train, "--metric_for_best_model", "loss")
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        seen = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+        assert state["best_model_checkpoint"].endswith(f"checkpoint-{min(seen, key=seen.get)}")
+        assert results["eval_loss"] == pytest.approx(min(seen.values()), rel=1e-5)
 
     def test_states_are_computed_once_and_again_when_cut_short(self, run, flags, cache):
         train = [*flags, "--do_train", "--max_steps", 2]
@@ -607,6 +671,37 @@ class TestStream:
         assert states.read_bytes() == whole
         assert [path.name for path in cache.glob("states-*")] == [states.name]
 
-    def test_a_host_narrower_than_the_coordinates_is_refused(self, run, flags):
-        with pytest.raises(UniHyperLoraError, match="200 canonical coordinates need a source host"):
-            run(*flags, "--stream_dim", 200, "--do_train", "--max_steps", 1)
+    def test_a_space_is_made_of_anchor_text(self, run, tmp_path, write_jsonl):
+        anchors = tmp_path / "anchors.txt"
+        anchors.write_text("".join(" ".join(words) + "\n" for words, _ in ROWS), encoding="utf-8")
+        own = ["--pathway", "stream", "--anchor_file", anchors, "--reader", "small", *MANY]
+        made = run(*own, "--do_train", "--max_steps", 2, output="made")
+        space = json.loads((tmp_path / "made" / "config.json").read_text())["space"]
+        assert (space["name"], space["dim"], space["anchor_words"]) == ("own", 64, 7 * len(ROWS))
+        assert made["space"].startswith("own 1 ")
+
+    def test_a_host_narrower_than_the_coordinates_is_refused(self, run, tmp_path, tokenizer):
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 100}
+        BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(
+            tmp_path / "narrow"
+        )
+        tokenizer.save_pretrained(tmp_path / "narrow")
+        anchors = tmp_path / "anchors.txt"
+        anchors.write_text("".join(" ".join(words) + "\n" for words, _ in ROWS), encoding="utf-8")
+        own = ["--pathway", "stream", "--anchor_file", anchors, *MANY]
+        with pytest.raises(UniHyperLoraError, match="64 canonical coordinates need hosts at least that wide"):
+            run(*own, "--do_train", "--max_steps", 1, host=tmp_path / "narrow")
+
+    @pytest.mark.parametrize(
+        ("more", "error", "expected"),
+        [
+            (["--max_adapter_bytes", "1000"], BudgetError, "1,000 allowed.*--reader.*--space"),
+            (["--label_all_tokens"], ConfigError, "--label_all_tokens does not go with --pathway stream"),
+            (["--router_learning_rate", "1"], ConfigError, "router_learning_rate is not read: .* delta, head, reader"),
+            (["--metric_for_best_model", "f2", "--do_eval"], ConfigError, "f2 is not what an evaluation reports"),
+        ],
+    )
+    def test_refusals(self, run, flags, tmp_path, more, error, expected):
+        with pytest.raises(error, match=expected):
+            run(*flags, "--do_train", "--max_steps", 1, *more)
+        assert not (tmp_path / "out").exists()

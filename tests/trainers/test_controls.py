@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from modeling_unihyperlora import ConfigError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import CanonicalSpace, ConfigError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.storage import adapter_tensors
 from trainers.controls import random_coordinates, random_map, shuffle_anchors
 
@@ -24,9 +24,9 @@ def adapter(tiny_host, tmp_path):
     anchors = tmp_path / "anchors.txt"
     lines = [f"{name} flew from {a} to {b} near {c} ." for name in NAMES for a in PLACES for b in PLACES for c in "ab"]
     anchors.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    config = UniHyperLoraConfig(pathway="stream", stream_dim=D)
+    space = CanonicalSpace.make([str(tiny_host)], anchors, dim=D)
     model = UniHyperLoraForTokenClassification.from_host(
-        tiny_host, labels=["O", "B-PER"], task="people", config=config, anchor_file=anchors
+        tiny_host, labels=["O", "B-PER"], task="people", space=space, reader="small"
     )
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -61,8 +61,8 @@ def fits(model) -> list[float]:
 def test_shuffled_anchors_are_the_same_coordinates_at_other_words(adapter, other_host, tmp_path):
     real = load(adapter, other_host)
     control = load(shuffle_anchors(adapter, tmp_path / "control"), other_host)
-    assert changed(real, control) == {"anchors.coordinates"}
-    before, after = (model.adapter.anchors.canonical().detach() for model in (real, control))
+    assert changed(real, control) == {"space.coordinates"}
+    before, after = (model.adapter.space.canonical().detach() for model in (real, control))
     assert (before == after).all(dim=-1).float().mean() < 0.2
     rows = [sorted(map(tuple, x.transpose(0, 1).flatten(1).tolist())) for x in (before, after)]
     assert rows[0] == rows[1]  # an anchor's coordinates at all knots stay together
@@ -72,10 +72,10 @@ def test_shuffled_anchors_are_the_same_coordinates_at_other_words(adapter, other
 def test_a_random_map_fits_its_host_and_means_nothing(adapter, other_host, tmp_path):
     real = load(adapter, other_host)
     control = load(random_map(adapter, tmp_path / "control", str(other_host)), other_host)
-    assert changed(real, control) == {"anchors.coordinates"}
+    assert changed(real, control) == {"space.coordinates"}
     assert min(fits(control)) > 0.9
     assert control.config.source_hosts == real.config.source_hosts
-    for before, after in zip(*(model.adapter.anchors.canonical().detach() for model in (real, control)), strict=True):
+    for before, after in zip(*(model.adapter.space.canonical().detach() for model in (real, control)), strict=True):
         same_axis = np.corrcoef(before.T.numpy(), after.T.numpy())[:D, D:].diagonal()
         assert np.abs(same_axis).mean() < 0.5
 
@@ -101,6 +101,6 @@ def test_an_adapter_without_anchors_is_refused(control, tiny_host, tmp_path):
         tiny_host, labels=["O", "B-A"], task="ner", config=UniHyperLoraConfig(pathway="inject")
     )
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="pathway 'inject'; only a stream adapter has anchors"):
+    with pytest.raises(ConfigError, match="pathway 'inject'; only a stream has anchors"):
         control(tmp_path / "adapter", tmp_path / "control")
     assert not (tmp_path / "control").exists()

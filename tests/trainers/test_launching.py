@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modeling_unihyperlora.space import kept
+from modeling_unihyperlora.space import CanonicalSpace, kept
 from trainers.launching import fill_in_frozen, whole
 from trainers.training_args import UniHyperLoraTrainingArguments
 
@@ -77,7 +77,7 @@ def test_several_processes_without_an_accelerator_are_joined_on_the_cpu(processe
 def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in own.items()} | {"UNIHYPERLORA_CACHE": str(folder / "cache")}
-    from modeling_unihyperlora import anchors, stream
+    from modeling_unihyperlora import space
     from trainers import state_cache
 
     def counted(module, name: str) -> None:
@@ -90,9 +90,8 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
         setattr(module, name, call)
 
     torch.set_num_threads(1)
-    stream.word_states = anchors.word_states
-    counted(stream, "word_states")
-    counted(stream, "fit_host")
+    counted(space, "word_states")
+    counted(space, "fit_host")
     counted(state_cache, "read_words")
     from trainers.running import run
     from trainers.tasks import NER
@@ -100,17 +99,21 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     flags = (
         f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --do_train --max_steps 2 --pathway stream"
     )
-    flags += f" --output_dir {folder / 'out'} --use_cpu --coordinate_epochs 1 --max_flops_overhead_pct 1e9"
-    flags += " --stream_dim 8 --per_device_train_batch_size 4 --disable_tqdm true --save_strategy no"
+    flags += f" --output_dir {folder / 'out'} --use_cpu --train_scope task --max_flops_overhead_pct 1e9"
+    flags += f" --space {folder / 'space.safetensors'} --reader small --per_device_train_batch_size 4 --disable_tqdm true --save_strategy no"
     run(NER, [*flags.split()])
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_calibrate_and_read_the_text_once(tmp_path):
+def test_two_gloo_processes_calibrate_and_read_the_text_once(tmp_path, monkeypatch):
     from scripts.research.kill_and_resume import make_data, make_host
 
     make_host(tmp_path / "host")
     make_data(tmp_path / "data.jsonl", 16)
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache of the space"))
+    sentences = (json.loads(line)["tokens"] for line in (tmp_path / "data.jsonl").read_text().splitlines())
+    (tmp_path / "anchors.txt").write_text("\n".join(map(" ".join, sentences)) * 4)
+    CanonicalSpace.make([str(tmp_path / "host")], tmp_path / "anchors.txt", dim=8).save(tmp_path / "space.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,6 +6,7 @@ from seqeval.metrics import f1_score
 from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import ConfigError, DataError
+from modeling_unihyperlora.words import NO_WORD
 from trainers.decoding import rules_of
 from trainers.ner_data import Sentence
 from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
@@ -182,7 +183,8 @@ def test_cut_words_are_counted_in_a_warning(tokenizer, caplog):
 
 def test_sentences_without_tags_are_tagged(tokenizer):
     windows = SentenceWindows([Sentence(["anna", "lives"], None, "x")], tokenizer, LABELS, 16)
-    assert set(windows[0]) == {"input_ids", "attention_mask"}
+    assert set(windows[0]) == {"input_ids", "attention_mask", "word_index"}
+    assert windows[0]["word_index"] == [NO_WORD, 0, 1, NO_WORD]
     assert windows.lines_of(as_logits(np.array([[0, 3, 0, 0]]))) == ["B-PER O"]
     assert callable(entity_scores(windows))
 

@@ -151,7 +151,7 @@ def test_a_name_that_is_none(name, expected):
 
 def test_flags_that_are_typed_win():
     model_args, data_args, training_args = parse(
-        ["--run_config", str(PROPOSED), "--learning_rate", "1e-3", "--bf16", "false", "--train_scope=source"]
+        ["--run_config", str(PROPOSED), "--learning_rate", "1e-3", "--bf16", "false", "--train_scope=task"]
         + ["--output_dir", "elsewhere", "--num_layers", "12", "--train_file", "a.jsonl"],
         NerArguments,
     )

@@ -11,7 +11,7 @@ import optuna
 import pytest
 import yaml
 
-from modeling_unihyperlora import ConfigError, UniHyperLoraError
+from modeling_unihyperlora import CanonicalSpace, ConfigError, UniHyperLoraError
 from trainers import search as searching
 from trainers.entry import main
 from trainers.tasks import NER
@@ -30,12 +30,12 @@ def command(tiny_host, tmp_path, write_jsonl):
     """command({…search space…}, "--n_trials", 3, metric=…) → the command line; what is by keyword is in the block."""
     data = write_jsonl("data.jsonl", ROWS)
 
-    def make(space: dict | None, *flags, output: str = "out", **block) -> list[str]:
+    def make(space: dict | None, *flags, output: str = "out", pathway: str = "inject", **block) -> list[str]:
         path = tmp_path / "run.yaml"
         content = {
             "run_id": "x",
             "method": "unihyperlora",
-            "adapter": {"pathway": "inject"},
+            "adapter": {"pathway": pathway},
             "optuna": block | ({"search_space": space} if space else {}),
         }
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -198,6 +198,39 @@ def test_a_killed_trial_is_tried_again_once(command, tmp_path):
     assert states == [("FAIL", None), ("FAIL", "its process was killed, twice")]
 
 
+@pytest.fixture
+def small_space(tiny_host, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "anchors.txt").write_text("".join(" ".join(words) + "\n" for words, _ in ROWS) * 12)
+    CanonicalSpace.make([str(tiny_host)], tmp_path / "anchors.txt", dim=8).save(tmp_path / "space.safetensors")
+    return tmp_path / "space.safetensors"
+
+
+def test_a_stream_and_then_a_task_that_is_new_to_it(command, tmp_path, small_space):
+    space = RATES | {
+        "reader": {"type": "categorical", "choices": ["small", "medium"]},
+        "reader_bits": {"type": "categorical", "choices": [4, 8]},
+        "fidelity": {"type": "uniform", "low": 0.5, "high": 1.0},
+        "reader_learning_rate": {"type": "loguniform", "low": 1e-3, "high": 1e-1},
+    }
+    flags = ["--n_trials", 2, "--max_flops_overhead_pct", "1e6"]
+    own = {"pathway": "stream", "objectives": ["score", "bytes"]}
+    results = main(NER, command(space, *flags, "--space", small_space, **own))
+    best = json.loads((tmp_path / "out" / "search.json").read_text())["best_params"]
+    said = json.loads((tmp_path / "out" / "run_arguments.json").read_text())
+    assert {name: said[name] for name in space} == best
+    shape = json.loads((tmp_path / "out" / "config.json").read_text())["tasks"]["ner"]["reader"]
+    assert (shape["bits"], shape["width"]) == (best["reader_bits"], {"small": 64, "medium": 96}[best["reader"]])
+    assert results["reader_bytes"] > 0
+    added = [*flags, "--adapter", tmp_path / "out", "--task_name", "more"]
+    del space["reader_bits"]
+    main(NER, command(space, *added, output="second", **own))
+    tasks = json.loads((tmp_path / "second" / "config.json").read_text())["tasks"]
+    assert tasks["ner"]["reader"] == shape and set(tasks) == {"ner", "more"}
+    with pytest.raises(ConfigError, match="'optuna.search_space.reader' .* it is fixed by --adapter, unless --task_"):
+        main(NER, command(space, *flags, "--adapter", tmp_path / "out", output="third", **own))
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_trials(command, tmp_path):
     typed = [sys.executable, "scripts/run_ner.py", *command(RATES, "--n_trials", 4)]
@@ -226,11 +259,42 @@ def test_the_papers_space_by_default(command):
     assert "lambda_q" not in [knob.flag for knob in plan.knobs]  # what is typed wins
 
 
+def test_a_stream_has_a_space_of_its_own_by_default(command):
+    def varied(*flags) -> set[str]:
+        plan = searching.plan_of(NER, command(None, *flags, pathway="stream"))
+        return {knob.flag for knob in plan.knobs}
+
+    assert varied() == {"learning_rate", "per_device_train_batch_size", "fidelity", "reader"}
+    assert varied("--adapter", "x", "--train_scope", "delta") == {
+        "learning_rate",
+        "per_device_train_batch_size",
+        "lambda_q",
+    }
+
+
+def test_a_stream_does_not_search_what_it_has_not(command, tmp_path):
+    for name in ("atoms", "router_top_k", "lambda_F", "router_learning_rate"):
+        knob = (
+            {"type": "categorical", "choices": [1, 2]} if name in ("atoms", "router_top_k") else RATES["learning_rate"]
+        )
+        with pytest.raises(ConfigError, match=f"'optuna.search_space.{name}' .* it is for --pathway inject"):
+            main(NER, command({name: knob}, pathway="stream"))
+    with pytest.raises(ConfigError, match="fidelity=1.5 is not allowed"):
+        main(NER, command({"fidelity": {"type": "uniform", "low": 0.5, "high": 1.5}}, pathway="stream"))
+    with pytest.raises(ConfigError, match="reader='huge' is not allowed"):
+        main(NER, command({"reader": {"type": "categorical", "choices": ["small", "huge"]}}, pathway="stream"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("space", "flags", "expected"),
     [
         ({"router_lr": {"type": "uniform", "low": 0, "high": 1}}, [], "nothing that a run reads, .*'router_top_k'"),
-        ({"stream_width": {"type": "int", "low": 8, "high": 9}}, [], "would not be read: it is for --pathway stream"),
+        (
+            {"reader": {"type": "categorical", "choices": ["small"]}},
+            [],
+            "would not be read: it is for --pathway stream",
+        ),
         ({"router_top_k": {"type": "int", "low": 1, "high": 4}}, [], "router_top_k=4"),
         ({"atoms": {"type": "uniform", "low": 8, "high": 9.5}}, [], "invalid int value"),
         (RATES, ["--learning_rate", 1], "nothing is left to search"),

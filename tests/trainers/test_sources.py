@@ -1,22 +1,21 @@
-"""States on disk, several sources, and learned coordinates, on hosts of a few thousand weights."""
+"""States on disk, several sources and their copies, and noise, on hosts of a few thousand weights."""
 
 import numpy as np
 import pytest
 import torch
-from modeling_unihyperlora.adapter import knot_layers, near_layers
-from modeling_unihyperlora.anchors import read_anchors
-from modeling_unihyperlora.calibration import fit_host
 from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
 
-from modeling_unihyperlora import DataError, UniHyperLoraConfig, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, UniHyperLoraForTokenClassification
+from modeling_unihyperlora.space import fit_host, knot_layers, line_up, near_layers
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.decoding import IGNORED
 from trainers.ner_data import Sentence
 from trainers.ner_windows import SentenceWindows
-from trainers.sources import COPIES, Source, SourceStates
+from trainers.sources import COPIES, Source, SourceStates, sources_of
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
+from trainers.trainer import disturb
 
 LABELS = ["O", "B-PER", "I-PER"]
 
@@ -131,35 +130,33 @@ class TestWordStates:
 
 
 @pytest.fixture
-def anchor_file(tmp_path):
+def space(tokenizer, tmp_path) -> CanonicalSpace:
+    """Six coordinates of 480 words, made on ``bert(tokenizer)``."""
     generator = np.random.default_rng(5)
     path = tmp_path / "anchors.txt"
     path.write_text("\n".join(" ".join(generator.choice(WORDS, 8)) for _ in range(60)) + "\n", encoding="utf-8")
-    return path
+    return CanonicalSpace.make([bert(tokenizer)], path, dim=6, atoms=16, tokenizers=[tokenizer])
+
+
+def source_of(host, tokenizer, space, windows) -> Source:
+    words = WordReader(host, tokenizer)
+    return Source(host, words, space, windows, line_up(space, host, words))
 
 
 @pytest.fixture
-def made(tokenizer, windows, anchor_file, tmp_path):
+def made(tokenizer, windows, space, tmp_path):
     """A trainer on two sources of other shapes."""
-    shape = {"stream_dim": 6, "atoms": 16, "anchor_dim": 16, "stream_width": 10, "stream_hidden": 8}
     host = bert(tokenizer)
     model = UniHyperLoraForTokenClassification.from_host(
-        host,
-        labels=LABELS,
-        task="people",
-        config=UniHyperLoraConfig(pathway="stream", **shape),
-        tokenizer=tokenizer,
-        anchor_file=anchor_file,
+        host, labels=LABELS, task="people", tokenizer=tokenizer, space=space, reader={"width": 10, "hidden": 8}
     )
     collate = DataCollatorForTokenClassification(tokenizer)
-    anchors = model.adapter.anchors.sentences()
-    hosts = (host, bert(tokenizer, width=32, blocks=5, seed=4))
-    sources = [Source(each, tokenizer, anchors, windows) for each in hosts]
+    other = bert(tokenizer, width=32, blocks=5, seed=4)
+    sources = [source_of(each, tokenizer, space, windows) for each in (host, other)]
     args = UniHyperLoraTrainingArguments(
         output_dir=str(tmp_path / "run"),
         max_steps=20,
         per_device_train_batch_size=8,
-        coordinate_epochs=4,
         max_flops_overhead_pct=1e9,
         use_cpu=True,
         report_to="none",
@@ -177,12 +174,12 @@ def made(tokenizer, windows, anchor_file, tmp_path):
 
 
 class TestCopies:
-    def test_read_only_their_own_blocks_and_dimensions(self, tokenizer, windows):
-        host = bert(tokenizer, blocks=5)
-        source = Source(host, tokenizer, read_anchors()[:40], windows)
-        source.calibrate(torch.randn(5, source.anchor_states.shape[1], 3))
+    def test_read_only_their_own_blocks_and_dimensions(self, tokenizer, windows, space):
+        source = source_of(bert(tokenizer, blocks=5), tokenizer, space, windows)
+        before = source.cpu_seconds
+        source.line_up_copies()
         own, *copies = source.fits
-        assert len(copies) == len(COPIES)
+        assert len(copies) == len(COPIES) and source.cpu_seconds > before
         for fit, (blocks, width) in zip(copies, COPIES, strict=True):
             parts = (*fit.knots, fit.landmarks)
             assert max(layer for part in parts for layer in part.layers) == round(blocks * 5)
@@ -190,24 +187,25 @@ class TestCopies:
                 read = (part.matrix.unflatten(1, (len(part.layers), 64)) != 0).any(dim=0).any(dim=0)
                 assert int(read.sum()) == round(width * 64)
         assert all(len(part.matrix[0]) == 64 * len(part.layers) for part in (*own.knots, own.landmarks))
+        source.line_up_copies()  # for another task of the same run
+        assert source.fits == [own, *copies]
 
-    def test_are_lined_up_by_their_own_states(self, tokenizer, windows):
+    def test_are_lined_up_by_their_own_states(self, tokenizer, windows, space):
         """The same as fitting a host that has nothing but those states."""
-        source = Source(bert(tokenizer, blocks=4), tokenizer, read_anchors()[:40], windows)
-        coordinates = torch.randn(5, source.anchor_states.shape[1], 3)
-        source.calibrate(coordinates)
+        source = source_of(bert(tokenizer, blocks=4), tokenizer, space, windows)
+        source.line_up_copies()
         blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
         kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:width]
         near, at = near_layers(blocks), knot_layers(blocks)
-        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near, at, coordinates)
+        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near, at, space.canonical())
         states = torch.randn(7, 5, 64)
         mine = mapped(source.fits[2], states, [0, 1, 2, 3, 4])
         torch.testing.assert_close(mine, mapped(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))
 
-    def test_a_view_is_what_its_copy_makes_of_a_window(self, tokenizer, windows, monkeypatch):
-        sources = [Source(bert(tokenizer, seed=s), tokenizer, read_anchors()[:40], windows) for s in (0, 1)]
+    def test_a_view_is_what_its_copy_makes_of_a_window(self, tokenizer, windows, space, monkeypatch):
+        sources = [source_of(bert(tokenizer, seed=s), tokenizer, space, windows) for s in (0, 1)]
         for source in sources:
-            source.calibrate(torch.randn(5, source.anchor_states.shape[1], 3), copies=2)
+            source.line_up_copies()
         for kept_bytes in (2e9, 0):  # with and without room to keep what was made
             monkeypatch.setattr("trainers.state_cache.KEPT_BYTES", kept_bytes)
             data = SourceStates(sources)
@@ -222,28 +220,17 @@ class TestCopies:
                 assert item["labels"].tolist() == source.words.labels[own].tolist()
 
 
-class TestLearnedCoordinates:
-    def test_are_learned_kept_and_what_every_source_is_lined_up_with(self, made, tokenizer, tmp_path):
+class TestTraining:
+    def test_changes_the_task_and_leaves_the_space(self, made, tokenizer, tmp_path):
         model = made.model
-        before = model.adapter.anchors.canonical().detach().clone()
+        before = {name: value.clone() for name, value in model.adapter.state_dict().items()}
         made.train()
-        first = made.state.log_history[0]
-        terms = sum(first[name] for name in ("task_loss", "lambda_f_loss", "lambda_q_loss"))
-        assert first["loss"] == pytest.approx(terms, abs=2e-3), "learning the coordinates counts as training here"
-        kept = model.adapter.anchors.canonical().detach()
-        assert (kept - before).abs().mean() > 0.3, "the coordinates are still the principal components"
-        spread = kept.std(dim=1)
-        assert ((spread > 0.7) & (spread < 1.3)).all(), "coordinates have unit variance"
-        for source in made.sources:
-            z = mapped(source.fits[0], source.anchor_states.transpose(0, 1), source.words.layers).transpose(0, 1)
-            correlation = torch.stack(
-                [
-                    torch.corrcoef(torch.stack([a, b]))[0, 1]
-                    for a, b in zip(z.flatten(0, 1).T, kept.flatten(0, 1).T, strict=True)
-                ]
-            )
-            assert correlation.mean() > 0.5
-        assert model.stream.fit is made.sources[0].fits[0]
+        logged = [entry for entry in made.state.log_history if "loss" in entry]
+        assert logged[-1]["loss"] < logged[0]["loss"] and "lambda_f_loss" not in logged[0]
+        assert logged[0]["loss"] == pytest.approx(logged[0]["task_loss"] + logged[0]["lambda_q_loss"], abs=2e-3)
+        moved = {name for name, x in model.adapter.state_dict().items() if not torch.equal(x, before[name])}
+        own = {f"tasks.people.{name}" for name in model.adapter.tasks["people"].state_dict()}
+        assert moved == own - {"tasks.people.delta.latent"}
         model.save_pretrained(tmp_path / "saved")
         again = UniHyperLoraForTokenClassification.from_pretrained(
             tmp_path / "saved", host=bert(tokenizer), tokenizer=tokenizer
@@ -251,33 +238,75 @@ class TestLearnedCoordinates:
         inputs = tokenizer("anna flew to supercalifragilistic .", return_tensors="pt")
         torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-3, atol=1e-3)
 
-    def test_training_goes_on_where_it_stopped(self, made):
+    def test_goes_on_where_it_stopped(self, made):
         made.train()
         whole = {name: value.clone() for name, value in made.model.adapter.state_dict().items()}
         with torch.no_grad():
-            for parameter in made.model.adapter.parameters():
+            for parameter in made.model.adapter.tasks.parameters():
                 parameter.zero_()
         made.train(resume_from_checkpoint=f"{made.args.output_dir}/checkpoint-10")
         for name, value in made.model.adapter.state_dict().items():
             torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
 
-    @pytest.mark.parametrize("rate", [0.005, 0.02])
-    def test_their_rate_follows_the_common_one(self, made, monkeypatch, rate):
-        create, rates = made.create_optimizer, []
+    def test_delta_reads_its_host_as_it_is(self, made):
+        """Without copies and noise: two passes over the same sentences have the same loss."""
+        made.model.config.tasks["people"]["trained"] = True
+        made.args.train_scope, made.args.max_steps, made.args.logging_steps = "delta", 10, 10
+        made.args.learning_rate = 0.0
+        made.make_ready(made.model)
+        made.model.adapter.config.dropout = 0.0
+        for task in made.model.adapter.tasks.values():
+            task.reader.dropout.p = 0.0
+        losses = []
+        for _ in range(2):
+            made.train()
+            losses.append(made.state.log_history[0]["loss"])
+        assert losses[0] == losses[1]
+        assert all(len(source.fits) == 1 for source in made.sources)
 
-        def noted():
-            optimizer = create()
-            add = optimizer.add_param_group
-            monkeypatch.setattr(optimizer, "add_param_group", lambda group: (rates.append(group["lr"]), add(group)))
-            return optimizer
 
-        monkeypatch.setattr(made, "create_optimizer", noted)
-        made.args.learning_rate = rate
-        made.train()
-        assert rates == [pytest.approx(0.4 * rate)]
+class TestDisturb:
+    """Noise that stands for hosts that were never seen."""
 
-    def test_none_are_learned_when_asked_for_none(self, made):
-        before = made.model.adapter.anchors.canonical().detach().clone()
-        made.args.coordinate_epochs = 0
-        made.train()
-        assert torch.equal(made.model.adapter.anchors.canonical().detach(), before)
+    def test_one_leaves_the_coordinates_alone(self):
+        z = torch.randn(4, 3, 5, 6)
+        torch.testing.assert_close(disturb(z, 1.0), z, rtol=0, atol=0)
+
+    def test_a_sentence_keeps_the_correlation_that_it_drew(self):
+        torch.manual_seed(0)
+        z = torch.randn(200, 50, 5, 16)
+        noisy = disturb(z, 0.6)
+        assert noisy.double().var() == pytest.approx(1, abs=0.01)
+        flat = [x.flatten(1).double().numpy() for x in (z, noisy)]
+        found = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(*flat, strict=True)])
+        assert 0.58 < found.min() < 0.65 and found.max() > 0.97
+        assert found.mean() == pytest.approx(0.8, abs=0.02)  # uniform from 0.6 to 1
+
+
+class TestSourcesOf:
+    @pytest.fixture
+    def model(self, tiny_host, tokenizer, space):
+        return UniHyperLoraForTokenClassification.from_host(
+            str(tiny_host), labels=LABELS, task="people", space=space, reader="small"
+        )
+
+    @pytest.fixture
+    def other(self, tokenizer, tmp_path):
+        bert(tokenizer, width=32, blocks=5, seed=4).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        return str(tmp_path / "other")
+
+    def test_others_are_noted_once_whatever_the_task(self, model, other, windows, sentences):
+        make = lambda own: SentenceWindows(sentences, own, LABELS, 32)  # noqa: E731
+        for task in ("people", "another"):
+            if task not in model.config.tasks:
+                model.add_task(task, LABELS)
+            sources = sources_of(model, windows, [other], make)
+            assert [source.num_layers for source in sources] == [2, 5]
+            assert sources[0].fits == [model.stream.fit] and sources[1].cpu_seconds > 0
+            assert [host["num_layers"] for host in model.config.source_hosts] == [2, 5]
+
+    def test_each_is_named_once(self, model, other, tiny_host, windows, sentences):
+        for others in ([str(tiny_host)], [other, other]):
+            with pytest.raises(ConfigError, match="is among the sources already; name each once"):
+                sources_of(model, windows, others, lambda own: SentenceWindows(sentences, own, LABELS, 32))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from modeling_unihyperlora.measure.accounting import part_of
 
 from modeling_unihyperlora import ConfigError
+from modeling_unihyperlora.measure.accounting import part_of
 from tests.trainers.test_trainer import make_data, make_trainer, snapshot
 from trainers.training_args import LEARNING_RATE_FACTORS
 from trainers.unusable import check_adapter_trainer
