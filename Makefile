@@ -1,6 +1,7 @@
 # make demo    train and score on the embedded host and tweets, then tag a sentence: make demo SENTENCE="..."
 # make test    lint, format check and the quick tests
 # make bench   what an adapter costs beside the bare host and LoRA: results/speed.md (about half an hour)
+# make space   make the package's canonical space anew: make space HOSTS="A B C", Hub ids or folders
 # Each target sets up what it needs in .venv; PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SENTENCE ?=
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench space lint clean
 
 demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
@@ -28,6 +29,14 @@ bench: $(VENV)/.installed-test
 	done; done
 	$(BENCH) slopes --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-slopes.json
 	$(RUN) -m scripts.research.benchmark render
+
+# What it was made from is written beside it, into space.safetensors.json. Give another version when the space changes.
+HOSTS ?=
+SPACE_VERSION ?= 1
+space: $(VENV)/.installed-test
+	$(if $(HOSTS),,$(error make space needs the hosts that the space is made from: make space HOSTS="A B C"))
+	$(RUN) -m scripts.research.make_space --hosts $(HOSTS) --name english --version $(SPACE_VERSION) \
+	    --output modeling_unihyperlora/space.safetensors
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

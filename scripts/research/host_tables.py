@@ -35,11 +35,10 @@ def family_table(name: str, record: dict) -> list[str]:
     lines = [f"From results/{name}.json ({versions}). ✓ the test passed, ✗ it failed, – there is none.", ""]
     notes: list[str] = []
     for pathway, title in (("inject", "The injected update"), ("stream", "The stream")):
-        families = {
-            family: {feature.removeprefix(f"{pathway}_"): outcome for feature, outcome in features.items()}
-            for family, features in sorted(record["families"].items())
-            if any(feature.startswith(f"{pathway}_") for feature in features)
-        }
+        families = {}
+        for family, features in sorted(record["families"].items()):
+            own = {name.removeprefix(f"{pathway}_"): features[name] for name in features if name.startswith(pathway)}
+            families |= {family: own} if own else {}
         tested = dict.fromkeys(feature for features in families.values() for feature in features)
         columns = [feature for feature in {**FEATURES, **tested} if feature in tested]
         names = [FEATURES.get(feature, feature.replace("_", " ")) for feature in columns]

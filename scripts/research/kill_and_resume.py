@@ -195,7 +195,7 @@ def main() -> None:
         args.output,
         {
             "kind": "kills",
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python -m scripts.research.kill_and_resume", *sys.argv[1:]]),
             "runs": runs,
         },
     )

@@ -100,7 +100,7 @@ def medians(sizes: list[int], rounds: int, do: dict[str, Callable[[int], object]
 def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tuple]:
     """Scoring, over the tokens of a sentence."""
     host = load_host(args.model_name_or_path).eval()
-    ids = torch.randint(1000, host.config.vocab_size, (BATCH, max(args.tokens)))
+    ids = random_ids(host, BATCH, max(args.tokens))
 
     @torch.inference_mode()
     def score(model: nn.Module, tokens: int) -> None:
@@ -112,6 +112,12 @@ def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tupl
         (f"scoring {BATCH} sentences, {name}", "tokens a sentence", seconds)
         for name, seconds in medians(args.tokens, args.rounds, do).items()
     ]
+
+
+def random_ids(host: nn.Module, sentences: int, tokens: int) -> torch.Tensor:
+    """Of the upper part of the vocabulary, where no special token is."""
+    size = host.config.vocab_size
+    return torch.randint(min(1000, size // 2), size, (sentences, tokens))
 
 
 def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
@@ -138,7 +144,7 @@ def states(args: argparse.Namespace) -> list[tuple]:
     """The states of a training text, read once a host, over its sentences."""
     host = load_host(args.model_name_or_path).eval()
     words = WordReader(host, load_tokenizer(args.model_name_or_path))
-    ids = torch.randint(1000, host.config.vocab_size, (max(args.sentences), WORDS)).tolist()
+    ids = random_ids(host, max(args.sentences), WORDS).tolist()
     windows = [{"input_ids": row, "attention_mask": [1] * WORDS, "labels": [0] * WORDS} for row in ids]
 
     def read(sentences: int) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from modeling_unihyperlora import CanonicalSpace
+from modeling_unihyperlora import CanonicalSpace, HostError
 from modeling_unihyperlora.hosts import load_host
 from modeling_unihyperlora.words import load_tokenizer
 from scripts.research import benchmark, speed, speed_report

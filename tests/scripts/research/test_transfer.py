@@ -442,6 +442,7 @@ class TestRefusals:
         assert not runs
 
 
+@pytest.mark.slow
 def test_with_real_runs(tiny_host, tokenizer, tmp_path, write_jsonl, monkeypatch):
     """On two tiny hosts: what is trained on one scores on the other, and the columns are what they say."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
