@@ -6,7 +6,7 @@
         --label_column_name stars …                                     # or JSON lines
     python scripts/run_classification.py --adapter runs/sst2 --model_name_or_path ANOTHER_HOST \
         --validation_file dev.csv --do_eval --output_dir runs/elsewhere  # zero-shot on another host
-    python scripts/run_classification.py --adapter runs/conll2003 --task_name sst2 --train_scope delta …   # a new task
+    python scripts/run_classification.py --adapter runs/conll2003 --task_name sst2 --reader small …   # a second task
     python scripts/run_classification.py --method lora …                 # or full, or probe: to compare with
 
 Columns that are not named are guessed (sentence, text, question and passage …; label, answer). Every flag of

@@ -6,6 +6,8 @@
     accelerate launch --num_processes 2 scripts/run_ner.py …            # the same flags
     python scripts/run_ner.py --adapter runs/conll2003 --model_name_or_path ANOTHER_HOST --validation_file dev.jsonl \
         --do_eval --output_dir runs/elsewhere                            # zero-shot on another host
+    python scripts/run_ner.py --adapter runs/conll2003 --task_name tweets --reader small …           # a second task
+    python scripts/run_ner.py --adapter runs/conll2003 --model_name_or_path ANOTHER_HOST --train_scope delta …  # δθ
     python scripts/run_ner.py --method lora …                            # or full, or probe: to compare with
 
 Every flag of transformers' TrainingArguments works as well. Writes into --output_dir: the adapter, all_results.json

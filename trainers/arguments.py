@@ -147,7 +147,7 @@ class ModelArguments:
     do_search: bool = field(
         default=False,
         metadata={
-            "help": "Search the run config's optuna space, by default the paper's, then train the best trial into "
+            "help": "Search the run config's optuna space, or a default one, then train the best trial into "
             "--output_dir. The same command again goes on where it stopped; started twice, both share the work."
         },
     )

@@ -96,11 +96,10 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     from trainers.running import run
     from trainers.tasks import NER
 
-    flags = (
-        f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --do_train --max_steps 2 --pathway stream"
-    )
-    flags += f" --output_dir {folder / 'out'} --use_cpu --train_scope task --max_flops_overhead_pct 1e9"
-    flags += f" --space {folder / 'space.safetensors'} --reader small --per_device_train_batch_size 4 --disable_tqdm true --save_strategy no"
+    flags = f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --output_dir {folder / 'out'}"
+    flags += f" --pathway stream --space {folder / 'space.safetensors'} --reader small --max_flops_overhead_pct 1e9"
+    flags += " --do_train --max_steps 2 --per_device_train_batch_size 4 --save_strategy no --use_cpu"
+    flags += " --disable_tqdm true"
     run(NER, [*flags.split()])
 
 
