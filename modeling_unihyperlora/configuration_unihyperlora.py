@@ -84,6 +84,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        self._check_format()  # before a key that is no more is called unknown
         self._reject_unknown(kwargs)
         self.check()
         super().__post_init__(**kwargs)
@@ -92,12 +93,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise ``ConfigError`` unless every value is allowed; needed again after one was set by hand."""
-        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
-            newer = type(self.format_version) is int and self.format_version > FORMAT_VERSION
-            raise ConfigError(
-                f"This adapter has format_version {self.format_version!r}, this package reads {FORMAT_VERSION}. "
-                + ("Update the package." if newer else "Train the adapter again, or install 'unihyperlora<0.2'.")
-            )
+        self._check_format()
         if self.pathway not in ("stream", "inject"):
             raise ConfigError(f"pathway={self.pathway!r} is not allowed; choose 'stream' or 'inject'.")
         check_number("delta_step", self.delta_step, 1e-6, 1e6)
@@ -130,6 +126,14 @@ class UniHyperLoraConfig(PreTrainedConfig):
                 )
         if self.active_task is not None and self.active_task not in self.tasks:
             raise ConfigError(f"active_task={self.active_task!r} is not among the tasks {sorted(self.tasks)}.")
+
+    def _check_format(self) -> None:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
+            newer = type(self.format_version) is int and self.format_version > FORMAT_VERSION
+            raise ConfigError(
+                f"This adapter has format_version {self.format_version!r}, this package reads {FORMAT_VERSION}. "
+                + ("Update the package." if newer else "Train the adapter again, or install 'unihyperlora<0.2'.")
+            )
 
     def _check_stream(self) -> None:
         """What goes with a stream, and with no injected update."""
@@ -188,9 +192,6 @@ def read_config(path) -> UniHyperLoraConfig:
     content = read_json_object(path)
     if content.pop("model_type", None) != UniHyperLoraConfig.model_type:
         raise AdapterFileError(f"{path} is not the configuration of a UniHyperLoRA adapter.")
-    version = content.get("format_version")
-    if type(version) is int and version < FORMAT_VERSION:  # before a key that is no more is called unknown
-        content = {"format_version": version}
     try:
         return UniHyperLoraConfig(**content)
     except UniHyperLoraError:

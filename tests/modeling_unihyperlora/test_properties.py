@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modeling_unihyperlora import UniHyperLoraConfig, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.adapter import KNOTS, UniHyperLoraAdapter, knot_layers, near_layers
-from modeling_unihyperlora.configuration_unihyperlora import TASK_TYPES
-from modeling_unihyperlora.hosts import Site
+from modeling_unihyperlora.configuration_unihyperlora import READER_BITS, TASK_TYPES, read_config
 from modeling_unihyperlora.layouts import LAYOUTS, layout_from
-from modeling_unihyperlora.quantization import StoredTensor
-from modeling_unihyperlora.storage import WEIGHTS_NAME, load_adapter, read_config, save_adapter
+from modeling_unihyperlora.modeling_unihyperlora import make_adapter
+from modeling_unihyperlora.sites import Site
+from modeling_unihyperlora.space import KNOTS, knot_layers, near_layers
+from modeling_unihyperlora.storage import WEIGHTS_NAME, StoredTensor, load_adapter, save_adapter
 from tests.modeling_unihyperlora.families import VOCABULARY, tiny_host
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -30,23 +30,24 @@ tasks = st.dictionaries(names, st.tuples(st.sampled_from(TASK_TYPES), labels), m
 
 @st.composite
 def configs(draw) -> UniHyperLoraConfig:
-    atoms, width = draw(st.integers(1, 20)), draw(st.integers(1, 16))
-    pathway = draw(st.sampled_from(["inject", "stream"]))
-    size = st.integers(1, 12)
+    atoms, width, size = draw(st.integers(1, 20)), draw(st.integers(1, 16)), st.integers(1, 12)
+    named = {name: {"type": kind, "labels": given_} for name, (kind, given_) in draw(tasks).items()}
+    given_ = {"tasks": named, "delta_step": draw(st.floats(1e-4, 10))}
+    if draw(st.booleans()):
+        shape = {"name": draw(st.text(max_size=5)), "version": draw(size), "dim": width, "atoms": atoms}
+        shape |= {"anchor_words": draw(st.integers(1, 30)), "anchor_text_bytes": draw(st.integers(1, 30))}
+        for task in named.values():
+            bits = draw(st.sampled_from(READER_BITS))
+            task["reader"] = {"width": draw(size), "hidden": draw(size), "bits": bits}
+        return UniHyperLoraConfig(space=shape, **given_)
     return UniHyperLoraConfig(
-        pathway=pathway,
-        router=draw(st.sampled_from(["token", "static"])) if pathway == "inject" else "token",
+        pathway="inject",
+        router=draw(st.sampled_from(["token", "static"])),
         atoms=atoms,
         anchor_dim=width,
         router_top_k=draw(st.integers(1, min(3, atoms))),
         mixer_hidden=draw(size),
-        stream_dim=draw(st.integers(1, width)),
-        stream_width=draw(size),
-        stream_hidden=draw(size),
-        anchor_words=draw(st.integers(0, 30)),
-        anchor_text_bytes=draw(st.integers(0, 30)),
-        delta_step=draw(st.floats(1e-4, 10)),
-        tasks={name: {"type": kind, "labels": given_} for name, (kind, given_) in draw(tasks).items()},
+        **given_,
     )
 
 
@@ -55,7 +56,7 @@ def configs(draw) -> UniHyperLoraConfig:
 def test_a_file_gives_back_what_was_saved(config, seed, scale):
     """Values as they are computed with, bit for bit, and the same tensors when saved again."""
     torch.manual_seed(seed)
-    adapter = UniHyperLoraAdapter(config)
+    adapter = make_adapter(config)
     for module in adapter.modules():
         if isinstance(module, StoredTensor):
             module.latent.data.copy_(scale * torch.randn_like(module.latent))
@@ -64,7 +65,7 @@ def test_a_file_gives_back_what_was_saved(config, seed, scale):
     with tempfile.TemporaryDirectory() as folder:
         first, again = Path(folder) / "first", Path(folder) / "again"
         save_adapter(adapter, json.loads(config.to_json_string(use_diff=False)), first)
-        loaded = UniHyperLoraAdapter(read_config(first / "config.json"))
+        loaded = make_adapter(read_config(first / "config.json"))
         load_adapter(loaded, first / WEIGHTS_NAME)
         save_adapter(loaded, json.loads(loaded.config.to_json_string(use_diff=False)), again)
         assert (first / "config.json").read_bytes() == (again / "config.json").read_bytes()
@@ -98,14 +99,14 @@ def test_any_shape_of_host(family, heads_width, layers, inner, router, tokens, s
     assert model.injection.map.coverage() == f"{6 * layers}/{6 * layers}"
     with torch.no_grad():
         plain = host(input_ids=ids).last_hidden_state
-        assert torch.equal(model.run(None, None, None, input_ids=ids).last_hidden_state, plain)
+        assert torch.equal(model.run(None, None, None, input_ids=ids)["last_hidden_state"], plain)
         run = stir(model).run(None, None, None, input_ids=ids)
-        assert torch.isfinite(run.last_hidden_state).all() and run.active_atoms.shape == ids.shape
+        assert torch.isfinite(run["last_hidden_state"]).all() and run["active_atoms"].shape == ids.shape
         if router == "static":
-            assert not torch.equal(run.last_hidden_state, plain)
+            assert not torch.equal(run["last_hidden_state"], plain)
             model.merge()
             merged = host(input_ids=ids).last_hidden_state
-            torch.testing.assert_close(merged, run.last_hidden_state, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(merged, run["last_hidden_state"], atol=1e-3, rtol=1e-3)
         model.detach()
         assert torch.equal(host(input_ids=ids).last_hidden_state, plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())

@@ -17,6 +17,7 @@ from modeling_unihyperlora import (
 from modeling_unihyperlora import space as space_module
 from modeling_unihyperlora.space import (
     KNOTS,
+    LANDMARKS,
     LINEAR,
     PACKAGE_SPACE,
     RIDGES,
@@ -408,11 +409,11 @@ class TestFit:
             assert fit.r2[k] == pytest.approx(1 - min(errors) / total, abs=2e-3)
 
     def test_landmarks_are_told_by_the_leading_components_where_there_are_many(self):
-        """1,500 words of width 300 and falling variance: 1,024 landmarks of width 96."""
+        """1,500 words of width 300 and falling variance: fewer landmarks than words, of width 96."""
         states = torch.randn(1, 1500, 300) * 0.97 ** torch.arange(300)
         states = states @ torch.linalg.qr(torch.randn(300, 300))[0]
         fit = fit_host(states, [[0]], [0], torch.randn(1, 1500, 4))
-        assert fit.landmarks.at.shape == (1024, 96)
+        assert fit.landmarks.at.shape == (LANDMARKS, 96)
         standard = (states[0] - states[0].mean(0)) / states[0].std(0)
         best = torch.linalg.svdvals(standard)[:96].square().sum()
         query = states[0] @ fit.landmarks.matrix.T + fit.landmarks.offset

@@ -284,6 +284,12 @@ class TestHosts:
         keys.append(WordReader(tiny_host("llama", vocab_size=500), make_tokenizer("byte-level")).key())
         assert len(set(keys)) == len(keys)
 
+    def test_the_maps_name_does_not_depend_on_what_was_read_before(self, tokenizer):
+        words = WordReader(tiny_host("bert", vocab_size=500), tokenizer)
+        before = words.key()
+        words.tokenizer(["Anna met Ben", "Rome"], padding=True, truncation=True, max_length=4)
+        assert words.key() == before
+
 
 class TestBadInput:
     def test_a_vocabulary_without_borders(self):

@@ -1,0 +1,213 @@
+"""What ``from_pretrained`` takes beside the folder, and which files it reads or refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, BertModel
+
+from modeling_unihyperlora import (
+    AdapterFileError,
+    ConfigError,
+    HostError,
+    UniHyperLoraConfig,
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+)
+from modeling_unihyperlora.storage import WEIGHTS_NAME, signed_metadata
+from tests.modeling_unihyperlora.small_streams import LABELS, TOKENIZER, batch, bert, small_stream
+
+OTHERS = {0: "nothing", 1: "begin", 2: "inside"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An adapter, and the host that it names."""
+    root = tmp_path_factory.mktemp("adapter")
+    bert().save_pretrained(root / "host")
+    TOKENIZER.save_pretrained(root / "host")
+    host = BertModel.from_pretrained(root / "host").eval()
+    small_stream(host).save_pretrained(root / "adapter")
+    return root / "adapter", root / "host"
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    return UniHyperLoraForTokenClassification.from_pretrained(folders[0])(**batch()).logits.detach()
+
+
+def load(folders, **given):
+    return UniHyperLoraForTokenClassification.from_pretrained(folders[0], **given)
+
+
+class TestArguments:
+    @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+    @pytest.mark.parametrize("value", [torch.float64, "float64"])
+    def test_dtype_is_of_the_host(self, folders, expected, name, value):
+        model = load(folders, **{name: value})
+        assert next(model.host.parameters()).dtype == torch.float64
+        assert {p.dtype for p in model.adapter.parameters()} == {torch.float32}
+        assert torch.equal(model(**batch()).logits.argmax(-1), expected.argmax(-1))
+
+    @pytest.mark.parametrize("value", ["cpu", "auto", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}])
+    def test_one_device(self, folders, expected, value):
+        model = load(folders, device_map=value).cpu()
+        assert torch.allclose(model(**batch()).logits, expected, atol=1e-5)
+
+    def test_several_devices_are_refused(self, folders):
+        with pytest.raises(ConfigError, match="pass host="):
+            load(folders, device_map={"embeddings": "cpu", "encoder": "meta"})
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"low_cpu_mem_usage": True},
+            {"low_cpu_mem_usage": False},
+            {"use_safetensors": True},
+            {"trust_remote_code": True},
+            {"ignore_mismatched_sizes": False},
+            {"local_files_only": True},
+        ],
+        ids=str,
+    )
+    def test_what_changes_nothing(self, folders, expected, given):
+        assert torch.equal(load(folders, **given)(**batch()).logits, expected)
+
+    def test_loading_info_is_that_of_a_file_that_fits(self, folders, expected):
+        model, info = load(folders, output_loading_info=True)
+        assert info == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        assert torch.equal(model(**batch()).logits, expected)
+
+    def test_mismatched_sizes_are_never_ignored(self, folders):
+        with pytest.raises(ConfigError, match="fits or is refused"):
+            load(folders, ignore_mismatched_sizes=True)
+
+    @pytest.mark.parametrize("name", ["eager", "sdpa"])
+    def test_attention_is_the_hosts(self, folders, expected, name):
+        model = load(folders, attn_implementation=name)
+        assert model.host.config._attn_implementation == name
+        torch.testing.assert_close(model(**batch()).logits, expected, rtol=1e-3, atol=1e-3)
+
+    def test_what_is_of_a_host_that_is_loaded_goes_with_no_host(self, folders):
+        for given in ({"dtype": torch.float64}, {"attn_implementation": "eager"}):
+            with pytest.raises(ConfigError, match="is of a host that is loaded here"):
+                load(folders, host=bert(), tokenizer=TOKENIZER, **given)
+
+    def test_unknown_arguments_are_refused(self, folders):
+        with pytest.raises(ConfigError, match="no argument 'fidelity'"):
+            load(folders, fidelity=0.5)
+
+    def test_a_host_that_is_not_there(self, folders, tmp_path):
+        with pytest.raises(HostError, match="cannot be loaded"):
+            load(folders, base_model_name_or_path=str(tmp_path / "none"))
+
+    @pytest.mark.parametrize("kind", ["own class", "auto class"])
+    def test_labels_that_fit_are_taken_and_saved(self, folders, expected, kind, tmp_path):
+        cls = UniHyperLoraForTokenClassification if kind == "own class" else AutoModelForTokenClassification
+        model = cls.from_pretrained(folders[0], id2label=OTHERS, label2id={v: k for k, v in OTHERS.items()})
+        assert model.labels == list(OTHERS.values()) and model.config.id2label == OTHERS
+        model.save_pretrained(tmp_path)
+        again = cls.from_pretrained(tmp_path)
+        assert again.labels == list(OTHERS.values()) and again.config.label2id == {v: k for k, v in OTHERS.items()}
+        assert json.loads((tmp_path / "config.json").read_text())["tasks"]["people"]["labels"] == list(OTHERS.values())
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"num_labels": 3},
+            {"id2label": {str(at): label for at, label in enumerate(LABELS)}},
+            {"label2id": {label: at for at, label in enumerate(LABELS)}},
+            {"num_labels": 3, "id2label": dict(enumerate(LABELS))},
+        ],
+    )
+    def test_labels_that_are_its_own_change_nothing(self, folders, expected, given):
+        model = load(folders, **given)
+        assert model.labels == LABELS and torch.equal(model(**batch()).logits, expected)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"num_labels": 2}, "has 3 labels .*the call gave 2"),
+            ({"id2label": {0: "a", 1: "b"}}, "the call gave 2"),
+            ({"label2id": {"a": 0, "b": 1, "c": 2, "d": 3}}, "the call gave 4"),
+            ({"id2label": {0: "a", 1: "b", 5: "c"}}, "does not name the ids 0 to 2"),
+            ({"id2label": {0: "a", 1: "b", 2: "a"}}, "names a label twice"),
+        ],
+    )
+    def test_labels_that_contradict_are_refused(self, folders, given, message):
+        with pytest.raises(ConfigError, match=message):
+            load(folders, **given)
+
+    def test_another_task(self, folders, tmp_path):
+        model = load(folders)
+        model.add_task("places", ["O", "B-LOC"], reader="small")
+        model.save_pretrained(tmp_path)
+        again = load([tmp_path], task="people")
+        assert again.config.active_task == "people" and again.labels == LABELS
+        assert load([tmp_path]).labels == ["O", "B-LOC"]
+        with pytest.raises(ConfigError, match="No task 'none'"):
+            load([tmp_path], task="none")
+
+    def test_outputs_as_a_tuple(self, folders, expected):
+        model = load(folders)
+        [logits] = model(**batch(), return_dict=False)
+        assert torch.equal(logits, expected)
+        labels = torch.zeros_like(batch()["input_ids"])
+        loss, logits, states = model(**batch(), labels=labels, output_hidden_states=True, return_dict=False)
+        assert loss == model(**batch(), labels=labels).loss and len(states) == 5
+
+
+class TestConfigurations:
+    def test_keys_that_are_not_the_adapters_own_do_no_harm(self, folders, expected, tmp_path):
+        """A pipeline or a user may put them into the configuration; they are not saved, and the file is read."""
+        model = load(folders)
+        for name, value in {"max_length": 128, "label_names": ["labels"], "my_own_key": {"a": 1}}.items():
+            setattr(model.config, name, value)
+        model.config.problem_type = "single_label_classification"
+        model.save_pretrained(tmp_path)
+        for again in (load([tmp_path]), AutoModelForTokenClassification.from_pretrained(tmp_path)):
+            assert torch.equal(again(**batch()).logits, expected)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert not {"max_length", "label_names", "my_own_key"} & set(saved)
+        assert AutoConfig.from_pretrained(tmp_path).tasks["people"]["labels"] == LABELS
+
+    def test_a_misspelt_option_is_refused(self):
+        with pytest.raises(ConfigError, match="Unknown configuration key 'delta_stpe'"):
+            UniHyperLoraConfig(delta_stpe=0.1)
+
+    def test_a_configuration_of_the_first_format_says_how_to_get_on(self, folders, tmp_path):
+        """Such a file has keys that are no more; which one is unknown is not the point."""
+        content = json.loads((folders[0] / "config.json").read_text())
+        old = {"stream_dim": 32, "stream_width": 160, "stream_hidden": 128, "projector": "anchored", "router": "token"}
+        del content["space"]
+        content |= old | {"format_version": 1}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        (tmp_path / WEIGHTS_NAME).write_bytes((folders[0] / WEIGHTS_NAME).read_bytes())
+        for cls in (UniHyperLoraForTokenClassification, AutoModelForTokenClassification):
+            with pytest.raises(ConfigError, match="Train the adapter again, or install 'unihyperlora<0.2'"):
+                cls.from_pretrained(tmp_path)
+        host = bert()
+        with pytest.raises(ConfigError, match="format_version 1, this package reads 2"):
+            load([tmp_path], host=host, tokenizer=TOKENIZER)
+        assert all(parameter.requires_grad for parameter in host.parameters())
+
+    def test_weights_of_the_first_format_say_the_same(self, folders, tmp_path):
+        tensors = load_file(folders[0] / WEIGHTS_NAME)
+        metadata = signed_metadata(tensors) | {"unihyperlora_format": "1"}
+        (tmp_path / "config.json").write_bytes((folders[0] / "config.json").read_bytes())
+        save_file(tensors, tmp_path / WEIGHTS_NAME, metadata)
+        with pytest.raises(AdapterFileError, match="train the adapter again, or install 'unihyperlora<0.2'"):
+            load([tmp_path])
+
+    def test_a_newer_format_asks_for_an_update(self, folders, tmp_path):
+        content = json.loads((folders[0] / "config.json").read_text()) | {"format_version": 3}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        (tmp_path / WEIGHTS_NAME).write_bytes((folders[0] / WEIGHTS_NAME).read_bytes())
+        with pytest.raises(ConfigError, match="Update the package"):
+            load([tmp_path])
+
+    def test_a_model_of_another_kind_is_refused(self, folders):
+        for cls in (UniHyperLoraForSequenceClassification, AutoModelForSequenceClassification):
+            with pytest.raises(ConfigError, match="'people' is token_classification"):
+                cls.from_pretrained(folders[0])
