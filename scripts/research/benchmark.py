@@ -89,8 +89,7 @@ def render(results: Path) -> None:
     }.items():
         with replacing(path) as temporary:
             Path(temporary).write_text(text, encoding="utf-8")
-    if of_speed := of_kind(records, "speed"):
-        speed_report.write(of_speed, results)
+    speed_report.write(of_kind(records, "speed"), results)
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:

@@ -9,6 +9,7 @@ from scripts.research.transfer_picture import COLOURS, INK, require_matplotlib
 DRAWN = {  # method → colour, mark
     "unihyperlora": (COLOURS["zero_shot"], "o"),
     "unihyperlora-refined": (COLOURS["refined"], "P"),
+    "unihyperlora-task": (COLOURS["delta"], "o"),
     "sat_lora": (COLOURS["own_stream"], "D"),
     "lora": (COLOURS["lora"], "^"),
     "lora-r1": (COLOURS["lora"], "v"),

@@ -8,6 +8,7 @@ PICTURE = "paper-pareto.png"
 SOURCE = "unihyperlora-source"  # the method that trains a task for all hosts
 METHODS = {  # name of a run config's method → how it is called, in the order of the rows
     SOURCE: "unihyperlora, source training",
+    "unihyperlora-task": "unihyperlora, a reader of this host's own",
     "unihyperlora": "unihyperlora, δθ 500 steps",
     "unihyperlora-refined": "unihyperlora, δθ 500 steps on a refined map",
     "sat_lora": "SAT-LoRA",
@@ -66,7 +67,13 @@ class Row:
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
         if self.method in TUNED:
             return {"for one more host": delta, "whole file": file}
-        return {"": file if self.method == "sat_lora" else file + head}  # SAT-LoRA's head is in its file
+        if self.method == "unihyperlora-task":
+            return {"for one more task": self.task_bytes(), "whole file": file}
+        return {"": file if self.method in (SOURCE, "sat_lora") else file + head}  # whose file holds the head
+
+    def task_bytes(self) -> float:
+        """What the task adds to a file that has the space already: reader, head and δθ."""
+        return sum(self.mean(name) or 0 for name in ("reader_bytes", "head_bytes", "delta_bytes"))
 
 
 def rows_of(records: Iterable[dict]) -> list[Row]:
@@ -170,7 +177,7 @@ def memory(rows: list[Row]) -> list[str]:
     lines = []
     counts: list[tuple[str, Callable[[Row], float], Callable[[Row], float]]] = [
         ("stored for one more host (δθ)", lambda r: r.stored()["for one more host"], _file),
-        ("stored for one more task (reader, head and δθ)", _task, _file),
+        ("stored for one more task (reader, head and δθ)", Row.task_bytes, _file),
         ("the whole file", _file, _file),
         ("extra RAM, bytes", lambda r: 1e6 * r.mean("extra_ram_mb"), lambda r: 1e6 * r.mean("extra_ram_mb")),
     ]
@@ -235,11 +242,6 @@ def _beside(rows: list[Row], row: Row, method: str) -> Row | None:
 
 def _file(row: Row) -> float:
     return row.mean("adapter_bytes")
-
-
-def _task(row: Row) -> float:
-    """What a task adds to a file that has the space already."""
-    return sum(row.mean(name) or 0 for name in ("reader_bytes", "head_bytes", "delta_bytes"))
 
 
 # ---- the rates that were tried ----

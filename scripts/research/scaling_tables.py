@@ -4,14 +4,16 @@ from collections import Counter
 
 
 def scaling_page(text: str, records: dict[str, dict]) -> str:
-    """docs/SCALING.md with each of its tables drawn anew, as far as there is a record for it."""
+    """docs/SCALING.md with each of its tables drawn anew; one that there is no record for says so."""
     drawn = {"launch": launch_table, "scaling": slope_table, "mixed_tasks": task_table, "kills": kill_table}
-    for name, record in records.items():
-        if record.get("kind") in drawn:
-            begin, end = f"<!-- {record['kind']} -->", f"<!-- end of {record['kind']} -->"
-            before, rest = text.split(begin)
-            table = "\n".join([f"From results/{name}.json.", "", *drawn[record["kind"]](record)])
-            text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    for kind, table in drawn.items():
+        begin, end = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
+        if begin not in text:
+            continue
+        name, record = next(((n, r) for n, r in records.items() if r.get("kind") == kind), (None, None))
+        lines = ["Not measured yet."] if record is None else [f"From results/{name}.json.", "", *table(record)]
+        before, rest = text.split(begin)
+        text = "\n".join([before + begin, *lines, end + rest.split(end)[1]])
     return text
 
 

@@ -38,6 +38,8 @@ def write(records: dict[str, dict], folder: Path) -> None:
         "turn: its median over the turns, with the quartiles in brackets.",
     ]
     drawn = [record for _, record in ordered if record["what"] == "latency"]
+    if not drawn:
+        (folder / "speed.png").unlink(missing_ok=True)
     if drawn:
         draw(drawn, folder / "speed.png")
         lines += ["", "![Time of a forward pass over that of the bare host, by length](speed.png)"]

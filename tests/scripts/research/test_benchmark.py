@@ -92,13 +92,17 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     outcomes = {"cut off": {"refused": 1200, "loaded, equal logits": 3}}
     record = {"kind": "adapter_fuzz", "files": 1203, "seed": 0, "failures": [], "outcomes": outcomes}
     (results / "fuzz.json").write_text(json.dumps(record))
-    (tmp_path / "docs" / "SCALING.md").write_text("above\n<!-- launch -->\nold\n<!-- end of launch -->\nbelow\n")
+    (tmp_path / "docs" / "SCALING.md").write_text(
+        "above\n<!-- launch -->\nold\n<!-- end of launch -->\n<!-- kills -->\nold\n<!-- end of kills -->\nbelow\n"
+    )
     runs = [{"launch": "ddp_gpu", "pathway": "inject", "not_run": "no GPU"}]
     (results / "launch.json").write_text(json.dumps({"kind": "launch", "runs": runs}))
     benchmark.main(["render"])
     hosts = (tmp_path / "docs" / "HOSTS.md").read_text()
     scaling = (tmp_path / "docs" / "SCALING.md").read_text()
     assert "| ddp_gpu | inject | – | not run: no GPU | – | – | – |" in scaling and "old" not in scaling
+    assert "<!-- kills -->\nNot measured yet.\n<!-- end of kills -->\nbelow\n" in scaling
+    assert "On a GPU: not measured." in (results / "speed.md").read_text()
     assert hosts.startswith("above\n") and hosts.endswith("below\n") and "old" not in hosts
     assert "| bert | ✓ | (1) |" in hosts and "1. no compiler." in hosts
     assert "| family | detach bit-equal | new thing |" in hosts

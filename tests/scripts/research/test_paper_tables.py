@@ -82,6 +82,14 @@ def test_against_sat_lora():
     assert "| sst2 | middle | line-up | 0 | 0.7000 | 0.7500 | -5.0 points | did not hold |" in text
 
 
+def test_what_is_stored_for_a_task_of_its_own():
+    costs = {"adapter_bytes": 600_000, "reader_bytes": 8_000, "head_bytes": 1_000, "delta_bytes": 512}
+    (row,) = rows_of([record("unihyperlora-task", "small", 0.8, **costs)])
+    assert row.stored() == {"for one more task": 9_512, "whole file": 600_000}
+    (row,) = rows_of([record("unihyperlora-source", "small", 0.8, **costs)])
+    assert row.stored() == {"": 600_000}
+
+
 def test_a_refined_map_is_a_row_of_its_own():
     refined = ours("middle", 0.76, 0.895) | {"run_config": "unihyperlora-refined-iter1-sst2"}
     text = section([*RECORDS, refined], "Zero-shot")
