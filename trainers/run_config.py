@@ -131,6 +131,7 @@ SECTIONS: dict[str, Any] = {
         "head_learning_rate": Key(float, "head_learning_rate"),
         "reader_learning_rate": Key(float, "reader_learning_rate"),
         "fidelity": Key(float, "fidelity"),
+        "copy_fidelity": Key(float, "copy_fidelity"),
         "weight_decay": Key(float, "weight_decay"),
         "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
         "max_steps": Key(int, "max_steps"),

@@ -44,7 +44,7 @@ TRAINING_FLAGS = (
     "warmup_steps lr_scheduler_type optim per_device_train_batch_size gradient_accumulation_steps "
     "label_smoothing_factor seed"
 ).split()
-STREAM_FLAGS = "reader reader_bits space anchor_file fidelity reader_learning_rate".split()
+STREAM_FLAGS = "reader reader_bits space anchor_file fidelity copy_fidelity reader_learning_rate".split()
 INJECTED_FLAGS = (
     "lambda_f atoms anchor_dim router_top_k dictionary_learning_rate projector_learning_rate mixer_learning_rate "
     "router_learning_rate"

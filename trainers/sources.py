@@ -109,11 +109,32 @@ class Source:
         return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))
 
 
-class SourceStates(Dataset):
-    """The training windows of all sources, one source after the other; see ``CanonicalStates`` for views and keys."""
+def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
+    """What another host would do to the coordinates: each correlates less with the source's.
 
-    def __init__(self, sources: list[Source]):
+    A host that is lined up has coordinates of unit variance whose correlation with the source's is some ρ < 1. A
+    sentence draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
+
+    Args:
+        z: (B, W, K, D) coordinates of unit variance.
+        fidelity: the least ρ; 1 leaves the coordinates alone.
+    """
+    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
+    return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
+
+
+class SourceStates(Dataset):
+    """The training windows of all sources, one source after the other; see ``CanonicalStates`` for views and keys.
+
+    Args:
+        sources: the hosts.
+        fidelity, copy_fidelity: of ``disturb``, for a host's own states and for those of its copies; a Trainer sets them.
+            A copy does not lack all that another host may lack, and a host's own states are what it is scored on.
+    """
+
+    def __init__(self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0):
         self.sources = sources
+        self.fidelity, self.copy_fidelity = fidelity, copy_fidelity
         self.starts = [0, *itertools.accumulate(len(source.data) for source in sources)]
 
     def __len__(self) -> int:
@@ -123,7 +144,11 @@ class SourceStates(Dataset):
         view, index = divmod(key, len(self))
         which = bisect.bisect_right(self.starts, index) - 1
         data = self.sources[which].data
-        return data[view * len(data) + index - self.starts[which]]
+        item = data[view * len(data) + index - self.starts[which]]
+        fidelity = self.copy_fidelity if view else self.fidelity
+        if fidelity < 1:
+            item["canonical_states"] = disturb(item["canonical_states"][None], fidelity)[0]
+        return item
 
     def sampler(self, seed: int) -> SentenceSampler:
         """All windows once an epoch."""

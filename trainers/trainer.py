@@ -29,20 +29,6 @@ from .unusable import check_adapter_trainer, check_optimizer, check_pathway
 logger = logging.getLogger(__name__)
 
 
-def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
-    """What another host would do to the coordinates: each correlates less with the source's.
-
-    A host that is lined up has coordinates of unit variance whose correlation with the source's is some ρ < 1. A
-    sentence draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
-
-    Args:
-        z: (B, W, K, D) coordinates of unit variance.
-        fidelity: the least ρ; 1 leaves the coordinates alone.
-    """
-    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
-    return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
-
-
 class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
@@ -106,9 +92,6 @@ class UniHyperLoraTrainer(SearchableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         labelled = inputs["labels"] != -100  # with label smoothing the Trainer takes the labels out
-        if model.training and self.args.train_scope == "task" and "canonical_states" in inputs:
-            z = disturb(inputs["canonical_states"], self.args.fidelity)
-            inputs = {**inputs, "canonical_states": z}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items, across = items.to(loss.device).clamp_min(1), self._processes_in(num_items_in_batch)
@@ -141,9 +124,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Lines copies of a stream's sources up first, where a task is trained; δθ is tuned to one host as it is."""
-        if self.args.train_scope == "task":
-            for source in self.sources:
+        """With copies of a stream's sources and with noise where a task is trained; δθ is tuned to a host as it is."""
+        if self.sources:
+            trains_task = self.args.train_scope == "task"
+            self.train_dataset.fidelity = self.args.fidelity if trains_task else 1.0
+            self.train_dataset.copy_fidelity = self.args.copy_fidelity
+            for source in self.sources if trains_task else ():
                 source.line_up_copies()
         return super().get_train_dataloader()
 

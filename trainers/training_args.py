@@ -17,7 +17,7 @@ from .launching import processes
 
 LEARNING_RATE_FACTORS = {
     **{"dictionary": 1.0, "projector": 0.1, "mixer": 1.0, "router": 0.2},
-    **{"reader": 0.4, "delta": 1.0, "head": 1.0},
+    **{"reader": 0.8, "delta": 1.0, "head": 1.0},
 }
 
 RANGES = {  # of arguments that transformers does not check before it uses them
@@ -64,10 +64,13 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
     fidelity: float = field(
-        default=0.7,
+        default=0.95,
         metadata={
-            "help": "Noise on a stream's coordinates in training: the least correlation that it leaves; 1 for none."
+            "help": "Noise on a source's coordinates in training: the least correlation that it leaves; 1 for none."
         },
+    )
+    copy_fidelity: float = field(
+        default=0.7, metadata={"help": "The same for copies of the source with fewer blocks or dimensions."}
     )
     max_adapter_bytes: int | None = field(
         default=MAX_ADAPTER_BYTES,
@@ -84,8 +87,9 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.train_scope not in ("task", "delta"):
             raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'task' or 'delta'.")
-        if not 0 <= self.fidelity <= 1:
-            raise ConfigError(f"fidelity={self.fidelity!r} is not allowed; it must be a number from 0 to 1.")
+        for name in ("fidelity", "copy_fidelity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number from 0 to 1.")
         for name in ("lambda_f", "lambda_q"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")

@@ -79,7 +79,7 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
     flags += ["--max_steps", STEPS, "--save_steps", STEPS, "--logging_steps", 1, "--learning_rate", 0.003]
     flags += ["--per_device_train_batch_size", BATCH // processes // accumulated, "--disable_tqdm", "true"]
     flags += ["--gradient_accumulation_steps", accumulated, "--seed", 0]
-    flags += ["--fidelity", 1] if pathway == "stream" else []
+    flags += ["--fidelity", 1, "--copy_fidelity", 1] if pathway == "stream" else []
     flags += ["--use_cpu"] if torch.accelerator.is_available() else []  # as a user would: not where it goes without
     flags += ["--lr_scheduler_type", "constant", "--max_flops_overhead_pct", 1e9, "--output_dir", output]
     flags += ["--adapter", folder / pathway]

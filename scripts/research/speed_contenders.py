@@ -20,8 +20,8 @@ from modeling_unihyperlora.space import read_anchors
 from modeling_unihyperlora.space_making.make import PACKAGE_ANCHORS
 from modeling_unihyperlora.words import load_tokenizer
 from trainers.baselines import make_baseline, require_peft
+from trainers.sources import disturb
 from trainers.state_cache import CanonicalStates, StreamCollator, WordStates
-from trainers.trainer import disturb
 from trainers.training_args import UniHyperLoraTrainingArguments
 
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
@@ -33,7 +33,6 @@ TRAINED = (
 )
 LORA_RANK = 8
 LEARNING_RATE = 1e-3
-FIDELITY = UniHyperLoraTrainingArguments.fidelity
 
 
 @dataclass
@@ -159,7 +158,7 @@ class Ground:
             batch = {key: value.to(self.device) for key, value in collate([data[index] for index in chosen]).items()}
             optimizer.zero_grad()
             if name == "stream":
-                batch["canonical_states"] = disturb(batch["canonical_states"], FIDELITY)
+                batch["canonical_states"] = disturb(batch["canonical_states"], UniHyperLoraTrainingArguments.fidelity)
             model(**batch).loss.backward()
             optimizer.step()
 

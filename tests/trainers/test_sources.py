@@ -13,9 +13,8 @@ from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.decoding import IGNORED
 from trainers.ner_data import Sentence
 from trainers.ner_windows import SentenceWindows
-from trainers.sources import COPIES, Source, SourceStates, sources_of
+from trainers.sources import COPIES, Source, SourceStates, disturb, sources_of
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
-from trainers.trainer import disturb
 
 LABELS = ["O", "B-PER", "I-PER"]
 
