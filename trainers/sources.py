@@ -128,7 +128,7 @@ class SourceStates(Dataset):
 
     Args:
         sources: the hosts.
-        fidelity, copy_fidelity: of ``disturb``, for a host's own states and for those of its copies; a Trainer sets them.
+        fidelity, copy_fidelity: of ``disturb``, for a host's own states and for its copies'; a Trainer sets them.
             A copy does not lack all that another host may lack, and a host's own states are what it is scored on.
     """
 
