@@ -827,8 +827,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             raise ConfigError("Give task, for all sentences, task_ids, one for each, or tasks, all of them; not two.")
         known = self._host_arguments | {"canonical_states", "word_index"}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        reads = {self.host.main_input_name, "input_ids", "inputs_embeds", "canonical_states"}
-        if not inputs.keys() & reads:
+        reads = {self.host.main_input_name, "inputs_embeds"}
+        if self.injection is None:
+            reads.add("canonical_states")
+        if not inputs.keys() & known & reads:
             raise ConfigError(
                 f"This host reads {self.host.main_input_name}; the call gave {sorted(inputs) or 'nothing'}."
             )

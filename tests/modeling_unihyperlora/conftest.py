@@ -39,7 +39,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def stir():
-    """stir(model, seed) gives every tensor of the adapter but its space a random value: none can be left out unnoticed."""
+    """stir(model, seed) gives every tensor of the adapter but its space a random value: no part can be forgotten."""
 
     def stir_(model, seed: int = 1, scale: float = 1.0):
         generator = torch.Generator().manual_seed(seed)
@@ -232,7 +232,7 @@ class _Linear(nn.Module):
 
     def rows(self, position: int, outputs: int) -> list[int]:
         """Which outputs of the layer are those of the role at this position."""
-        if self.run.family in ("deberta", "gpt_neox"):  # head by head, in each first the query's, then the key's, then the value's
+        if self.run.family in ("deberta", "gpt_neox"):  # head by head, in each the query's, the key's, the value's
             width = outputs // (self.run.heads * len(self.kinds))
             starts = [(head * len(self.kinds) + position) * width for head in range(self.run.heads)]
         else:
@@ -243,7 +243,8 @@ class _Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         run, plain = self.run, self.linear(x)
         x, plain = run.tokens_last(x), run.tokens_last(plain)
-        if x.shape[:2] != run.inputs[-1].shape[:2]:
+        sentences, length = run.inputs[-1].shape[:2]
+        if x.shape[:-1] not in ((sentences, length), (sentences * length,)):  # OPT has the tokens in one row there
             return run.tokens_last(plain)  # relative positions
         into = run.values["atoms_in"] @ run.inward(x.shape[-1])  # rows v_jᵀ P_in
         deltas = []
@@ -255,7 +256,7 @@ class _Linear(nn.Module):
                 own = sum(gate * c[j] * torch.outer(out[j], into[j]) for j, gate in gates)
                 delta = delta.index_add(0, torch.tensor(rows), own)
             deltas.append(delta)
-        update = torch.stack([delta @ token for delta, token in zip(deltas, x.flatten(0, 1), strict=True)])
+        update = torch.stack([delta @ token for delta, token in zip(deltas, x.flatten(0, -2), strict=True)])
         return run.tokens_last(plain + update.view_as(plain))
 
 

@@ -20,8 +20,9 @@ from modeling_unihyperlora import (
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.anchors import word_states
-from modeling_unihyperlora.hosts import encoder_of, fingerprint, linear_multiply_adds, load_host
+from modeling_unihyperlora.hosts import encoder_of, fingerprint, load_host
+from modeling_unihyperlora.sites import linear_multiply_adds
+from modeling_unihyperlora.space import word_states
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 from tests.conftest import tiny_tokenizer
 
@@ -245,7 +246,7 @@ class TestOwnLayout:
                 host, labels=LABELS, config=UniHyperLoraConfig(pathway="inject"), layout=layout
             )
         with pytest.raises(ConfigError, match=match):
-            UniHyperLoraConfig(host_layouts={"convbert": layout})
+            UniHyperLoraConfig(pathway="inject", host_layouts={"convbert": layout})
 
     def test_paths_that_are_not_there(self, make_host):
         for layout, match in (
@@ -324,13 +325,19 @@ class TestTogether:
         assert wrong == [] and first.injection.current is None
 
 
-def test_states_in_another_number_than_layers_are_refused(make_host, tmp_path):
-    """An encoder that the package does not know and that says too little about itself."""
+def test_a_host_has_the_layers_that_it_returns(make_host):
+    """An encoder that the package does not know and that says the wrong thing about itself."""
     host = make_host("rembert")
     host.config.num_hidden_layers = 2
     host.encoder.layer = host.encoder.layer[:1]
-    with pytest.raises(HostError, match="1 hidden states|2 hidden states"):
-        word_states(host, WordReader(host, tiny_tokenizer()), [["anna", "lives"]], [0, 1, 2])
+    assert WordReader(host, tiny_tokenizer()).num_layers == 1
+
+
+def test_states_of_another_width_than_the_configuration_says_are_refused(make_host):
+    host = make_host("rembert")
+    host.config.hidden_size = 16
+    with pytest.raises(HostError, match=r"RemBertModel returns hidden states of shapes .*32.*16\) after every block"):
+        WordReader(host, tiny_tokenizer())
 
 
 @pytest.mark.slow

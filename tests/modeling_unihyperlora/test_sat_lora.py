@@ -13,12 +13,11 @@ from modeling_unihyperlora import (
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
 )
-from modeling_unihyperlora.measure.accounting import measure
 from modeling_unihyperlora.layouts import MODULE_TYPES
-from modeling_unihyperlora.publish.hub import stage
+from modeling_unihyperlora.measure.accounting import measure
 from modeling_unihyperlora.measure.inspection import inspect_adapter
-from modeling_unihyperlora.storage import StoredTensor
-from modeling_unihyperlora.storage import WEIGHTS_NAME
+from modeling_unihyperlora.publish.hub import stage
+from modeling_unihyperlora.storage import WEIGHTS_NAME, StoredTensor
 
 BOUND = {"projector": "host", "atoms": 4}
 

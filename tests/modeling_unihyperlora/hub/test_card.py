@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from modeling_unihyperlora import ConfigError
-from modeling_unihyperlora.card import card_text, is_hub_id, write_card
-from modeling_unihyperlora.hub import stage
+from modeling_unihyperlora.publish.card import card_text, is_hub_id, write_card
+from modeling_unihyperlora.publish.hub import stage
 
 RESULTS = {
     "eval_f1": 0.8955,
@@ -17,7 +17,7 @@ RESULTS = {
     "flops_overhead_pct": 4.5,
     "zero_shot_f1": None,
 }
-RUN = {"seed": 3, "max_steps": 40, "dataset_name": "alice/news", "train_scope": "source"}
+RUN = {"seed": 3, "max_steps": 40, "dataset_name": "alice/news", "train_scope": "task"}
 RUN["data"] = {"name": "alice/news", "splits": {"train": {"sentences": 14041, "sha256": "ab" * 32}}}
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from modeling_unihyperlora.publish.hub import stage
 from modeling_unihyperlora.publish.code_files import INJECTED_FILES, STREAM_FILES
+from modeling_unihyperlora.publish.hub import stage
 from tests.hub_server import HubServer, client_environment, run_client
 
 from .conftest import CLASSES, SENTENCE

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modeling_unihyperlora import AdapterFileError, HostError, HubError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora import hub as hub_module
-from modeling_unihyperlora.hub import push_folder
+from modeling_unihyperlora.publish import hub as hub_module
+from modeling_unihyperlora.publish.hub import push_folder
 
 OWN = {"base_model_name_or_path": "alice/source"}
 COMMIT, PUT, CONFIG, WEIGHTS = "POST .*/commit/", "PUT /blobs/", "GET .*/ner/resolve/.*config.json", "GET /blobs/"

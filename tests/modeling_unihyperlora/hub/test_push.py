@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from modeling_unihyperlora import AdapterFileError, ConfigError, HubError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.hub import FILES, push_folder
+from modeling_unihyperlora.publish.hub import files_of, push_folder
 from scripts import push_adapter
 
 OWN = {"base_model_name_or_path": "alice/source"}
+FILES = files_of("stream")
 
 
 def remote(hub, repo="alice/ner", revision="main") -> dict[str, bytes]:

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from modeling_unihyperlora import ConfigError, HubError
-from modeling_unihyperlora.hub import FILES
+from modeling_unihyperlora.publish.hub import files_of
 from scripts import run_ner
 from trainers import UniHyperLoraTrainingArguments
 
+FILES = files_of("inject")
 ROWS = [(["anna", "lives", "in", place], ["B-PER", "O", "O", "B-LOC"]) for place in ("paris", "rome", "oslo", "lima")]
 
 
@@ -50,7 +51,7 @@ def test_the_script_pushes_the_adapter_with_its_scores(hub, flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_hub_that_fails_meanwhile_does_not_end_the_training(hub, flags, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_unihyperlora.hub.PATIENCE", 0.5)
+    monkeypatch.setattr("modeling_unihyperlora.publish.hub.PATIENCE", 0.5)
     fault = hub.fault("POST .*/commit/", "status", status=500)
     run_ner.main([*flags, "--save_steps", "1"])
     assert fault.happened == 1 and "The training goes on" in caplog.text

@@ -17,8 +17,7 @@ from modeling_unihyperlora.measure.accounting import (
     host_multiply_adds,
     measure,
 )
-from modeling_unihyperlora.storage import StoredTensor
-from modeling_unihyperlora.storage import WEIGHTS_NAME
+from modeling_unihyperlora.storage import WEIGHTS_NAME, StoredTensor
 
 TOKENS = 128
 NINE = [f"L{i}" for i in range(9)]
