@@ -47,7 +47,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
             block unless they are shared.
         anchor_dim: d0, width of the canonical space of an injected update.
         mixer_hidden: width of the mixer's sine layer.
-        bound_host: with projector "host" what must be true of the host, see ``host_bound.bind``.
+        bound_host: with projector "host" what must be true of the host, see ``sat_lora.bind``.
         share_across_layers: with projector "host", whether all blocks use the same atoms.
         target_modules: with projector "host", the module types that are updated; None for all six.
         atom_scale: with projector "host", a fixed factor of the update, as alpha / r of LoRA.

@@ -37,10 +37,10 @@ def check_injected(config) -> None:
     config.host_layouts = dict(config.host_layouts or {})
     for family, layout in config.host_layouts.items():
         layout_from(layout, family)
-    _check_host_bound(config)
+    _check_sat_lora(config)
 
 
-def _check_host_bound(config) -> None:
+def _check_sat_lora(config) -> None:
     """What goes with projector "host", and with no other."""
     if config.projector != "host":
         given = (config.bound_host, config.share_across_layers, config.target_modules, config.atom_scale)
@@ -75,7 +75,7 @@ def _check_host_bound(config) -> None:
 
 
 def check_bound_host(host: object) -> None:
-    """Raise ``ConfigError`` unless it describes a host as ``host_bound.bind`` does."""
+    """Raise ``ConfigError`` unless it describes a host as ``sat_lora.bind`` does."""
     shapes = host.get("shapes") if isinstance(host, dict) else None
     good = isinstance(shapes, list) and 0 < len(shapes) <= _MOST_SHAPES
     if not good or not all(isinstance(s, list) and len(s) == 2 and all(map(_is_size, s)) for s in shapes):

@@ -1,10 +1,10 @@
 """SAT-LoRA: the injected update with atoms of one host's own widths, which serve that host alone.
 
-It is what a universal adapter is compared with. Router, mixer, sparse choice and file are those of ``adapter``; there
-is no canonical space and no projector. Every shape (in, out) among the host's linear layers has M atoms, shared by all
-layers of that shape, or by those of one block; with P sets of blocks (1 or L) the tensors are (P, M, in), (P, M, out)
-for each shape and (P, M, d) for the router, int8 with a scale an atom. The mixer learns the depths of this host. δθ is
-in the file for the sake of its format, never trained.
+It is what a universal adapter is compared with. Router, mixer, sparse choice and file are those of
+``injected_adapter``; there is no canonical space and no projector. Every shape (in, out) among the host's linear
+layers has M atoms, shared by all layers of that shape, or by those of one block; with P sets of blocks (1 or L) the
+tensors are (P, M, in), (P, M, out) for each shape and (P, M, d) for the router, int8 with a scale an atom. The mixer
+learns the depths of this host. δθ is in the file for the sake of its format, never trained.
 """
 
 import math
@@ -40,7 +40,7 @@ def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
 
 
 def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
-    """Raise ``HostError`` where an adapter is bound to another host than this one; see ``hosts.unlike``."""
+    """Raise ``HostError`` where an adapter is bound to another host than this one; see ``sites.unlike``."""
     bound = config.bound_host
     if bound is None:
         return
