@@ -2,14 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel
 
-from modeling_unihyperlora import ConfigError
+from modeling_unihyperlora import CanonicalSpace, ConfigError
 from modeling_unihyperlora.hosts import load_host
 from scripts.research import benchmark, pruned_hosts, runner
-from tests.conftest import tiny_tokenizer
+from tests.conftest import WORDS, tiny_tokenizer
 from trainers.running import run
 from trainers.tasks import NER
 
@@ -54,7 +55,11 @@ def test_a_curve_from_one_adapter(host, write_jsonl, tmp_path, monkeypatch):
     rows = [(["anna", "lives", "in", "paris", "."], ["B-PER", "O", "O", "B-LOC", "O"])] * 8
     data = str(write_jsonl("data.jsonl", rows))
     shape = f"--model_name_or_path {host} --train_file {data} --pathway stream --do_train --max_steps 2"
+    rows = [" ".join(np.random.default_rng(n).choice(WORDS, 8)) for n in range(120)]
+    (tmp_path / "anchors.txt").write_text("\n".join(rows))
+    CanonicalSpace.make([host], tmp_path / "anchors.txt", dim=16).save(tmp_path / "space.safetensors")
     more = "--use_cpu --report_to none --reader small --max_flops_overhead_pct 100000"
+    more += f" --space {tmp_path / 'space.safetensors'}"
     run(NER, [*shape.split(), *more.split(), "--output_dir", str(tmp_path / "adapter")])
     command = ["--adapter", str(tmp_path / "adapter"), "--hosts", host, "--layers", "2 1", "--validation_file", data]
     command += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none"]
