@@ -174,7 +174,7 @@ def transfer_table(results: dict, zero_shot: dict, probe: dict, control: dict) -
 def next_steps(folder: Path, host: str, other: str) -> str:
     """Where the adapter lies, and commands that go on from it."""
     data = f"--train_file {folder}/data/train.jsonl --validation_file {folder}/data/held_out.jsonl"
-    python = os.path.relpath(sys.executable)
+    python = min(os.path.relpath(sys.executable), sys.executable, key=len)
     tune = f"{python} scripts/run_ner.py --adapter {folder} --do_train --do_eval --max_seq_length 64 {data}"
     return f"""
 The adapter is the folder {folder}: model.safetensors is all that was trained, and the space. What to type next:

@@ -331,9 +331,6 @@ def make_trainer(
                 f"--label_all_tokens does not go with --pathway {model.config.pathway}, which reads one state of each "
                 "word and has no others to label. Leave it out, or train with --pathway inject."
             )
-        if "train" in splits:  # before text is read
-            check_pathway(training_args, model)
-            check_budget(model, training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
         host_config, trainer_class = model.host.config, UniHyperLoraTrainer
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
         logger.info(model.describe())
@@ -371,6 +368,8 @@ def make_trainer(
     if is_adapter and model.injection is None:  # what its host computes never changes
         collator = StreamCollator(collator)
         if train is not None:
+            check_pathway(training_args, model)  # before the host reads all the text
+            check_budget(model, training_args.max_adapter_bytes, training_args.max_flops_overhead_pct)
             sources = sources_of(
                 model,
                 train,

@@ -109,7 +109,7 @@ class Source:
         return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))
 
 
-def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
+def disturb(z: torch.Tensor, fidelity: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """What another host would do to the coordinates: each correlates less with the source's.
 
     A host that is lined up has coordinates of unit variance whose correlation with the source's is some ρ < 1. A
@@ -118,9 +118,10 @@ def disturb(z: torch.Tensor, fidelity: float) -> torch.Tensor:
     Args:
         z: (B, W, K, D) coordinates of unit variance.
         fidelity: the least ρ; 1 leaves the coordinates alone.
+        generator: of the noise; torch's own when None.
     """
-    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1)
-    return rho * z + (1 - rho.square()).sqrt() * torch.randn_like(z)
+    rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1, generator=generator)
+    return rho * z + (1 - rho.square()).sqrt() * torch.randn(z.shape, device=z.device, generator=generator)
 
 
 class SourceStates(Dataset):
@@ -136,6 +137,7 @@ class SourceStates(Dataset):
         self.sources = sources
         self.fidelity, self.copy_fidelity = fidelity, copy_fidelity
         self.starts = [0, *itertools.accumulate(len(source.data) for source in sources)]
+        self._sampler: SentenceSampler | None = None  # whose seed and epoch the noise depends on
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -147,12 +149,18 @@ class SourceStates(Dataset):
         item = data[view * len(data) + index - self.starts[which]]
         fidelity = self.copy_fidelity if view else self.fidelity
         if fidelity < 1:
-            item["canonical_states"] = disturb(item["canonical_states"][None], fidelity)[0]
+            item["canonical_states"] = disturb(item["canonical_states"][None], fidelity, self._noise(key))[0]
         return item
+
+    def _noise(self, key: int) -> torch.Generator:
+        """That of one item in one epoch: batches are read ahead, and a run that was interrupted has to see the same."""
+        seed, epoch = (0, 0) if self._sampler is None else (self._sampler.seed, self._sampler.epoch)
+        return torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + key) % 2**63)
 
     def sampler(self, seed: int) -> SentenceSampler:
         """All windows once an epoch."""
-        return SentenceSampler(len(self), len(self.sources[0].fits), seed)
+        self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed)
+        return self._sampler
 
 
 def sources_of(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, Trainer
 
-from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, DataError, UniHyperLoraError
+from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, DataError, HostError, UniHyperLoraError
 from scripts import run_ner
 from trainers.arguments import NerArguments
 from trainers.baselines import BASELINES
@@ -529,7 +529,7 @@ def test_a_tokenizer_that_is_not_the_hosts(run, tiny_host, tmp_path):
     BertModel(BertConfig(vocab_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)).save_pretrained(
         tmp_path / "small"
     )
-    with pytest.raises(ConfigError, match="it is not the host's"):
+    with pytest.raises(HostError, match="it is not the host's"):
         run(*TRAIN, "--tokenizer_name", tiny_host, host=tmp_path / "small")
 
 

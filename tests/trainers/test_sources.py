@@ -267,6 +267,20 @@ class TestTraining:
 class TestDisturb:
     """Noise that stands for hosts that were never seen."""
 
+    def test_is_that_of_an_item_in_an_epoch(self, tokenizer, windows, space):
+        source = source_of(bert(tokenizer), tokenizer, space, windows)
+        data = SourceStates([source], fidelity=0.8)
+        sampler = data.sampler(seed=3)
+        clean = source.data[7]["canonical_states"]
+        first, other = data[7]["canonical_states"], data[8]["canonical_states"]
+        torch.rand(5)  # whatever else is drawn, and in whatever order items are read
+        assert torch.equal(data[8]["canonical_states"], other) and torch.equal(data[7]["canonical_states"], first)
+        assert 0 < (first - clean).abs().mean() < 1
+        sampler.set_epoch(1)
+        assert not torch.equal(data[7]["canonical_states"], first)
+        data.fidelity = 1.0
+        assert torch.equal(data[7]["canonical_states"], clean)
+
     def test_one_leaves_the_coordinates_alone(self):
         z = torch.randn(4, 3, 5, 6)
         torch.testing.assert_close(disturb(z, 1.0), z, rtol=0, atol=0)
