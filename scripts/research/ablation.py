@@ -133,6 +133,7 @@ def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
     return [
         Row("as shipped"),
         Row("without noise", ("--fidelity", "1", "--copy_fidelity", "1")),
+        Row("without noise on copies", ("--copy_fidelity", "1")),
         Row("without copies of the source", change=no_copies),
         Row("without noise and copies", ("--fidelity", "1", "--copy_fidelity", "1"), no_copies),
         Row("without dropout", change=no_dropout),
