@@ -24,9 +24,12 @@ import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .errors import HostError, first_line
 from .hosts import call_host, check_states, transformers_folder
+
+logger = logging.get_logger(__name__)
 
 NO_WORD = -1  # in ``word_index``: a token of no word
 
@@ -163,6 +166,11 @@ class _WordTokenizer:
 
     def _encode_plus(self, *args, is_split_into_words: bool = False, return_tensors=None, **kwargs) -> BatchEncoding:
         encoded = super()._encode_plus(*args, is_split_into_words=is_split_into_words, **kwargs)
+        if not kwargs.get("return_overflowing_tokens") and any(text.overflowing for text in encoded.encodings or ()):
+            logger.warning_once(
+                f"A text has more tokens than are read at once ({kwargs.get('max_length') or self.model_max_length}), "
+                "and its end is left out. In a pipeline, stride=16 reads it in overlapping windows."
+            )
         if is_split_into_words:
             rows = [
                 [NO_WORD if word is None else word for word in encoding.word_ids] for encoding in encoded.encodings

@@ -190,6 +190,26 @@ class TestWordsOfATokenizer:
         assert (own.backend_tokenizer.to_str(), own.pad_token, own.padding_side) == before
 
 
+class TestLongTexts:
+    def test_a_text_that_is_cut_is_said(self, tokenizer, monkeypatch):
+        said = []
+        monkeypatch.setattr("modeling_unihyperlora.words.logger.warning_once", said.append)
+        tokenizer("Anna met Ben", truncation=True, max_length=100)
+        assert not said
+        tokenizer("Anna met Ben in Rome", truncation=True, max_length=4)
+        assert len(said) == 1 and "its end is left out" in said[0]
+
+    def test_the_stock_pipeline_reads_it_in_windows(self, make_tagger):
+        model = make_tagger("wordpiece-uncased")
+        tokenizer = copy.deepcopy(model.stream.words.tokenizer)
+        tokenizer.model_max_length = 24
+        text = " ".join(["Anna met Ben in Rome, and Tim flew to Oslo."] * 5)
+        tag = pipeline(
+            "token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="simple", stride=8
+        )
+        assert max(entity["end"] for entity in tag(text)) > len(text) // 2
+
+
 class TestStatesAndTags:
     @pytest.mark.parametrize("family", HOSTS)
     def test_raw_text_and_its_words_have_equal_states_and_tags(self, kind, family, make_tagger):
