@@ -153,7 +153,7 @@ class SourceStates(Dataset):
         return item
 
     def _noise(self, key: int) -> torch.Generator:
-        """That of one item in one epoch: batches are read ahead, and a run that was interrupted has to see the same."""
+        """That of an item in an epoch: batches are read ahead, and a run that was interrupted has to see the same."""
         seed, epoch = (0, 0) if self._sampler is None else (self._sampler.seed, self._sampler.epoch)
         return torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + key) % 2**63)
 
