@@ -65,7 +65,7 @@ class UniHyperLoraConfig(PreTrainedConfig):
     space: dict[str, Any] | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     active_task: str | None = None
-    dropout: float = 0.2
+    dropout: float = 0.1
     delta_step: float = 1 / 32
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
