@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .configuration_unihyperlora import UniHyperLoraConfig
-from .errors import ConfigError, HostError
+from .errors import HostError
 from .injected_adapter import (
     DICTIONARY_BITS,
     ROUTER_BITS,
@@ -56,16 +56,6 @@ def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
 
 def _described(host: dict) -> str:
     return f"{host['family']}, {host['num_layers']} blocks x {host['hidden_size']}, weights {host['fingerprint']}"
-
-
-def make_adapter(config: UniHyperLoraConfig) -> UniHyperLoraAdapter:
-    """The adapter that a configuration describes."""
-    if config.projector == "host" and config.bound_host is None:
-        raise ConfigError(
-            "projector='host' without bound_host: make such an adapter with from_host, which notes the host in its "
-            "configuration."
-        )
-    return HostBoundAdapter(config) if config.projector == "host" else UniHyperLoraAdapter(config)
 
 
 class HostProjector:
