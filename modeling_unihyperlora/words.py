@@ -389,18 +389,18 @@ def word_places(begins: torch.Tensor, inside: torch.Tensor, width: int | None = 
 class Continuation(NamedTuple):
     """What B-X becomes on the further tokens of a word: I-X, where there is such a label.
 
-    ``partner`` (…, C): of B-X the id of I-X, of I-X that of B-X, of any other label its own. ``inner`` (…, C) bool:
-    the label is such an I-X.
+    ``partner`` (C,): of B-X the id of I-X, of I-X that of B-X, of any other label its own. ``inner`` (C,) bool: the
+    label is such an I-X.
     """
 
     partner: torch.Tensor
     inner: torch.Tensor
 
     @classmethod
-    def of(cls, labels: list[str], width: int | None = None) -> "Continuation":
-        """Of one task's labels, (C,); with ``width`` of so many, where another task has more."""
+    def of(cls, labels: list[str]) -> "Continuation":
+        """Of one task's labels."""
         ids = {label: number for number, label in enumerate(labels)}
-        partner, inner = torch.arange(width or len(labels)), torch.zeros(width or len(labels), dtype=torch.bool)
+        partner, inner = torch.arange(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
         for label, begin in ids.items():
             if (label == "B" or label.startswith("B-")) and "I" + label[1:] in ids:
                 within = ids["I" + label[1:]]
@@ -413,14 +413,10 @@ class Continuation(NamedTuple):
         On the others the better score of B-X and I-X is that of I-X and the worse one that of B-X. So the word keeps
         its type and its probability, and a stock pipeline joins its tokens.
         """
-        partner, inner = (part.to(logits.device).expand(logits.shape) for part in self.as_rows())
+        partner, inner = (part.to(logits.device).expand(logits.shape) for part in self)
         other = logits.gather(-1, partner)
         moved = torch.where(inner, torch.maximum(logits, other), torch.minimum(logits, other))
         return torch.where(begins.unsqueeze(-1), logits, moved)
-
-    def as_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """With a place for tokens before the labels: (C,) → (1, C), (B, C) → (B, 1, C)."""
-        return self.partner.unsqueeze(-2), self.inner.unsqueeze(-2)
 
 
 # ---- how a host's words are read ----
