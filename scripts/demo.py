@@ -180,7 +180,7 @@ def next_steps(folder: Path, host: str, other: str) -> str:
 The adapter is the folder {folder}: model.safetensors is all that was trained, and the space. What to type next:
 
 # what is in it, and how it fits another host (a folder, or any Hub id)
-{python} -m modeling_unihyperlora inspect {folder} --host {other}
+{python} -m trainers.commands inspect {folder} --host {other}
 # tune the 512 bytes of δθ to that host; it is small, and 10 % of its multiply-adds are few
 {tune} --model_name_or_path {other} --train_scope delta --learning_rate 2e-2 --max_flops_overhead_pct 25 \
     --output_dir {folder}-tuned

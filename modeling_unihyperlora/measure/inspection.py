@@ -1,4 +1,4 @@
-"""What is in an adapter's file, and how it fits a host: what ``python -m modeling_unihyperlora inspect`` prints."""
+"""What is in an adapter's file, and how it fits a host: what ``unihyperlora inspect`` prints."""
 
 from pathlib import Path
 

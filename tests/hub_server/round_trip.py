@@ -24,8 +24,8 @@ from scripts import run_ner
 result = run_ner.main(FLAGS)["eval_f1"]
 """
 PUSH = """
-from scripts import push_adapter
-push = push_adapter.main([FOLDER, REPO])
+from trainers.commands import push as push_command
+push = push_command.main([FOLDER, REPO])
 result = {"changed": push.changed, "files": push.files}
 """
 LOAD = """

@@ -9,7 +9,7 @@ import torch
 
 from modeling_unihyperlora import AdapterFileError, ConfigError, HubError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.publish.hub import files_of, push_folder
-from scripts import push_adapter
+from trainers.commands import push as push_command
 
 OWN = {"base_model_name_or_path": "alice/source"}
 FILES = files_of("stream")
@@ -68,13 +68,13 @@ def test_a_dry_run_sends_nothing(hub, adapter_folder):
 
 def test_the_script_lists_before_and_after(hub, adapter_folder, caplog):
     with caplog.at_level(logging.INFO, logger="modeling_unihyperlora"):
-        push = push_adapter.main([str(adapter_folder()), "alice/ner", "--private"])
+        push = push_command.main([str(adapter_folder()), "alice/ner", "--private"])
     before, after = (record.message for record in caplog.records if "bytes in" in record.message)
     size = f"{push.files['model.safetensors']:,}  model.safetensors"
     assert size in before and size in after and push.url in after
     assert hub.store.repos["alice/ner"].private
     with caplog.at_level(logging.INFO, logger="modeling_unihyperlora"):
-        push_adapter.main([str(adapter_folder()), "alice/ner"])
+        push_command.main([str(adapter_folder()), "alice/ner"])
     assert "Nothing was uploaded" in caplog.text
 
 

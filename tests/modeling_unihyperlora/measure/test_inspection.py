@@ -1,17 +1,16 @@
-"""``python -m modeling_unihyperlora inspect``: what it says is what is in the file and on the host."""
+"""``unihyperlora inspect``: what it says is what is in the file and on the host."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from modeling_unihyperlora import CanonicalSpace, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.__main__ import main
 from modeling_unihyperlora.measure.inspection import inspect_adapter, inspect_on_host
 from modeling_unihyperlora.storage import WEIGHTS_NAME
+from trainers.commands import main as unihyperlora
+from trainers.commands.inspect import main
 
 
 @pytest.fixture
@@ -64,19 +63,19 @@ def test_the_streams_fit_and_what_to_expect_of_it(tiny_host, tmp_path, monkeypat
     shuffled = model.adapter.space.coordinates.latent
     shuffled.data.copy_(shuffled.data[torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(0))])
     model.save_pretrained(tmp_path / "shuffled")
-    main(["inspect", str(tmp_path / "shuffled"), "--host", str(tiny_host)])
+    main([str(tmp_path / "shuffled"), "--host", str(tiny_host)])
     printed = " ".join(capsys.readouterr().out.split())
     assert "expect low scores" in printed and "Calibration on this host" in printed
 
 
-def test_as_a_command(adapter_folder, host_folder, monkeypatch, capsys):
-    """As ``python -m`` runs it: the tables, and one line for what cannot be done."""
-    monkeypatch.setattr(sys, "argv", ["inspect", "inspect", str(adapter_folder), "--host", host_folder])
-    runpy.run_module("modeling_unihyperlora", run_name="__main__")
+def test_as_a_command(adapter_folder, host_folder, capsys):
+    """The tables, and one line for what cannot be done."""
+    assert unihyperlora(["inspect", str(adapter_folder), "--host", host_folder]) == 0
     printed = capsys.readouterr().out
     for expected in ("atoms_in", "16 × 12", "B-A", "ner (active)", "24/24", "extra multiply-adds"):
         assert expected in printed
     config = adapter_folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"atoms": 17}))
-    with pytest.raises(SystemExit, match="^inspect: .*the configuration asks for"):
-        runpy.run_module("modeling_unihyperlora", run_name="__main__")
+    assert unihyperlora(["inspect", str(adapter_folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("unihyperlora inspect: ") and "the configuration asks for" in said

@@ -1,23 +1,21 @@
-"""python -m modeling_unihyperlora inspect ADAPTER [--host HOST]: what is in an adapter, and how it fits a host."""
+"""``unihyperlora inspect ADAPTER [--host HOST]``: what is in an adapter, and how it fits a host."""
 
 import argparse
-import sys
 
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from .errors import UniHyperLoraError
-from .measure.inspection import inspect_adapter, inspect_on_host, over_budget
+from modeling_unihyperlora.measure.inspection import inspect_adapter, inspect_on_host, over_budget
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m modeling_unihyperlora", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("inspect", allow_abbrev=False, help="what is in an adapter, and how it fits a host")
-    command.add_argument("adapter", help="its folder or Hub id")
-    command.add_argument("--host", help="also put it on this host: a folder or Hub id")
-    command.add_argument("--revision", default="main", help="of the adapter on the Hub")
+    parser = argparse.ArgumentParser(
+        prog="unihyperlora inspect", description="What is in an adapter, and how it fits a host.", allow_abbrev=False
+    )
+    parser.add_argument("adapter", help="its folder or Hub id")
+    parser.add_argument("--host", help="also put it on this host: a folder or Hub id")
+    parser.add_argument("--revision", default="main", help="of the adapter on the Hub")
     args = parser.parse_args(command_line)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -79,10 +77,3 @@ def show_host(console: Console, report: dict) -> None:
     console.print(f"extra multiply-adds a token: {report['flops_overhead_pct']:.2f} %", highlight=False)
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}", style="yellow", highlight=False)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UniHyperLoraError as error:
-        sys.exit(f"inspect: {error}")

@@ -1,7 +1,7 @@
 """Push an adapter to the Hub: its weights, configuration, code, card and licence, and nothing else of its folder.
 
-    python scripts/push_adapter.py runs/conll2003 user/conll2003-adapter --dry_run     # what would be pushed
-    python scripts/push_adapter.py runs/conll2003 user/conll2003-adapter --private \
+    unihyperlora push runs/conll2003 user/conll2003-adapter --dry_run     # what would be pushed
+    unihyperlora push runs/conll2003 user/conll2003-adapter --private \
         --base_model_name_or_path sentence-transformers/all-MiniLM-L6-v2
 
 The files and their bytes are listed before and after. A second push of the same content uploads nothing.
@@ -9,15 +9,16 @@ The files and their bytes are listed before and after. A second push of the same
 
 import argparse
 import logging
-import sys
 
-from modeling_unihyperlora import UniHyperLoraError
 from modeling_unihyperlora.publish.hub import Push, push_folder
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="unihyperlora push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", help="Folder of the adapter, as a run or save_pretrained wrote it.")
@@ -44,10 +45,3 @@ def main(command_line: list[str] | None = None) -> Push:
     if push.url and not push.changed:
         logging.getLogger("modeling_unihyperlora").info("Nothing was uploaded: the repository had it all.")
     return push
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UniHyperLoraError as error:
-        sys.exit(f"push_adapter: {error}")

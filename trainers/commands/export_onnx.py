@@ -1,6 +1,6 @@
 """Write host and adapter as one ONNX file, and score it beside the torch model it came from.
 
-    python scripts/export_onnx.py runs/conll2003 conll2003.onnx --model_name_or_path HOST \
+    unihyperlora export-onnx runs/conll2003 conll2003.onnx --model_name_or_path HOST \
         --validation_file dev.jsonl --record conll2003-onnx.json
 
 Without --validation_file nothing is scored. Scores are for tags of words; the formats are those of run_ner.py. Needs
@@ -10,26 +10,29 @@ pip install 'unihyperlora[onnx]'.
 import argparse
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from transformers import DataCollatorForTokenClassification, EvalPrediction
 
-from modeling_unihyperlora import UniHyperLoraError, UniHyperLoraForTokenClassification
+from modeling_unihyperlora import UniHyperLoraForTokenClassification
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.words import load_tokenizer
-from trainers.decoding import IGNORED, token_scores
-from trainers.ner_data import read_file
-from trainers.ner_windows import SentenceWindows, entity_scores
+
+from ..decoding import IGNORED, token_scores
+from ..ner_data import read_file
+from ..ner_windows import SentenceWindows, entity_scores
 
 BATCH = 32
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="unihyperlora export-onnx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("adapter", help="Folder or Hub id of the adapter.")
@@ -62,6 +65,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
         found |= compare(model, arguments.path, arguments.validation_file, arguments.max_eval_samples)
     if arguments.record:
         write_json(Path(arguments.record), found)
+    print(json.dumps(found, indent=2, sort_keys=True))
     return found
 
 
@@ -99,10 +103,3 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
         "tags_that_differ": sum(a != b for a, b in zip(tags["torch"], tags["onnx"], strict=True)),
         **{f"{name}_f1": score(EvalPrediction(logits, labels))["f1"] for name, logits in predicted.items()},
     }
-
-
-if __name__ == "__main__":
-    try:
-        print(json.dumps(main(), indent=2, sort_keys=True))
-    except UniHyperLoraError as error:
-        sys.exit(f"export_onnx: {error}")

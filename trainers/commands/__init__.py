@@ -1,0 +1,61 @@
+"""The command ``unihyperlora``: one module a subcommand, loaded when it is asked for.
+
+A module has ``main(command_line)``. Its errors of the user's making are ``UniHyperLoraError``; they end as one line.
+"""
+
+import importlib
+import os
+import sys
+
+from modeling_unihyperlora import UniHyperLoraError, __version__
+
+# Subcommand → its module and one line of help, in the order of ``unihyperlora --help``.
+COMMANDS = {
+    "ner": ("ner", "train and score a tagger of words, on any host"),
+    "classification": ("classification", "train and score a classifier of texts, on any host"),
+    "inspect": ("inspect", "show what is in an adapter, and how it fits a host"),
+    "push": ("push", "push an adapter to the Hub"),
+    "export-onnx": ("export_onnx", "write host and adapter as ONNX"),
+}
+
+
+def main(command_line: list[str] | None = None) -> int:
+    """Run a subcommand; returns the status of the process."""
+    typed = sys.argv[1:] if command_line is None else command_line
+    if not typed or typed[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if typed else 2
+    if typed[0] in ("-V", "--version"):
+        print(f"unihyperlora {__version__}")
+        return 0
+    name = typed[0]
+    if name not in COMMANDS:
+        print(f"unihyperlora: no subcommand {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f".{COMMANDS[name][0]}", __name__).main(typed[1:])
+    except UniHyperLoraError as error:
+        print(f"unihyperlora {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as of ``unihyperlora tag … | head -1``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def usage() -> str:
+    """What ``unihyperlora --help`` prints."""
+    lines = [f"  {name:<16}{said}" for name, (_, said) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: unihyperlora SUBCOMMAND …",
+            "",
+            "One adapter file under 1 MB, trained once, that works on any host.",
+            "",
+            *lines,
+            "",
+            "unihyperlora SUBCOMMAND --help says more.",
+        ]
+    )
