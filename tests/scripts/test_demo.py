@@ -110,7 +110,7 @@ def test_what_to_type_next_can_be_typed(tmp_path):
     for _, script, *flags in commands:
         assert (Path(__file__).parents[2] / script).is_file()
         check_arguments(*parse([*flags, "--use_cpu"], NerArguments))
-    assert f"-m modeling_unihyperlora inspect {tmp_path / 'demo'} --host another/host" in text
+    assert f"-m trainers.commands inspect {tmp_path / 'demo'} --host another/host" in text
 
 
 def test_sentences_to_tag(monkeypatch):
