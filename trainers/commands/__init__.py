@@ -1,18 +1,20 @@
 """The command ``unihyperlora``: one module a subcommand, loaded when it is asked for.
 
 A module has ``main(command_line)``. Its errors of the user's making are ``UniHyperLoraError``; they end as one line.
+Nothing here imports torch, which takes seconds and which not every subcommand needs.
 """
 
 import importlib
+import importlib.metadata
 import os
 import sys
-
-from modeling_unihyperlora import UniHyperLoraError, __version__
 
 # Subcommand → its module and one line of help, in the order of ``unihyperlora --help``.
 COMMANDS = {
     "ner": ("ner", "train and score a tagger of words, on any host"),
     "classification": ("classification", "train and score a classifier of texts, on any host"),
+    "tag": ("tag", "find the entities of texts"),
+    "classify": ("classify", "find the class of texts"),
     "inspect": ("inspect", "show what is in an adapter, and how it fits a host"),
     "push": ("push", "push an adapter to the Hub"),
     "export-onnx": ("export_onnx", "write host and adapter as ONNX"),
@@ -26,7 +28,7 @@ def main(command_line: list[str] | None = None) -> int:
         print(usage())
         return 0 if typed else 2
     if typed[0] in ("-V", "--version"):
-        print(f"unihyperlora {__version__}")
+        print(f"unihyperlora {importlib.metadata.version('unihyperlora')}")
         return 0
     name = typed[0]
     if name not in COMMANDS:
@@ -34,7 +36,9 @@ def main(command_line: list[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(f".{COMMANDS[name][0]}", __name__).main(typed[1:])
-    except UniHyperLoraError as error:
+    except Exception as error:
+        if not _is_of_the_user(error):
+            raise
         print(f"unihyperlora {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,6 +47,11 @@ def main(command_line: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    """Whether an error is a ``UniHyperLoraError``, told by its name: importing the class imports torch."""
+    return "UniHyperLoraError" in [kind.__name__ for kind in type(error).__mro__]
 
 
 def usage() -> str:

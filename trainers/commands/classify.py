@@ -1,0 +1,59 @@
+"""Find the class of texts with a trained adapter, on any host.
+
+    unihyperlora classify runs/sst2 --host distilbert-base-uncased "A film that I would see again."
+    unihyperlora classify runs/sst2 reviews.txt --json > classes.jsonl
+
+A .jsonl or .csv file has a text or a pair of texts a line, in columns that are known
+by their names (text, sentence, question …); each line of any other file is a text.
+With --json a line has the text, its class and the probability of every class.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from . import given_texts
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="unihyperlora classify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    given_texts.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(command_line)  # options may stand among the texts
+    console = Console(soft_wrap=True)
+
+    def show(found) -> None:
+        if arguments.json:
+            scores = {label: round(score, 4) for label, score in found.scores.items()}
+            row = {"text": found.text, "label": found.label, "scores": scores}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            label = Text(found.label, style="bold cyan").append(f" {found.score:.2f}  ", style="cyan")
+            console.print(label.append(found.text, style="default"), highlight=False)
+
+    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json", ".csv"), classifier(arguments), show)
+
+
+def classifier(arguments: argparse.Namespace):
+    """A function from texts to what ``tagging.classify`` finds for each."""
+    model = given_texts.load("UniHyperLoraForSequenceClassification", arguments)
+    from ..tagging import classify
+
+    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
+    return lambda texts: classify(model, texts, **sizes)
+
+
+def read_rows(path: Path) -> Iterator[str | tuple[str, str]]:
+    """The texts, or pairs of texts, of a JSON-lines or CSV file."""
+    from ..classification_data import read_file
+
+    for example in read_file(path, needs_label=False):
+        yield example.text if example.pair is None else (example.text, example.pair)

@@ -1,0 +1,91 @@
+"""Find the entities of texts with a trained adapter, on any host.
+
+    unihyperlora tag runs/conll --host distilbert-base-uncased "Angela Merkel met Tim Cook."
+    unihyperlora tag runs/conll news.txt --json > entities.jsonl
+
+A line of a .jsonl file has a "text" or a list of "tokens"; each line of any other
+file is a text. With --json a line has the text and its entities: text, type, start
+and end (characters of the text) and score (a probability).
+"""
+
+import argparse
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from . import given_texts
+
+COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="unihyperlora tag",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    given_texts.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(command_line)  # options may stand among the texts
+    console = Console(soft_wrap=True)
+
+    def show(found) -> None:
+        if arguments.json:
+            print(json.dumps(as_json(found), ensure_ascii=False))
+        else:
+            console.print(coloured(found), highlight=False)
+
+    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json"), tagger(arguments), show)
+
+
+def tagger(arguments: argparse.Namespace):
+    """A function from texts to what ``tagging.tag`` finds in each."""
+    model = given_texts.load("UniHyperLoraForTokenClassification", arguments)
+    from ..tagging import tag
+
+    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
+    return lambda texts: tag(model, texts, **sizes)
+
+
+def read_rows(path: Path) -> Iterator[str | list[str]]:
+    """The texts of a JSON-lines file, or the words where its lines have "tokens".
+
+    Raises:
+        DataError: a line has neither, or they are no strings.
+    """
+    from modeling_unihyperlora import DataError
+
+    from ..reading import check_text, json_rows
+
+    for origin, row in json_rows(path, {"text": "Ada Lovelace flew to Lisbon."}):
+        found = row.get("tokens", row.get("text"))
+        is_words = isinstance(found, list) and all(isinstance(word, str) and word for word in found)
+        if not is_words and not isinstance(found, str):
+            raise DataError(
+                f'{origin}: each line needs "text", a string, or "tokens", a list of words; this one has '
+                f"{', '.join(row) or 'nothing'}."
+            )
+        check_text(found if isinstance(found, str) else " ".join(found), "the text", origin)
+        yield found
+
+
+def as_json(found) -> dict[str, object]:
+    """What a line of --json says of one text."""
+    entities = [dataclasses.asdict(entity) | {"score": round(entity.score, 4)} for entity in found.entities]
+    return {"text": found.text, "entities": entities}
+
+
+def coloured(found) -> Text:
+    """The text with each entity in the colour of its type, and the type behind it."""
+    shown, at = Text(), 0
+    for entity in found.entities:
+        colour = COLOURS[zlib.crc32(entity.type.encode()) % len(COLOURS)]
+        shown.append(found.text[at : entity.start])
+        shown.append(entity.text, style=f"bold {colour}").append(f" [{entity.type}]", style=colour)
+        at = entity.end
+    return shown.append(found.text[at:])

@@ -1,0 +1,204 @@
+"""From text to entities, and from text to classes, with a loaded model on any host.
+
+Both decide as the scores of a run are computed: windows that overlap, tags decoded by the rules of the task's scheme,
+entities as seqeval's default mode reads them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from seqeval.metrics.sequence_labeling import get_entities
+from tokenizers import Regex, pre_tokenizers
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from modeling_unihyperlora.errors import DataError
+from modeling_unihyperlora.hosts import window_of
+from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
+from modeling_unihyperlora.words import CUT, load_tokenizer
+
+from .classification_data import Example
+from .classification_inputs import EncodedTexts
+from .ner_data import Sentence
+from .ner_windows import SentenceWindows
+from .tag_schemes import reader_of_tags
+
+_WORDS = pre_tokenizers.Sequence(
+    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(CUT), behavior="isolated")]
+)
+
+
+@dataclass(frozen=True)
+class Entity:
+    """An entity of a text: ``text[start:end]``, its type, and the mean probability of its words' tags."""
+
+    text: str
+    type: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class TaggedText:
+    """A text, its words and the tag of each, and the entities that the tags make."""
+
+    text: str
+    words: list[str]
+    tags: list[str]
+    entities: list[Entity]
+
+
+@dataclass(frozen=True)
+class ClassifiedText:
+    """A text, its likeliest class and the probability of every class."""
+
+    text: str
+    label: str
+    scores: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """The probability of ``label``."""
+        return self.scores[self.label]
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """Where the words of a raw text are, (start, end) each; they are the words that every host's tokenizer makes."""
+    return [span for _, span in _WORDS.pre_tokenize_str(text)]
+
+
+def tag(
+    model: UniHyperLoraPreTrainedModel,
+    texts: Sequence[str | list[str]],
+    *,
+    max_seq_length: int = 128,
+    batch_size: int = 32,
+) -> list[TaggedText]:
+    """Tag texts with the model's active task. A text without a word has no entity.
+
+    Args:
+        model: a model for token classification.
+        texts: raw text, or its words; given words are kept as they are, and offsets are those of the words joined by
+            one blank.
+        max_seq_length: sub-tokens of a window, special ones included; a longer text is read in windows that overlap.
+        batch_size: windows that the host reads at a time.
+
+    Raises:
+        ConfigError: the model has no task of tags, or no word fits into ``max_seq_length``.
+    """
+    joined = [text if isinstance(text, str) else " ".join(text) for text in texts]
+    places = [words_of(text) if isinstance(text, str) else _places(text) for text in texts]
+    words = [[text[start:end] for start, end in at] for text, at in zip(joined, places, strict=True)]
+    labels, scheme = model.labels, model.config.tasks[model.config.active_task].get("scheme")
+    sentences = [Sentence(row, None, f"text {number + 1}") for number, row in enumerate(words)]
+    if not any(words):
+        return [TaggedText(text, [], [], []) for text in joined]
+    tokenizer = _tokenizer_of(model)
+    length = min(max_seq_length, window_of(model.host, tokenizer) or max_seq_length)
+    windows = SentenceWindows(sentences, tokenizer, labels, length, scheme)
+    logits = _scores(model, windows, DataCollatorForTokenClassification(tokenizer), batch_size)
+    read = reader_of_tags(windows.labels, windows.scheme)
+    rows = zip(joined, places, words, windows.tags_of(logits), windows.word_logits(logits), strict=True)
+    return [
+        TaggedText(text, own_words, tags, _entities(text, at, tags, read, _probabilities(scores), windows.labels))
+        for text, at, own_words, tags, scores in rows
+    ]
+
+
+def classify(
+    model: UniHyperLoraPreTrainedModel,
+    texts: Sequence[str | tuple[str, str]],
+    *,
+    max_seq_length: int = 128,
+    batch_size: int = 32,
+) -> list[ClassifiedText]:
+    """Classify texts, or pairs of texts, with the model's active task.
+
+    Args:
+        model: a model for sequence classification.
+        texts: all of them texts, or all of them pairs.
+        max_seq_length: sub-tokens that are read of a text, special ones included; the end of a longer one is left out.
+        batch_size: texts that the host reads at a time.
+
+    Raises:
+        ConfigError: the model has no task of classes, or ``max_seq_length`` leaves no room.
+        DataError: a text is empty, or texts and pairs are mixed.
+    """
+    examples = []
+    for number, text in enumerate(texts):
+        first, second = (text, None) if isinstance(text, str) else text
+        if not first.strip() or (second is not None and not second.strip()):
+            raise DataError(f"Text {number + 1} of {len(texts)} is empty. Leave empty texts out.")
+        examples.append(Example(first, second, None, f"text {number + 1}"))
+    if len({example.pair is None for example in examples}) > 1:
+        raise DataError("Some of the texts are pairs and some are not. Give one kind at a time.")
+    if not examples:
+        return []
+    labels, tokenizer = model.labels, _tokenizer_of(model)
+    length = min(max_seq_length, window_of(model.host, tokenizer) or max_seq_length)
+    inputs = EncodedTexts(examples, tokenizer, labels, length)
+    found = []
+    for example, logits in zip(
+        examples, _scores(model, inputs, DataCollatorWithPadding(tokenizer), batch_size), strict=True
+    ):
+        scores = dict(zip(labels, _probabilities(logits).tolist(), strict=True))
+        found.append(ClassifiedText(example.text, max(scores, key=scores.get), scores))
+    return found
+
+
+def _tokenizer_of(model: UniHyperLoraPreTrainedModel):
+    if model.stream is not None:
+        return model.stream.words.tokenizer
+    return load_tokenizer(model.config.base_model_name_or_path, revision=model.config.base_model_revision or "main")
+
+
+@torch.inference_mode()
+def _scores(model, inputs, collate: Callable, batch_size: int) -> list[np.ndarray]:
+    """Logits of each input, (T, C) or (C,), in order; inputs of like length share a batch."""
+    items = [inputs[number] for number in range(len(inputs))]
+    order = sorted(range(len(items)), key=lambda number: len(items[number]["input_ids"]))
+    found: list[np.ndarray] = [None] * len(items)
+    for numbers in _parts(order, batch_size):
+        batch = collate([items[number] for number in numbers]).to(model.device)
+        for number, row in zip(numbers, model(**batch).logits.float().cpu().numpy(), strict=True):
+            found[number] = row
+    return found
+
+
+def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64."""
+    raised = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
+
+
+def _places(words: list[str]) -> list[tuple[int, int]]:
+    """(start, end) of given words in the text that they make when joined by one blank."""
+    places, at = [], 0
+    for word in words:
+        places.append((at, at + len(word)))
+        at += len(word) + 1
+    return places
+
+
+def _entities(
+    text: str,
+    places: list[tuple[int, int]],
+    tags: list[str],
+    read: Callable[[str], str],
+    probabilities: np.ndarray,
+    labels: list[str],
+) -> list[Entity]:
+    """The entities of one text, from the tag and the probabilities (W, C) of each word."""
+    entities = []
+    for kind, first, last in get_entities([read(found) for found in tags]):
+        start, end = places[first][0], places[last][1]
+        score = np.mean([probabilities[word, labels.index(tags[word])] for word in range(first, last + 1)])
+        entities.append(Entity(text[start:end], kind, start, end, float(score)))
+    return entities
