@@ -1,11 +1,11 @@
-"""Methods to compare with, under the same script, data order and result schema.
+"""Baselines, trained with the same script, data order and result schema.
 
-    probe   the head on a frozen host
-    lora    PEFT's LoRA on the linear layers that the injected update uses (six a block), and the head
-    full    every weight of the host, and the head
+    probe   trains the head on a frozen host
+    lora    trains PEFT's LoRA on the linear layers that the injected update uses (six per block), and the head
+    full    trains every weight of the host, and the head
 
-The head is what transformers' own task model adds to the encoder, with the encoder's pooler where the task model reads
-it: a checkpoint often has none, and transformers then draws a random one.
+The head is what transformers' task model adds to the encoder. It includes the encoder's pooler if the task model reads
+the pooler: a checkpoint often has no pooler, and transformers then initialises one at random.
 """
 
 import importlib.util
@@ -31,14 +31,14 @@ _PEFT_TASK_TYPES = {"token_classification": "TOKEN_CLS", "sequence_classificatio
 
 
 def make_baseline(method: str, task_type: str, host: str, labels: list[str], lora_r: int = 8, **kwargs) -> nn.Module:
-    """A task model on a host, in float32, of which only what the method trains has a gradient.
+    """Make a task model on a host, in float32; only the weights that the method trains require a gradient.
 
     Args:
         method: one of ``BASELINES``.
         task_type: "token_classification" or "sequence_classification".
         host: Hub id or folder.
         labels: names of the ids 0 … C-1.
-        lora_r: rank of LoRA; its alpha is twice the rank, as is usual, and it has no dropout of its own.
+        lora_r: rank of LoRA; alpha is twice the rank, as usual, and LoRA itself has no dropout.
         **kwargs: ``revision``, ``cache_dir``, ``token``.
 
     Raises:
@@ -54,7 +54,7 @@ def make_baseline(method: str, task_type: str, host: str, labels: list[str], lor
             f"The host '{host}' cannot be loaded for --method {method} ({reason}). Check its name, and that it has no "
             "head for other labels."
         ) from error
-    model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever its signature promises
+    model.accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever its signature says
     if method == "lora":
         return _with_lora(model, task_type, lora_r)
     if method == "probe":
@@ -65,7 +65,7 @@ def make_baseline(method: str, task_type: str, host: str, labels: list[str], lor
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a task model that are no part of the encoder's embeddings and blocks, by name."""
+    """Name → module, for the modules of a task model outside the encoder's embeddings and blocks."""
     encoder = model.base_model
     outside = {name: module for name, module in model.named_children() if module is not encoder}
     if getattr(encoder, "pooler", None) is not None:
@@ -74,18 +74,21 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = None) -> dict[str, int | float | None]:
-    """Figures that a baseline has; what it lacks is left out.
+    """Sizes and costs of a baseline; figures that the method does not have are left out.
 
     Args:
-        model: as ``make_baseline`` returned it.
+        model: a model from ``make_baseline``.
         method: one of ``BASELINES``.
-        folder: where it was saved, if it was.
+        folder: where the model was saved, if it was.
 
     Returns:
-        ``trainable_parameters``; ``head_bytes`` of the float32 head; ``extra_ram_mb``: what is trained, for it is held
-        beside a host that others use too (for full that is a host of its own); for LoRA also ``flops_overhead_pct`` at
-        128 tokens where it is not merged, and ``adapter_bytes``: PEFT's weights file without the tensors of the head,
-        which are in the same file (None without ``folder``); for full these are the model's file without the head.
+        ``trainable_parameters``.
+        ``head_bytes``: bytes of the float32 head.
+        ``extra_ram_mb``: memory of the trained weights, which are held beside a shared host (for full, these are a
+        whole host of its own).
+        ``flops_overhead_pct`` (LoRA only): at 128 tokens, with LoRA not merged.
+        ``adapter_bytes`` (LoRA and full, None without ``folder``): bytes of PEFT's or the model's weights file
+        without the tensors of the head.
     """
     head_bytes = _head_bytes(model, method)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -106,7 +109,7 @@ def measure_baseline(model: nn.Module, method: str, folder: str | Path | None = 
 def check_baseline_budget(
     model: nn.Module, method: str, max_bytes: int | None, max_flops_overhead_pct: float | None
 ) -> None:
-    """Raise ``BudgetError`` with the numbers if a baseline is over a budget that was asked for; None is no limit."""
+    """Raise ``BudgetError`` with the numbers if a baseline is over budget; None means no limit."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     size = trained - _head_bytes(model, method)
     overhead = _lora_flops_overhead_pct(model) if method == "lora" else 0.0
@@ -118,15 +121,15 @@ def check_baseline_budget(
         bytes_allowed = "any number" if max_bytes is None else f"{max_bytes:,}"
         share_allowed = "any number" if max_flops_overhead_pct is None else f"{max_flops_overhead_pct:g} %"
         raise BudgetError(
-            f"--method {method} is over budget: {size:,} bytes beside the head of {bytes_allowed} allowed, "
-            f"{overhead:.2f} % extra multiply-adds of {share_allowed} allowed. Use a smaller --lora_r or another "
+            f"--method {method} is over budget: {size:,} bytes without the head ({bytes_allowed} allowed), "
+            f"{overhead:.2f} % extra multiply-adds ({share_allowed} allowed). Use a smaller --lora_r or another "
             "method, or raise budget_constraints (--max_adapter_bytes, --max_flops_overhead_pct).",
             excess=over,
         )
 
 
 def require_peft() -> None:
-    """Raise ``ConfigError`` where PEFT is not installed."""
+    """Raise ``ConfigError`` if PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("--method lora needs PEFT, which is not installed: pip install 'unihyperlora[baselines]'.")
 
@@ -154,7 +157,7 @@ def _head_bytes(model: nn.Module, method: str) -> int:
 
 
 def _lora_flops_overhead_pct(model: nn.Module, sequence_length: int = 128) -> float:
-    """Multiply-adds a token of the factors over those of the host's linear layers and attention, in per cent."""
+    """LoRA's multiply-adds per token, in per cent of those of the host's linear layers and attention."""
     factors = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     host = encoder_of(model.get_base_model())
     twice = sum(module.base_layer.weight.numel() for module in host.modules() if hasattr(module, "base_layer"))
@@ -163,7 +166,7 @@ def _lora_flops_overhead_pct(model: nn.Module, sequence_length: int = 128) -> fl
 
 
 def _lora_bytes(path: Path) -> int:
-    """Size of PEFT's weights file less the tensors in it that are none of LoRA's."""
+    """Bytes of PEFT's weights file, without the tensors that do not belong to LoRA."""
     with safe_open(path, framework="pt") as file:
         others = [file.get_tensor(name) for name in file.keys() if ".lora_" not in name]
     return path.stat().st_size - sum(tensor.numel() * tensor.element_size() for tensor in others)

@@ -1,8 +1,8 @@
-"""Controls for a score on another host: the adapter as it is, but lined up with that host wrongly.
+"""Controls for zero-shot scores: copies of an adapter whose alignment with the new host is wrong on purpose.
 
-What such an adapter still scores is owed to its head and its calibration alone, not to what it knows of the text. Each
-control is an adapter folder, to be loaded and scored like any other. Letters: K knots, N anchors, d host width, D
-canonical width.
+The score of a control shows how much the head and the calibration reach without a meaningful alignment. Each control
+is an adapter folder, to be loaded and scored like any other. Letters: K knots, N anchors, d host width, D canonical
+width.
 """
 
 import json
@@ -22,15 +22,15 @@ from modeling_unihyperlora.words import WordReader, load_tokenizer
 
 
 def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> Path:
-    """Save the adapter with its anchors' coordinates dealt to other anchors: what is left without the alignment.
+    """Save the adapter with its coordinates shuffled among the anchors, so that no alignment is left.
 
     Args:
         adapter: folder of a stream adapter.
-        folder: where the control is saved.
-        seed: of the order.
+        folder: where to save the control.
+        seed: random seed of the order.
 
     Raises:
-        AdapterFileError, ConfigError: no stream adapter there.
+        AdapterFileError, ConfigError: ``adapter`` is not a stream adapter.
     """
     loaded = _load(adapter)
     coordinates = loaded.space.canonical()
@@ -39,20 +39,19 @@ def shuffle_anchors(adapter: str | Path, folder: str | Path, seed: int = 0) -> P
 
 
 def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, tokenizer=None, seed: int = 0) -> Path:
-    """Save the adapter with random projections of a host's own anchor states as its anchors' coordinates.
+    """Save the adapter with random projections of a host's own anchor states as coordinates of its anchors.
 
-    The host then fits the coordinates well, but along axes that mean nothing to the adapter: what is left of an
-    alignment that only looks good.
+    The host then fits the coordinates well, but the axes mean nothing to the adapter: the alignment only looks good.
 
     Args:
         adapter: folder of a stream adapter.
-        folder: where the control is saved.
-        host: the host on which the control is going to be scored: folder, Hub id, or loaded encoder.
-        tokenizer: the host's fast tokenizer; loaded by the host's name when None.
-        seed: of the projections, one a knot.
+        folder: where to save the control.
+        host: the host that will score the control: folder, Hub id, or loaded encoder.
+        tokenizer: the host's fast tokenizer; by default loaded by the host's name.
+        seed: random seed of the projections, one per knot.
 
     Raises:
-        AdapterFileError, ConfigError: no stream adapter there.
+        AdapterFileError, ConfigError: ``adapter`` is not a stream adapter.
         HostError: the host or its tokenizer cannot be loaded.
     """
     loaded = _load(adapter)
@@ -66,9 +65,9 @@ def random_map(adapter: str | Path, folder: str | Path, host: str | nn.Module, t
 
 
 def random_coordinates(states: torch.Tensor, width: int, seed: int) -> torch.Tensor:
-    """Random projections of standardised states, of unit variance: (K, N, d) → (K, N, width).
+    """Random projections of standardised states, with unit variance: (K, N, d) → (K, N, width).
 
-    An anchor that the host cannot read (NaN) gets zeros; no calibration on this host uses it.
+    An anchor that the host cannot read (NaN) gets zeros; a calibration on this host does not use it.
     """
     generator = torch.Generator().manual_seed(seed)
     readable = torch.isfinite(states).all(dim=-1).all(dim=0)

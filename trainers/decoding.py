@@ -1,8 +1,8 @@
-"""From scores to tags: the best sequence of tags that the scheme allows, over a whole sentence.
+"""Decoding: find the best sequence of tags that the scheme allows, over a whole sentence.
 
-In IOB2 an I-X only follows B-X or I-X, and the other schemes have such rules too. Taking each word's best tag on its
-own breaks them now and then, and a broken entity is a wrong one; the Viterbi algorithm (Viterbi 1967) finds the best
-sequence that keeps them. The rules are those of sentences: what a host read in several windows is put together first.
+In IOB2 an I-X only follows B-X or I-X, and the other schemes have similar rules. Taking the best tag of each word
+alone sometimes breaks the rules, and a broken entity counts as wrong. The Viterbi algorithm (Viterbi 1967) finds the
+best sequence that keeps the rules. They apply to sentences, so the scores of a sentence's windows are joined first.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ IGNORED = -100  # the label that cross-entropy and the scores skip
 
 
 def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """``preprocess_logits_for_metrics``: the logits (B, T, C) alone, which are decoded once all windows are there."""
+    """``preprocess_logits_for_metrics``: keep the logits (B, T, C); decoding follows when all windows are scored."""
     return (logits[0] if isinstance(logits, tuple) else logits).float()
 
 
@@ -30,7 +30,7 @@ class Rules(NamedTuple):
 
 
 def rules_of(labels: Sequence[str], scheme: str | None) -> Rules:
-    """The rules of a scheme for labels of these names."""
+    """The rules of a scheme for a list of C labels."""
     meaning = tags_of_labels(labels, scheme)
     tags = [meaning[label] for label in labels]
     return Rules(
@@ -41,9 +41,9 @@ def rules_of(labels: Sequence[str], scheme: str | None) -> Rules:
 
 
 def decode(logits: np.ndarray, rules: Rules) -> np.ndarray:
-    """The best tags of a sentence that the rules allow: logits (W, C) → ids (W,).
+    """The best sequence of tags that the rules allow: logits (W, C) → ids (W,), for W words.
 
-    Where the rules allow no sequence at all (IOBES without an O, one word, and no S tag) each word gets its best tag.
+    If the rules allow no sequence (one word in IOBES without O and S tags, say), each word gets its best tag.
     """
     best = logits.argmax(axis=-1)
     if not len(best) or (rules.begin[best[0]] and rules.end[best[-1]] and rules.follow[best[:-1], best[1:]].all()):
@@ -54,7 +54,7 @@ def decode(logits: np.ndarray, rules: Rules) -> np.ndarray:
 
 
 def viterbi(scores: np.ndarray, rules: Rules) -> np.ndarray | None:
-    """The best allowed path, log-probabilities (W, C) → ids (W,); None where no path is allowed."""
+    """The best allowed sequence: log-probabilities (W, C) → ids (W,); None if no sequence is allowed."""
     begin, follow, end = (np.where(allowed, 0.0, -np.inf) for allowed in rules)
     total = scores[0] + begin
     came_from = []

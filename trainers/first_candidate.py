@@ -1,8 +1,8 @@
-"""The state before the first step as one of the checkpoints that the best is chosen from.
+"""Makes the state before the first step a candidate for the best checkpoint.
 
-The Trainer's --load_best_model_at_end compares checkpoints that training made. Where training starts from something
-that works already, as δθ does on a new host, the start itself has to be among them: else a run that only does harm
-ends with the least harmful checkpoint.
+The Trainer's --load_best_model_at_end compares only checkpoints that training wrote. When the starting point already
+works, as with δθ on a new host, it must be a candidate too. Otherwise a run that only makes the model worse would end
+with the least bad checkpoint.
 """
 
 from pathlib import Path
@@ -12,10 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class StartIsACandidate(TrainerCallback):
-    """Evaluates and saves checkpoint-0; a later checkpoint has to be better to be taken instead.
-
-    A resumed run has this behind it.
-    """
+    """Evaluates and saves checkpoint-0 at the start of training; a resumed run skips this."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -25,5 +22,5 @@ class StartIsACandidate(TrainerCallback):
             return
         self.trainer._determine_best_metric(self.trainer.evaluate(), trial=None)
         self.trainer._save_checkpoint(self.trainer.model, trial=None)
-        # The Trainer takes a best step of 0 for none, so it does not note this itself.
+        # The Trainer reads a best step of 0 as "no best step", so it does not set this itself.
         state.best_model_checkpoint = str(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-0")

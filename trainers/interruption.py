@@ -1,7 +1,7 @@
-"""Nothing lost: SIGTERM saves before it leaves, and only a checkpoint that was written to its end is resumed from.
+"""Interrupted training: SIGTERM saves a checkpoint before the process exits; only complete checkpoints are resumed.
 
-transformers' own --enable_jit_checkpoint waits three seconds, may save in the middle of a step, and lets the script
-go on as if training had come to its end; so it is not used.
+transformers has --enable_jit_checkpoint for this. It is not used here: it waits three seconds, may save in the middle
+of a step, and lets the script continue as if training were finished.
 """
 
 import json
@@ -22,14 +22,14 @@ from .unusable import check_trainer
 
 logger = logging.getLogger(__name__)
 
-EXIT_STATUS = 128 + signal.SIGTERM  # a shell's word for a process that SIGTERM ended
+EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
 
 
 class SaveOnSigterm(TrainerCallback):
-    """After SIGTERM: ends the step, saves a checkpoint, and leaves with status 143.
+    """After SIGTERM: finishes the step, saves a checkpoint, and exits with status 143.
 
-    Outside of the steps (before the first one, or while the result is written) SIGTERM ends the process at once.
-    All processes of a launch stop at the same step, whichever of them was told.
+    Outside training steps (before the first step, or while results are written) SIGTERM ends the process at once. All
+    processes of a launch stop at the same step, whichever process received the signal.
     """
 
     def __init__(self, trainer: Trainer):
@@ -41,7 +41,7 @@ class SaveOnSigterm(TrainerCallback):
         self.asked = False
         try:
             self._before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # a thread that is not the main one gets no signals
+        except ValueError:  # only the main thread can receive signals
             self._before = None
 
     def _ask(self, number, frame):
@@ -59,22 +59,22 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.asked:
-            logger.warning("Saved checkpoint-%d; --resume_from_checkpoint true goes on from it.", state.global_step)
+            logger.warning("Saved checkpoint-%d; --resume_from_checkpoint true resumes from it.", state.global_step)
             self.trainer.accelerator.wait_for_everyone()
             raise SystemExit(EXIT_STATUS)
 
     def restore(self) -> None:
-        """Give SIGTERM back to whoever had it."""
+        """Restore the earlier handler of SIGTERM."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
 
 class SafeTrainer(Trainer):
-    """A ``Trainer`` that SIGTERM makes save, that resumes from complete checkpoints only, and that drops no argument.
+    """A ``Trainer`` that saves at SIGTERM, resumes from complete checkpoints only, and ignores no argument.
 
     Raises:
-        ConfigError: an argument cannot be honoured; nothing is written then.
+        ConfigError: an argument cannot be honoured; raised before anything is written.
     """
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs):
@@ -84,14 +84,14 @@ class SafeTrainer(Trainer):
             super().__init__(model=model, args=args, **kwargs)
         except UniHyperLoraError:
             raise
-        except (ValueError, ImportError) as error:  # of arguments that do not go together
+        except (ValueError, ImportError) as error:  # arguments that contradict each other
             raise ConfigError(f"The Trainer cannot be set up: {' '.join(str(error).split())}") from error
         self._saves_checkpoint = False
         self._on_sigterm = SaveOnSigterm(self)
         self.add_callback(self._on_sigterm)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``Trainer.train``; True is the last complete checkpoint, or the beginning where there is none."""
+        """As ``Trainer.train``; True resumes from the last complete checkpoint, or starts anew if there is none."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
         if resume_from_checkpoint and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -102,7 +102,7 @@ class SafeTrainer(Trainer):
             self._on_sigterm.restore()
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """None more where the last step was taken before the run was interrupted; the Trainer would take another."""
+        """Run an epoch, unless the interrupted run had taken its last step: the Trainer would take one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -110,7 +110,7 @@ class SafeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:  # what an earlier run left there must not make a half-written one look whole
+        if self.args.should_save:  # an earlier run's state must not make a half-written checkpoint look complete
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = True
@@ -124,16 +124,16 @@ class SafeTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"lr_scheduler_type {self.args.lr_scheduler_type.value} cannot be used so ({first_line(error)}). "
-                "Correct lr_scheduler_kwargs, or choose another, such as linear."
+                f"lr_scheduler_type {self.args.lr_scheduler_type.value} does not accept its settings "
+                f"({first_line(error)}). Correct lr_scheduler_kwargs, or choose another scheduler, such as linear."
             ) from error
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """A checkpoint with tensors that this model does not have is of another one; transformers only warns."""
+        """Refuse a checkpoint with tensors that this model does not have; transformers only warns."""
         if load_result.unexpected_keys:
             raise ConfigError(
-                "The checkpoint is of another model or --method: it holds tensors that this one does not have "
-                f"({', '.join(load_result.unexpected_keys[:3])}). Give one that this run has written."
+                "The checkpoint belongs to another model or --method: it holds tensors that this model does not have "
+                f"({', '.join(load_result.unexpected_keys[:3])}). Give a checkpoint that this run wrote."
             )
         super()._issue_warnings_after_load(load_result)
 
@@ -143,11 +143,12 @@ class SafeTrainer(Trainer):
         except KeyError as error:
             known = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_")))
             raise ConfigError(
-                f"metric_for_best_model {self.args.metric_for_best_model} is not what the evaluation reports: {known}."
+                f"The evaluation does not report metric_for_best_model {self.args.metric_for_best_model}. Choose one "
+                f"of: {known}."
             ) from error
 
     def _get_dataloader(self, dataset, description: str, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        """As there; dataloader_drop_last is for training, and what is evaluated is evaluated whole."""
+        """As in ``Trainer``, but dataloader_drop_last applies to training only: evaluation reads all data."""
         asked = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = asked and is_training
         try:
@@ -157,11 +158,11 @@ class SafeTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the Trainer's state, which says that all is there, comes next
+        self.accelerator.wait_for_everyone()  # the Trainer's state comes next; it marks a complete checkpoint
 
 
 def resumable(folder: str | Path) -> str | None:
-    """What to resume from in an output folder; None, with a warning, for the beginning."""
+    """The last complete checkpoint in an output folder; None, with a warning, if there is none."""
     found = last_complete_checkpoint(folder)
     if found is None:
         logger.warning("There is no complete checkpoint in %s: training starts from the beginning.", folder)
@@ -169,9 +170,9 @@ def resumable(folder: str | Path) -> str | None:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint was written at, whatever its folder is called; None if it is not complete.
+    """The step at which a checkpoint was saved, whatever its folder's name; None if it is incomplete.
 
-    The Trainer's state, which says it, is written last, and is taken away before a checkpoint is written over.
+    The step is in the Trainer's state. That file is written last, and deleted before a checkpoint is overwritten.
     """
     try:
         step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
@@ -181,32 +182,32 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint was written completely."""
     return step_of(checkpoint) is not None
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint of the most steps in an output folder; None if there is none.
+    """The complete checkpoint with the most steps in an output folder; None if there is none.
 
-    A renamed one is told by the schedule's state, which the folder of a finished run does not have.
+    A renamed checkpoint is recognised by the scheduler's state, which the folder of a finished run does not have.
     """
     folders = sorted(path for path in Path(folder).glob("*") if path.is_dir())
     named = {path for path in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)}
     found = [path for path in folders if path in named or (path / SCHEDULER_NAME).is_file()]
     steps = {path: step for path in found if (step := step_of(path)) is not None}
     for path in sorted(named - steps.keys()):
-        logger.warning("%s was not written to its end; it is passed over.", path)
+        logger.warning("%s is incomplete and is skipped.", path)
     return max(steps, key=steps.get, default=None)
 
 
 def check_training_state(checkpoint: Path) -> None:
-    """Raise ``ConfigError`` where a checkpoint lacks the state of the optimiser or the schedule.
+    """Raise ``ConfigError`` if a checkpoint lacks the state of the optimiser or the scheduler.
 
-    The Trainer would begin both anew in silence.
+    The Trainer would silently start both anew.
     """
     missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (checkpoint / name).is_file()]
     if checkpoint.is_dir() and missing:
         raise ConfigError(
-            f"{checkpoint} is no checkpoint to resume from: it has no {' and no '.join(missing)}, as with "
-            "save_only_model. Give another, or start a new run from its adapter (--adapter)."
+            f"Training cannot resume from {checkpoint}: it has no {' and no '.join(missing)}, as with "
+            "save_only_model. Give another checkpoint, or start a new run from its adapter (--adapter)."
         )

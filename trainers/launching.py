@@ -1,6 +1,6 @@
-"""What a launcher of several processes does to an adapter, and how its checkpoints stay the adapter alone.
+"""Training on several processes: ZeRO-3 and FSDP shard all weights, those of the adapter and those of the host.
 
-ZeRO-3 and FSDP share all weights out over the processes, those of the adapter with those of its host.
+The functions here gather the adapter's weights, so that a checkpoint holds the adapter and nothing else.
 """
 
 import contextlib
@@ -17,15 +17,16 @@ except ImportError:  # a torch that was built without torch.distributed
 
 
 def processes() -> int:
-    """How many processes a launcher has started for this run."""
+    """Number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Within it every process has all of the module's weights, to read or to set alike in all of them.
+    """Gather the module's weights: inside the context every process holds all of them.
 
-    All processes have to come here together. It is nothing where the weights are not shared out.
+    All processes must enter together, and any change must be the same in all of them. Without sharded weights the
+    context does nothing.
     """
     parameters = list(module.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):  # ZeRO-3
@@ -34,16 +35,16 @@ def whole(module: nn.Module) -> Iterator[None]:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             yield
         return
-    shared = [  # FSDP
+    sharded = [  # FSDP
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
     ]
-    for owner, name, parameter in shared:
+    for owner, name, parameter in sharded:
         owner.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))
     yield
-    for owner, name, parameter in shared:
+    for owner, name, parameter in sharded:
         value = owner.get_parameter(name).detach()
         with torch.no_grad():
             parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
@@ -51,6 +52,6 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def fill_in_frozen(module: nn.Module, state_dict: dict[str, torch.Tensor], *_) -> None:
-    """Of a model that loads a state without its frozen weights: they stay what they are."""
+    """Pre-hook for loading a state without the frozen weights: add them from the module, so that they stay."""
     for name, value in module.state_dict().items():
         state_dict.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The folder of a run: checked before the run starts, and its ``all_results.json`` at the end."""
+"""Output folder of a run: checks before the run starts, and ``all_results.json`` at its end."""
 
 import hashlib
 import json
@@ -38,46 +38,46 @@ RESULT_KEYS = (
 
 
 def require_writable(folder: str | Path) -> None:
-    """Raise ``ConfigError`` if ``folder`` cannot be written or made; nothing is made yet."""
+    """Raise ``ConfigError`` if ``folder`` cannot be written or created; does not create it."""
     if not str(folder):
         raise ConfigError("The output folder has no name. Give --output_dir FOLDER.")
     existing = Path(folder).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise ConfigError(f"The output folder {folder} cannot be made: {existing} is a file. Choose another.")
+        raise ConfigError(f"The output folder {folder} cannot be created: {existing} is a file. Choose another.")
     try:
         os.rmdir(tempfile.mkdtemp(dir=existing))
-    except OSError as error:  # no permission, a full disk, a file system that is only read
+    except OSError as error:  # no permission, a full disk, or a read-only file system
         raise ConfigError(
             f"The output folder {folder} cannot be written ({error.strerror} at {existing}). Choose another."
         ) from error
 
 
 def require_unused(folder: str | Path, resumed: str | Path | None = None, but_checkpoints: bool = False) -> None:
-    """Raise ``ConfigError`` if a folder holds what another training left, which a new one would overwrite.
+    """Raise ``ConfigError`` if a folder holds files of another training run, which a new run would overwrite.
 
     Args:
-        resumed: the checkpoint that the run goes on from; one in this folder makes it the same training.
-        but_checkpoints: let checkpoints be, none of which is complete where a run was to be resumed and is not.
+        resumed: the checkpoint to resume from; if it is in this folder, the folder belongs to the same training run.
+        but_checkpoints: allow checkpoints: the run was asked to resume, but none of them is complete.
     """
     left = [path for path in trainings_in(folder) if path.is_file() or not but_checkpoints]
     if left and (resumed is None or Path(folder).resolve() not in Path(resumed).resolve().parents):
         raise ConfigError(
-            f"The output folder {folder} holds another training ({', '.join(path.name for path in left[:3])}). Choose "
-            "another --output_dir, go on with --resume_from_checkpoint true, or give --overwrite_output_dir."
+            f"The output folder {folder} holds another training run ({', '.join(path.name for path in left[:3])}). "
+            "Choose another --output_dir, resume with --resume_from_checkpoint true, or give --overwrite_output_dir."
         )
 
 
 def trainings_in(folder: str | Path) -> list[Path]:
-    """The weights and the checkpoints that trainings have left in a folder, whatever the method."""
+    """Weights and checkpoints of earlier training runs in a folder, whatever the method."""
     checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and any(path.iterdir())]
     weights = [Path(folder) / name for name in ("model.safetensors", "adapter_model.safetensors")]
     return [path for path in weights if path.exists()] + sorted(checkpoints)
 
 
 def delete_checkpoints(folder: str | Path, keep: Sequence[str | Path | None]) -> None:
-    """Delete the checkpoints of another training, but those that this one starts from."""
+    """Delete the checkpoints of another training run, except those in ``keep``, from which this run starts."""
     kept = [Path(path).resolve() for path in keep if path is not None]
     for path in trainings_in(folder):
         if path.is_dir() and (path / TRAINER_STATE_NAME).is_file() and path.resolve() not in kept:
@@ -85,18 +85,18 @@ def delete_checkpoints(folder: str | Path, keep: Sequence[str | Path | None]) ->
 
 
 def process_costs() -> dict[str, float | None]:
-    """What this process has taken so far; None where the system does not say (Windows).
+    """Memory and CPU time that this process has used so far; None if the system does not report them (Windows).
 
     Returns:
-        ``peak_memory_mb``: most memory that was resident. Pages of files that are read through a memory map count as
-        long as the system keeps them. ``cpu_seconds``: of all threads, from the start of the process.
+        ``peak_memory_mb``: peak resident memory; pages of memory-mapped files count while the system keeps them.
+        ``cpu_seconds``: CPU time of all threads since the process started.
     """
     try:
         import resource
     except ImportError:
         return {"peak_memory_mb": None, "cpu_seconds": None}
     used = resource.getrusage(resource.RUSAGE_SELF)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return {
         "peak_memory_mb": round(used.ru_maxrss * unit / 1e6, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
@@ -104,9 +104,9 @@ def process_costs() -> dict[str, float | None]:
 
 
 def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str, object]:
-    """Write ``all_results.json``: ``metrics``, and None for each of ``RESULT_KEYS`` that is not among them.
+    """Write ``all_results.json``: ``metrics``, and None for each missing key of ``RESULT_KEYS``.
 
-    A figure that is not finite becomes None too, since JSON has no word for it.
+    A value that is not finite becomes None too, because JSON cannot write it.
     """
     results = dict.fromkeys(RESULT_KEYS) | {name: _finite(value) for name, value in metrics.items()}
     write_json(Path(folder) / "all_results.json", results)
@@ -116,12 +116,13 @@ def write_results(folder: str | Path, metrics: Mapping[str, object]) -> dict[str
 def write_arguments(
     folder: str | Path, arguments: Mapping[str, object], name: str, splits: Mapping[str, Sequence[object]]
 ) -> None:
-    """Write ``run_arguments.json``: every argument but secrets, and which sentences the run read.
+    """Write ``run_arguments.json``: all arguments except secrets, and a digest of the data that the run read.
 
     Args:
-        arguments: flat, argument → value.
-        name: of the data set.
-        splits: split → its sentences (dataclasses); kept as their number and a SHA-256 over all but their origin.
+        arguments: argument → value.
+        name: name of the data set.
+        splits: split → its sentences (dataclasses). The file records their number, and a SHA-256 over all their
+            fields except ``origin``.
     """
     kept = {key: value for key, value in arguments.items() if not key.endswith("token")}
     data = {split: {"sentences": len(rows), "sha256": _digest(rows)} for split, rows in splits.items()}

@@ -1,10 +1,10 @@
-"""Run configurations in the schema of the paper, turned into arguments of the script.
+"""Reads run configurations in the paper's schema and turns them into command-line arguments.
 
-A run configuration is one YAML file, or the name METHOD-iter1-DATASET: then it is made from ``common.yaml``,
-``dataset/DATASET.yaml`` and ``method/METHOD.yaml`` of one folder, of which the later wins.
+A run configuration is a YAML file, or a name METHOD-iter1-DATASET. The name stands for ``common.yaml``,
+``dataset/DATASET.yaml`` and ``method/METHOD.yaml`` of one folder; later files override earlier ones.
 
 Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py`` or
-``scripts/run_classification.py``, in front of what the user typed, so that the command line wins.
+``scripts/run_classification.py``. It is placed before the user's own arguments, so that the command line wins.
 """
 
 import difflib
@@ -29,20 +29,20 @@ from .search_space import knobs_of
 logger = logging.getLogger(__name__)
 
 BYTES_A_MEGABYTE = 1_000_000
-RUNS = Path(__file__).parents[1] / "hub_configs" / "runs"  # of a checkout: where a name without a folder is looked up
-BETWEEN = "-iter1-"  # a method and a data set, in the name of a run
-DELTA_GROUP = "adapter.bias_delta"  # the paper's name of δθ among the parameter groups
+RUNS = Path(__file__).parents[1] / "hub_configs" / "runs"  # default folder of names, in a checkout
+SEPARATOR = "-iter1-"  # separates method and data set in the name of a run
+DELTA_GROUP = "adapter.bias_delta"  # the paper's name for the parameter group of δθ
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run-config file says.
+    """Content of a run configuration.
 
     Attributes:
         run_id: name of the run.
         arguments: argument of the script → value.
-        metric: of ``evaluation``, "seqeval" where there is none.
-        search: the ``optuna`` block as written, checked; None where there is none.
+        metric: metric of the ``evaluation`` block; "seqeval" by default.
+        search: the ``optuna`` block, checked and otherwise unchanged; None if there is none.
     """
 
     run_id: str
@@ -51,7 +51,7 @@ class RunConfig:
     search: dict[str, Any] | None
 
     def to_command_line(self) -> list[str]:
-        """The arguments as they would be typed."""
+        """The arguments as a command line."""
         typed: list[str] = []
         for name, value in self.arguments.items():
             values = value if isinstance(value, list) else [value]
@@ -61,7 +61,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Key:
-    """One allowed key: the type of its value, the argument that it becomes, and the values it may have."""
+    """An allowed key: type of its value, argument that it becomes, allowed values, conversion to the argument."""
 
     kind: type
     flag: str | None = None
@@ -84,9 +84,9 @@ ADAPTER_KEYS = {
         "space": Key(str, "space"),
         "reader": Key(str, "reader", allowed=tuple(READERS)),
         "reader_bits": Key(int, "reader_bits", allowed=READER_BITS),
-        "quant_bits": Key(int, allowed=(4,)),  # the mixer's; the file format has no other
-        "bias_bits": Key(int, allowed=(4,)),  # of δθ, likewise
-        "freeze_base_adapter": Key(bool),  # these two become train_scope, see _train_scope
+        "quant_bits": Key(int, allowed=(4,)),  # bits of the mixer; the file format has no other
+        "bias_bits": Key(int, allowed=(4,)),  # bits of δθ; the file format has no other
+        "freeze_base_adapter": Key(bool),  # this key and the next become train_scope, see _train_scope
         "train_bias_delta_only": Key(bool),
         "lambda_F": Key(float, "lambda_f"),
         "lambda_Q": Key(float, "lambda_q"),
@@ -165,8 +165,8 @@ def read_run_config(path: str | Path) -> RunConfig:
     """Read and check a run configuration.
 
     Args:
-        path: of its file, or FOLDER/METHOD-iter1-DATASET, which is made from the fragments in the folder. Without a
-            folder it is one of ``hub_configs/runs``.
+        path: a YAML file, or a name FOLDER/METHOD-iter1-DATASET, which is composed from the fragments in FOLDER
+            (``hub_configs/runs`` by default).
 
     Raises:
         ConfigError: a file is missing or unreadable, a key is unknown, a value has the wrong type or contradicts
@@ -178,7 +178,7 @@ def read_run_config(path: str | Path) -> RunConfig:
         if required not in content:
             raise ConfigError(f"{where}: the key '{required}' is missing. Every run needs it.")
     method = content["method"]
-    _check_value(method, SECTIONS["method"], f"{where}: 'method'")  # it decides which adapter keys there are
+    _check_value(method, SECTIONS["method"], f"{where}: 'method'")  # the method decides which adapter keys are allowed
     adapter_keys = ADAPTER_KEYS[method]
     arguments: dict[str, Any] = {}
     _read_section(content, SECTIONS | {"adapter": adapter_keys}, where, "", arguments)
@@ -200,12 +200,12 @@ def read_run_config(path: str | Path) -> RunConfig:
 
 
 def searchable_keys(method: str) -> dict[str, Key]:
-    """Keys of the blocks that a search may vary; see ``search_space.knobs_of``."""
+    """Keys that a search may vary: those of the training block and of the method's adapter block."""
     return SECTIONS["training"] | ADAPTER_KEYS[method]
 
 
 def _read_section(content: Mapping, keys: Mapping, where: str, path: str, arguments: dict[str, Any]) -> None:
-    """Check ``content`` against ``keys``, nested alike; collect what becomes an argument."""
+    """Check ``content`` against ``keys``, block by block; collect the resulting arguments in ``arguments``."""
     for name, value in content.items():
         full = f"{path}.{name}" if path else str(name)
         if name not in keys:
@@ -232,7 +232,7 @@ def _check_value(value: Any, key: Key, what: str) -> None:
 
 
 def _train_scope(adapter: Mapping, training: Mapping, where: str) -> str:
-    """The paper says it three times over; all three must agree."""
+    """Train scope of the run. The paper's schema has three keys for it; all three must agree."""
     frozen = adapter.get("freeze_base_adapter", False)
     delta_only = adapter.get("train_bias_delta_only", False)
     groups = training.get("update_param_groups")
@@ -252,10 +252,11 @@ def _train_scope(adapter: Mapping, training: Mapping, where: str) -> str:
 def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:
     accelerator = hardware.get("accelerator", "auto")
     if accelerator == "gpu" and not torch.accelerator.is_available():
-        raise ConfigError(f"{where}: hardware.accelerator is gpu and there is none here. Set it to auto or cpu.")
+        raise ConfigError(f"{where}: hardware.accelerator is gpu and there is no GPU here. Set it to auto or cpu.")
     if "devices" in hardware and hardware["devices"] != processes():
         logger.warning(
-            "%s is written for %d device(s), this launch has %d: accelerate launch --num_processes sets it.",
+            "%s is written for %d device(s), but this launch has %d. Set the number with accelerate launch "
+            "--num_processes.",
             where,
             hardware["devices"],
             processes(),
@@ -268,23 +269,26 @@ def _hardware(hardware: Mapping, where: str) -> dict[str, Any]:
 
 
 def _per_process(batch_size: int) -> int:
-    """The file's batch is that of a whole step; every process of a launch takes an equal part."""
+    """Batch size of each process: the configuration gives that of a whole step, split evenly over the processes."""
     if batch_size % processes():
-        raise ConfigError(f"training.batch_size={batch_size} cannot be split evenly over {processes()} processes.")
+        raise ConfigError(
+            f"training.batch_size={batch_size} cannot be split evenly over {processes()} processes. Give a multiple "
+            f"of {processes()}."
+        )
     return batch_size // processes()
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """A whole file as it is; a name put together from its fragments."""
+    """Keys and values of a configuration file, or of the fragments that a name stands for."""
     if path.is_file():
         return _load(path)
     folder = path.parent if len(path.parts) > 1 else RUNS
     name = path.name.removesuffix(".yaml")
     if (folder / f"{name}.yaml").is_file():
         return _load(folder / f"{name}.yaml")
-    method, _, dataset = name.partition(BETWEEN)
+    method, _, dataset = name.partition(SEPARATOR)
     if not dataset or not (folder / "common.yaml").is_file():
-        return _load(path)  # which says that it is not there
+        return _load(path)  # raises the error for a missing file
     for kind, chosen in (("dataset", dataset), ("method", method)):
         if not (folder / kind / f"{chosen}.yaml").is_file():
             known = ", ".join(sorted(file.stem for file in (folder / kind).glob("*.yaml")))
@@ -296,7 +300,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two blocks of keys in one, nested alike; the second wins."""
+    """Merge two nested blocks of keys; values of ``above`` win."""
     both = {name: _merged(below[name], above[name]) for name in above if _are_blocks(below.get(name), above[name])}
     return below | above | both
 
@@ -306,7 +310,7 @@ def _are_blocks(*values: Any) -> bool:
 
 
 def _load(path: Path, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """The content of a file, in which each of ``names`` stands for its value."""
+    """Load a YAML file, after replacing each of ``names`` in its text by the name's value."""
     try:
         text = path.read_text(encoding="utf-8")
         for name, value in names.items():
@@ -324,7 +328,7 @@ def _load(path: Path, names: Mapping[str, str] = MappingProxyType({})) -> dict[s
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-5 is a number and a key given twice is an error."""
+    """Reads YAML 1.1 as PyYAML does, but reads 1e-5 as a number and refuses a key that is given twice."""
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]

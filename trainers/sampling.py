@@ -1,24 +1,23 @@
-"""In which order a stream reads its training sentences, and as which host."""
+"""The order in which a stream reads its training sentences, and the view (host or copy) of each sentence."""
 
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 
-OWN_SHARE = 0.5  # of the sentences that are read as the host itself, and not as a copy of it
-TOGETHER = 64  # neighbouring sentences that an epoch has in the same view, so that one product makes it for all
+OWN_SHARE = 0.5  # share of the sentences that are read with the host itself, not with a copy of it
+TOGETHER = 64  # neighbouring sentences that share a view in an epoch, so that one matrix product serves all of them
 
 
 class SentenceSampler(Sampler[int]):
-    """Every sentence once an epoch, in random order, those of a block of ``TOGETHER`` in one of their views at random.
+    """Yields every sentence once an epoch, in random order. Each block of ``TOGETHER`` sentences has one random view.
 
-    What an epoch looks like depends on its number and the seed alone, so that a run that was interrupted sees what it
-    would have seen.
+    The order depends only on the seed and the number of the epoch, so a resumed run reads the same sentences.
 
     Args:
-        sentences: how many there are.
-        views: of a sentence; the first is its host itself, the others are copies.
-        seed: of the run.
+        sentences: number of sentences.
+        views: number of views of a sentence; view 0 is the host itself, the others are copies of it.
+        seed: random seed of the run.
 
     Yields:
         ``view * sentences + index``.

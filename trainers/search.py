@@ -1,11 +1,11 @@
-"""--do_search: each trial is a run of the same command with other values, chosen by Optuna.
+"""Hyperparameter search (--do_search): each trial runs the same command with values that Optuna chooses.
 
-All of it lives in --output_dir: ``search.db`` (Optuna's SQLite storage), ``search.json`` and ``search.html`` (what was
-tried, and Optuna's plots of it), and in the end the run of the best values, as if they had been typed.
+The search writes everything to --output_dir: ``search.db`` (Optuna's SQLite storage), ``search.json`` and
+``search.html`` (the trials and Optuna's plots), and at the end the run with the best values.
 
-A search that was stopped goes on when the same command is given again; the same command in a second process shares
-the work. A trial holds a lock while it runs, which the system takes away from a process that dies: so a trial that
-was killed is known at once, is marked as failed, and its values are tried again.
+Giving the same command again resumes a search that was stopped. Giving it in a second process shares the trials. A
+trial holds a file lock while it runs, and the operating system releases the lock when the process dies. So a killed
+trial is detected at once and marked as failed, and another trial tries its values again.
 """
 
 import argparse
@@ -52,38 +52,39 @@ logger = logging.getLogger(__name__)
 
 STORAGE_NAME = "search.db"
 N_TRIALS = 25
-RANDOM_TRIALS = 8  # before the sampler goes by what it has seen, and the pruner by what others scored
-OVER = (("adapter_bytes", "max_adapter_bytes"), ("flops_overhead_pct", "max_flops_overhead_pct"))
-NOT_PART = {  # of what a search is: they may change before it goes on
+RANDOM_TRIALS = 8  # after these the sampler and the pruner use the scores of earlier trials
+BUDGETS = (("adapter_bytes", "max_adapter_bytes"), ("flops_overhead_pct", "max_flops_overhead_pct"))
+CHANGEABLE = {  # arguments that may change when a search is resumed
     *("do_search", "n_trials", "output_dir", "logging_dir", "run_name", "disable_tqdm", "log_level", "token"),
     *("hub_token", "push_to_hub", "do_predict", "overwrite_output_dir", "dataloader_num_workers"),
 }
-SURVIVED = (RuntimeError, MemoryError, FloatingPointError, ConfigError, AdapterFileError)  # torch's OOM is the first
+# These errors end a trial but not the search. Torch raises RuntimeError when memory runs out.
+TRIAL_ERRORS = (RuntimeError, MemoryError, FloatingPointError, ConfigError, AdapterFileError)
 
 
 class TrialFailed(RuntimeError):
-    """A trial came to no score."""
+    """A trial produced no score."""
 
 
 class UnknownMetric(UniHyperLoraError):
-    """No run reports it, so that further trials would be in vain."""
+    """No run reports the metric of the search, so further trials would be useless."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched.
+    """The settings of a search.
 
     Attributes:
-        task: the kind of task.
-        typed: the command line of a trial, less the values of the knobs.
+        task: kind of task.
+        typed: command-line arguments of every trial, without the hyperparameters.
         folder: --output_dir.
-        knobs: what is varied.
-        metric: of all_results.json.
-        directions: of the score, and of the bytes where they are an objective.
-        n_trials: in all.
-        seed: of the draws.
-        budget: figure of all_results.json → the most that is allowed.
-        facts: what must be the same when the search goes on.
+        knobs: hyperparameters that are varied.
+        metric: name of the score in all_results.json.
+        directions: direction of the score and, if bytes are an objective, of the bytes.
+        n_trials: total number of trials.
+        seed: random seed of the sampler.
+        budget: figure of all_results.json → largest allowed value.
+        facts: settings that must not change when the search is resumed.
     """
 
     task: Task
@@ -98,38 +99,38 @@ class Search:
     facts: dict[str, object]
 
     def command_line(self, values: dict[str, object]) -> list[str]:
-        """That of a run with these values of the knobs."""
+        """Command line of a run with these values of the hyperparameters."""
         return self.typed + [part for knob in self.knobs for part in knob.typed(values[knob.name])]
 
     def lock(self, name: str) -> FileLock:
-        """Held by one process at a time, and by none that is dead."""
+        """A lock that one process holds at a time; the operating system releases it when the process dies."""
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / "locks" / name)
 
     def folder_of(self, trial: Trial | FrozenTrial) -> Path:
-        """Where a trial runs; it is gone when the trial has ended."""
+        """Output folder of a trial; it is deleted when the trial ends."""
         return self.folder / "trials" / f"{trial.number:04d}"
 
 
 def search(task: Task, typed: list[str]) -> dict[str, object]:
-    """Search until there are enough trials, then train the best one into the output folder.
+    """Run all trials, then train with the best values into the output folder.
 
     Returns:
-        The content of that run's ``all_results.json``.
+        The content of the final run's ``all_results.json``.
 
     Raises:
-        ConfigError: a name that no run reads, a range that is not usable, another search in the same folder, or not
-            one trial with a score within the budget.
+        ConfigError: no run reads a hyperparameter, a range is unusable, the folder holds another search, or no trial
+            has a score within the budget.
     """
     plan = plan_of(task, typed)
     study = _open(plan)
-    while (begun := _next_trial(plan, study)) is not None:
-        trial, values, lock = begun
+    while (started := _next_trial(plan, study)) is not None:
+        trial, values, lock = started
         try:
             _run_trial(plan, study, trial, values)
         finally:
             lock.release()
-    with plan.lock("best"):  # of several processes the first trains it, the others wait
+    with plan.lock("best"):  # one process trains the best values, the others wait
         best = _best(plan, study)
         write_report(plan.folder, study, best, plan.metric)
         results_file = plan.folder / "all_results.json"
@@ -137,16 +138,16 @@ def search(task: Task, typed: list[str]) -> dict[str, object]:
             return json.loads(results_file.read_text(encoding="utf-8"))
         logger.info("Best: trial %d, %s %s, %s", best.number, plan.metric, best.values[0], best.params)
         values = {knob.name: best.params[knob.name] for knob in plan.knobs}
-        results = run(task, [*plan.command_line(values), "--overwrite_output_dir", "true"])  # an earlier best
+        results = run(task, [*plan.command_line(values), "--overwrite_output_dir", "true"])  # replaces an earlier best
         study.set_user_attr("trained", best.number)
     return results
 
 
-# ---- what is searched ----
+# ---- the settings ----
 
 
 def plan_of(task: Task, typed: list[str]) -> Search:
-    """The search that the command line and its run config ask for; nothing is written.
+    """Settings of the search that the command line and its run config ask for; writes nothing.
 
     Raises:
         ConfigError
@@ -163,20 +164,20 @@ def plan_of(task: Task, typed: list[str]) -> Search:
         require_unused(training_args.output_dir)
     if training_args.world_size > 1:
         raise ConfigError(
-            "A search is not for a launch of several processes. Start the same command several times instead, with "
-            "one --output_dir: they share the trials."
+            "A search cannot be launched on several processes. Start the same command several times instead, with the "
+            "same --output_dir: the processes share the trials."
         )
     if training_args.resume_from_checkpoint is not None:
-        raise ConfigError("A search goes on by itself where it stopped; leave --resume_from_checkpoint out.")
+        raise ConfigError("A search resumes by itself where it stopped; leave --resume_from_checkpoint out.")
     set_up_logging(training_args, task.script)
 
     block = (read_run_config(model_args.run_config).search if model_args.run_config else None) or {}
     n_trials = block.get("n_trials", N_TRIALS) if n_trials is None else n_trials
     if n_trials < 1:
-        raise ConfigError(f"{n_trials} trials are none; give 1 or more.")
+        raise ConfigError(f"n_trials={n_trials} is not allowed; give 1 or more.")
     knobs = _knobs(block.get("search_space"), rest, model_args, data_args, training_args)
     for knob in knobs:
-        for value in knob.some_values():  # each must be usable
+        for value in knob.some_values():  # checks that each value is usable
             chosen = parse(rest + knob.typed(value), task.arguments)
             check_arguments(*chosen)
             if chosen[0].method == "unihyperlora" and chosen[0].adapter is None:
@@ -184,10 +185,12 @@ def plan_of(task: Task, typed: list[str]) -> Search:
     directions = [block.get("direction", "maximize")]
     if "bytes" in block.get("objectives", []):
         if model_args.method in ("full", "probe"):
-            raise ConfigError(f"--method {model_args.method} has no adapter whose bytes could be an objective.")
+            raise ConfigError(
+                f"--method {model_args.method} has no adapter, so its bytes cannot be an objective. Leave 'bytes' out."
+            )
         directions.append("minimize")
     facts = vars(model_args) | vars(data_args) | training_args.to_sanitized_dict()
-    facts = {name: value for name, value in facts.items() if name not in NOT_PART}
+    facts = {name: value for name, value in facts.items() if name not in CHANGEABLE}
     metric = block.get("metric", "eval_f1")
     facts |= {"search_space": {knob.name: knob.space for knob in knobs}, "metric": metric, "directions": directions}
     return Search(
@@ -199,13 +202,13 @@ def plan_of(task: Task, typed: list[str]) -> Search:
         directions=directions,
         n_trials=n_trials,
         seed=training_args.seed,
-        budget={figure: limit for figure, most in OVER if (limit := getattr(training_args, most)) is not None},
+        budget={figure: limit for figure, most in BUDGETS if (limit := getattr(training_args, most)) is not None},
         facts=json.loads(json.dumps(facts, default=str)),
     )
 
 
 def _default_space(model_args, training_args) -> dict:
-    """What is varied where no run config says."""
+    """The search space to use when the run config gives none."""
     if model_args.method in BASELINES:
         return {name: PAPER_SPACE[name] for name in ("learning_rate", "batch_size")}
     if training_args.train_scope == "delta":
@@ -216,7 +219,7 @@ def _default_space(model_args, training_args) -> dict:
 
 
 def _knobs(space: dict | None, typed: list[str], model_args, data_args, training_args) -> list[Knob]:
-    """Those of the run config, or those of the method by default, less what was typed."""
+    """Hyperparameters to search: from the run config or the method's defaults, without those on the command line."""
     where, method = model_args.run_config or "--do_search", model_args.method
     if space is None:
         space = _default_space(model_args, training_args)
@@ -224,23 +227,25 @@ def _knobs(space: dict | None, typed: list[str], model_args, data_args, training
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in typed if word.startswith("--")}
     fixed = [knob.name for knob in knobs if knob.flag in given]
     if fixed:
-        logger.info("Not searched, since it was typed: %s", ", ".join(fixed))
+        logger.info("Not searched, because the command line sets it: %s", ", ".join(fixed))
     knobs = [knob for knob in knobs if knob.name not in fixed]
     if not knobs:
-        raise ConfigError(f"{where}: nothing is left to search. Leave out the flags of what is to be searched.")
+        raise ConfigError(
+            f"{where}: nothing is left to search. Leave out the flags of the hyperparameters that are to be searched."
+        )
     for knob in knobs:
         if why := _unread(knob.flag, model_args, data_args, training_args):
-            raise ConfigError(f"{where}: 'optuna.search_space.{knob.name}' would not be read: {why}. Leave it out.")
+            raise ConfigError(f"{where}: this run ignores 'optuna.search_space.{knob.name}': {why}. Leave it out.")
     return knobs
 
 
 def _unread(flag: str, model_args, data_args, training_args) -> str | None:
-    """Why this run would not read a flag of the adapter; None where it does, as far as can be told before it."""
+    """Why this run would ignore a flag of the adapter; None if no reason is known before the run."""
     adapter = model_args.adapter is not None
     if adapter and flag in SHAPE_FLAGS:
-        return "it is fixed by --adapter"
+        return "--adapter fixes it"
     if flag in READER_FLAGS and adapter and data_args.task_name is None:
-        return "it is fixed by --adapter, unless --task_name names a new task"
+        return "--adapter fixes it, unless --task_name names a new task"
     if flag in ("fidelity", "reader_learning_rate", *READER_FLAGS) and training_args.train_scope == "delta":
         return "it is for --train_scope task"
     if flag in STREAM_FLAGS and not adapter and not model_args.makes_stream:
@@ -251,13 +256,17 @@ def _unread(flag: str, model_args, data_args, training_args) -> str | None:
 
 
 def _open(plan: Search) -> optuna.Study:
-    """The study in the output folder, a new one or that of an earlier call of the same search."""
+    """Open the study in the output folder, or create it.
+
+    Raises:
+        ConfigError: the folder holds a search with other settings.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with plan.lock("next"):
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{plan.folder / STORAGE_NAME}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
-        # Optuna has no pruning by two objectives.
+        # Optuna cannot prune with two objectives.
         pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS) if len(plan.directions) == 1 else None
         try:
             study = optuna.load_study(study_name="search", storage=storage, pruner=pruner)
@@ -271,8 +280,8 @@ def _open(plan: Search) -> optuna.Study:
         elif known != plan.facts:
             differ = sorted(n for n in {*known, *plan.facts} if known.get(n) != plan.facts.get(n))
             raise ConfigError(
-                f"{plan.folder} holds another search; it differs in {', '.join(differ)}. Give the same command to go "
-                "on with it, or another --output_dir."
+                f"{plan.folder} holds another search; it differs in {', '.join(differ)}. Give the same command to "
+                "resume that search, or another --output_dir."
             )
     return study
 
@@ -281,13 +290,13 @@ def _open(plan: Search) -> optuna.Study:
 
 
 def _next_trial(plan: Search, study: optuna.Study) -> tuple[Trial, dict[str, object], FileLock] | None:
-    """A new trial, its values and the lock that says that it runs; None when there are enough that have ended."""
+    """Start a trial: returns the trial, its values and the lock it holds; None when all trials have ended."""
     while True:
         with plan.lock("next"):
-            _fail_the_lost(plan, study)
+            _fail_killed_trials(plan, study)
             trials = study.get_trials(deepcopy=False)
             running = sum(trial.state == TrialState.RUNNING for trial in trials)
-            ended = sum(map(_counts, trials))
+            ended = sum(map(_has_ended, trials))
             if ended >= plan.n_trials:
                 return None
             if ended + running < plan.n_trials:
@@ -299,16 +308,16 @@ def _next_trial(plan: Search, study: optuna.Study) -> tuple[Trial, dict[str, obj
                 lock = plan.lock(f"trial-{trial.number}")
                 lock.acquire()
                 return trial, {knob.name: knob.suggest(trial) for knob in plan.knobs}, lock
-        time.sleep(1)  # the last ones run in other processes
+        time.sleep(1)  # the last trials run in other processes
 
 
-def _counts(trial: FrozenTrial) -> bool:
-    """It has ended by itself: a trial whose process was killed is tried again instead."""
+def _has_ended(trial: FrozenTrial) -> bool:
+    """Whether a trial counts as done; a killed trial does not, since another trial repeats it."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
 
 
-def _fail_the_lost(plan: Search, study: optuna.Study) -> None:
-    """Trials whose process is dead; each is tried once more, since it may be what killed it."""
+def _fail_killed_trials(plan: Search, study: optuna.Study) -> None:
+    """Mark trials whose process died as failed. Retry each only once: its own values may have killed the process."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         try:
             with plan.lock(f"trial-{trial.number}").acquire(blocking=False):
@@ -325,7 +334,7 @@ def _fail_the_lost(plan: Search, study: optuna.Study) -> None:
 
 
 def _run_trial(plan: Search, study: optuna.Study, trial: Trial, values: dict[str, object]) -> None:
-    """Run it and tell the study how it ended."""
+    """Run a trial and tell the study how it ended."""
     logger.info("Trial %d: %s", trial.number, values)
     folder = plan.folder_of(trial)
     typed = plan.command_line(values) + [
@@ -341,14 +350,14 @@ def _run_trial(plan: Search, study: optuna.Study, trial: Trial, values: dict[str
     try:
         results = run(plan.task, typed, callbacks=[Watch(trial, plan.metric, prunes=len(plan.directions) == 1)])
         score = _score(plan, results)
-    except BudgetError as error:  # infeasible, which the sampler treats apart from what scored badly
+    except BudgetError as error:  # infeasible; the sampler treats this differently from a bad score
         for name, excess in error.excess.items():
             trial.set_constraint(name, excess)
         trial.set_user_attr("over_budget", str(error))
         study.tell(trial, state=TrialState.PRUNED)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-    except SURVIVED as error:
+    except TRIAL_ERRORS as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         logger.warning("Trial %d failed. %s", trial.number, reason)
         trial.set_user_attr("error", reason)
@@ -369,14 +378,14 @@ def _run_trial(plan: Search, study: optuna.Study, trial: Trial, values: dict[str
 def _score(plan: Search, results: dict[str, object]) -> float:
     if plan.metric not in results:
         known = ", ".join(sorted(name for name in results if name.startswith("eval_")))
-        raise UnknownMetric(f"optuna.metric is {plan.metric}, which a run does not report; it reports {known}.")
+        raise UnknownMetric(f"optuna.metric is {plan.metric}, which no run reports; it reports {known}. Choose one.")
     if results[plan.metric] is None or results["eval_loss"] is None:
         raise TrialFailed(f"{plan.metric} {results[plan.metric]}, eval_loss {results['eval_loss']}: not a number")
     return float(results[plan.metric])
 
 
 class Watch(TrainerCallback):
-    """Tells a trial what each evaluation says, and ends one that is below the median or no longer a number."""
+    """Reports each evaluation's score to the trial; stops a trial that is below the median or whose loss is NaN."""
 
     def __init__(self, trial: Trial, metric: str, prunes: bool):
         self.trial, self.metric, self.prunes = trial, metric, prunes
@@ -403,12 +412,15 @@ class Watch(TrainerCallback):
 
 
 def _best(plan: Search, study: optuna.Study) -> FrozenTrial:
-    """The best score within the budget; of several objectives, the best score among those that nothing beats."""
+    """The trial with the best score within the budget; with two objectives, the best score on the Pareto front."""
     trials = study.get_trials(deepcopy=False)
     found = study.best_trials
     if not found:
         reasons = [trial.user_attrs.get("error") or trial.user_attrs.get("over_budget") for trial in trials]
         last = next((reason for reason in reversed(reasons) if reason), "")
-        raise ConfigError(f"Of {len(trials)} trials none came to a score within the budget. The last: {last}")
+        raise ConfigError(
+            f"None of the {len(trials)} trials has a score within the budget. Raise the budget or change the search "
+            f"space. The last trial: {last}"
+        )
     sign = 1 if plan.directions[0] == "maximize" else -1
     return max(found, key=lambda trial: (sign * trial.values[0], -trial.number))

@@ -1,4 +1,4 @@
-"""What a search has found: ``search.json``, and ``search.html`` with Optuna's plots, which opens without a network."""
+"""Report of a search: ``search.json``, and ``search.html`` with Optuna's plots, which opens without a network."""
 
 import html
 import logging
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(folder: Path, study: optuna.Study, best: FrozenTrial, metric: str) -> None:
-    """Write both files.
+    """Write ``search.json`` and ``search.html``.
 
     Args:
-        folder: the search's.
-        study: with at least one trial that has a score.
-        best: which is marked as such.
-        metric: what the first value of a trial is.
+        folder: folder of the search.
+        study: needs at least one trial with a score.
+        best: the best trial.
+        metric: name of the score, the first value of each trial.
     """
     trials = study.get_trials(deepcopy=False)
     content = {
@@ -53,7 +53,7 @@ def write_report(folder: Path, study: optuna.Study, best: FrozenTrial, metric: s
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:
-    """Share of the score's variance that each knob explains (fANOVA); empty where too few trials have a score."""
+    """Share of the score's variance that each hyperparameter explains (fANOVA); empty with too few scores."""
     several = len(study.directions) > 1
     try:
         return optuna.importance.get_param_importances(study, target=(lambda t: t.values[0]) if several else None)
@@ -63,7 +63,7 @@ def _importances(study: optuna.Study) -> dict[str, float]:
 
 
 def _figures(study: optuna.Study, metric: str) -> list:
-    """Optuna's plots, as far as there are trials enough for them."""
+    """Optuna's plots; a plot that needs more trials is left out."""
     plots = optuna.visualization
     several = len(study.directions) > 1
     score = {"target": lambda trial: trial.values[0], "target_name": metric} if several else {"target_name": metric}
@@ -82,6 +82,6 @@ def _figures(study: optuna.Study, metric: str) -> list:
     for plot in wanted:
         try:
             figures.append(plot())
-        except (ValueError, RuntimeError) as error:  # one trial has no importances
+        except (ValueError, RuntimeError) as error:  # for example, importances need several trials
             logger.info("A plot is left out of search.html: %s", error)
     return figures

@@ -1,7 +1,7 @@
-"""What a search may vary, and how: the ``search_space`` of a run config, checked, and what is varied by default.
+"""Search spaces: the default ones, and the checks of a run config's ``search_space``.
 
-A name is a key of the run config's ``adapter`` or ``training`` block (``lambda_F``, ``batch_size``) or a flag of the
-script (``router_learning_rate``, ``reader``). A name that a run would not read is an error.
+A hyperparameter's name is a key of the run config's ``adapter`` or ``training`` block (``lambda_F``, ``batch_size``)
+or a flag of the script (``router_learning_rate``, ``reader``). A name that the run does not read is an error.
 """
 
 import difflib
@@ -19,18 +19,18 @@ PAPER_SPACE = {
     "lambda_F": {"type": "uniform", "low": 0.01, "high": 0.1},
     "lambda_Q": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
     "router_top_k": {"type": "int", "low": 1, "high": 3},
-}  # of an injected update; a baseline has the first two
+}  # for an injected update; a baseline uses the first two
 TASK_SPACE = {
     "learning_rate": {"type": "loguniform", "low": 1e-3, "high": 2e-2},
     "batch_size": {"type": "categorical", "choices": [16, 32, 64]},
     "fidelity": {"type": "uniform", "low": 0.5, "high": 1.0},
     "reader": {"type": "categorical", "choices": ["small", "medium", "large"]},
-}  # of a stream's task
+}  # for a task of a stream
 DELTA_SPACE = {
     "learning_rate": {"type": "loguniform", "low": 1e-3, "high": 1e-1},
     "batch_size": {"type": "categorical", "choices": [16, 32, 64]},
     "lambda_Q": {"type": "loguniform", "low": 1e-6, "high": 1e-4},
-}  # of δθ alone
+}  # for δθ alone
 
 _KEYS = {
     "uniform": {"low", "high", "log", "step"},
@@ -50,24 +50,24 @@ INJECTED_FLAGS = (
     "router_learning_rate"
 ).split()
 ADAPTER_FLAGS = [*INJECTED_FLAGS, "lambda_q", "delta_learning_rate", "head_learning_rate", *STREAM_FLAGS]
-SHAPE_FLAGS = "atoms anchor_dim space anchor_file".split()  # fixed once there is an adapter
-READER_FLAGS = ("reader", "reader_bits")  # fixed once there is the task
+SHAPE_FLAGS = "atoms anchor_dim space anchor_file".split()  # fixed once the adapter exists
+READER_FLAGS = ("reader", "reader_bits")  # fixed once the task exists
 
 
 def seed_of_draw(seed: int, trials: int) -> int:
-    """Seed of a sampler that goes on after so many trials: no draw is repeated when a search goes on."""
+    """Seed of a sampler after a number of trials, so that a resumed search repeats no draw."""
     return int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One thing that is varied.
+    """One hyperparameter of the search.
 
     Attributes:
-        name: as the search space calls it.
-        flag: of the script, without dashes.
+        name: its name in the search space.
+        flag: its flag of the script, without dashes.
         space: its distribution, as in the run config.
-        convert: from a value of the space to one of the flag.
+        convert: converts a value of the search space to a value of the flag.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Knob:
     convert: Callable[[Any], Any] | None = None
 
     def suggest(self, trial) -> Any:
-        """The trial's value, in the terms of the space."""
+        """Let the trial choose a value from the distribution."""
         space = {key: value for key, value in self.space.items() if key != "type"}
         kind = self.space["type"]
         if kind == "categorical":
@@ -86,32 +86,32 @@ class Knob:
         return trial.suggest_float(self.name, **space, **({"log": True} if kind == "loguniform" else {}))
 
     def typed(self, value: Any) -> list[str]:
-        """The value as it would be typed."""
+        """The value as command-line arguments."""
         value = self.convert(value) if self.convert else value
         return [f"--{self.flag}", str(value).lower() if isinstance(value, bool) else str(value)]
 
     def some_values(self) -> list[Any]:
-        """The ends of the range, or all choices: what has to be usable for the whole to be."""
+        """Both ends of the range, or all choices; if a run accepts these, it accepts the whole distribution."""
         return list(self.space.get("choices") or (self.space["low"], self.space["high"]))
 
 
 def knobs_of(space: Mapping[str, Any], keys: Mapping[str, Any], method: str, where: str) -> list[Knob]:
-    """The knobs of a search space.
+    """Check a search space and return its hyperparameters.
 
     Args:
         space: name → distribution.
-        keys: of the run config's training and adapter blocks; each a ``run_config.Key``.
-        method: of the run.
-        where: what an error says in front.
+        keys: keys of the run config's training and adapter blocks, as ``run_config.Key``.
+        method: method of the run.
+        where: prefix of error messages.
 
     Raises:
-        ConfigError: a run of this method reads no such name, or its distribution is not usable.
+        ConfigError: a run of this method does not read a name, or a distribution is not usable.
     """
     flags = [*TRAINING_FLAGS, *(ADAPTER_FLAGS if method == "unihyperlora" else ["lora_r"] if method == "lora" else [])]
     named = {
         name: key
         for name, key in keys.items()
-        if key.flag in flags or (key.kind in (int, float) and not key.allowed)  # a size of the method
+        if key.flag in flags or (key.kind in (int, float) and not key.allowed)  # any number that is not fixed
     }
     searchable = sorted({*named, *flags})
     knobs: list[Knob] = []
@@ -120,14 +120,14 @@ def knobs_of(space: Mapping[str, Any], keys: Mapping[str, Any], method: str, whe
         if name not in searchable:
             nearest = difflib.get_close_matches(str(name), searchable, n=1, cutoff=0)[0]
             raise ConfigError(
-                f"{what} is nothing that a run reads, with --method {method}. The nearest name is '{nearest}'; all: "
-                f"{', '.join(searchable)}."
+                f"{what} is unknown: a run with --method {method} does not read it. The nearest name is '{nearest}'; "
+                f"all names: {', '.join(searchable)}."
             )
         _check(distribution, what)
         key = named.get(name)
         knob = Knob(name, (key and key.flag) or name, distribution, key.convert if key else None)
         if knob.flag in (other.flag for other in knobs):
-            raise ConfigError(f"{what} names --{knob.flag} for the second time; keep one of the names.")
+            raise ConfigError(f"{what} is a second name for --{knob.flag}; keep one of the two names.")
         knobs.append(knob)
     return knobs
 
@@ -151,7 +151,7 @@ def _check(space: Any, what: str) -> None:
         usable = all(isinstance(x, numbers) and not isinstance(x, bool) for x in (low, high))
         usable = usable and isinstance(log, bool) and low < high and (not log or low > 0)
         usable = usable and (step is None or (isinstance(step, numbers) and 0 < step <= high - low and not log))
-        whole = " Whole numbers for int." if kind == "int" else ""
-        advice = f"Give low < high (above 0 where log), and a step above 0 or log, not both.{whole}"
+        whole = " The type int needs whole numbers." if kind == "int" else ""
+        advice = f"Give low < high (low > 0 with log), and either a step above 0 or log, not both.{whole}"
     if not usable:
         raise ConfigError(f"{what} has no usable range: {dict(space)!r}. {advice}")

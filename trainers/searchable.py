@@ -1,4 +1,4 @@
-"""``trainer.hyperparameter_search`` of an adapter: the paper's space, a total of trials, no unread name."""
+"""``trainer.hyperparameter_search`` of an adapter: searches the paper's space and refuses names that no run reads."""
 
 from modeling_unihyperlora.errors import BudgetError, ConfigError
 
@@ -6,7 +6,7 @@ from .interruption import SafeTrainer
 from .search_space import ADAPTER_FLAGS, PAPER_SPACE, TRAINING_FLAGS, Knob, knobs_of, seed_of_draw
 from .training_args import UniHyperLoraTrainingArguments
 
-PAPER_ARGUMENTS = {  # training argument → its name in the paper's space; router_top_k is a knob of the adapter
+PAPER_ARGUMENTS = {  # training argument → its name in the paper's space
     "learning_rate": "learning_rate",
     "per_device_train_batch_size": "batch_size",
     "lambda_f": "lambda_F",
@@ -15,7 +15,7 @@ PAPER_ARGUMENTS = {  # training argument → its name in the paper's space; rout
 
 
 class SearchableTrainer(SafeTrainer):
-    """A ``Trainer`` whose ``hyperparameter_search`` keeps to what an adapter's trainer reads."""
+    """A ``Trainer`` whose ``hyperparameter_search`` varies only arguments that an adapter's trainer reads."""
 
     def hyperparameter_search(
         self,
@@ -26,37 +26,37 @@ class SearchableTrainer(SafeTrainer):
         backend: str = "optuna",
         **kwargs,
     ):
-        """As ``Trainer.hyperparameter_search``, on Optuna.
+        """Search training arguments with Optuna; otherwise as ``Trainer.hyperparameter_search``.
 
-        It varies training arguments. An adapter knob (atoms, router_top_k …) is varied by a ``model_init(trial)`` that
-        asks the trial for it. A stream with ``sources`` is not searched here; ``--do_search`` does it.
+        To vary a hyperparameter of the adapter (atoms, router_top_k …), ask the trial for it in ``model_init(trial)``.
+        A stream with ``sources`` cannot be searched here; use ``--do_search``.
 
         Args:
-            hp_space: trial → values of training arguments; the paper's ranges if None.
-            compute_objective: metrics → score. If None ``eval_f1``, or ``eval_loss`` of a Trainer without
+            hp_space: trial → values of training arguments; by default the paper's ranges.
+            compute_objective: metrics → score; by default ``eval_f1``, or ``eval_loss`` if the Trainer has no
                 ``compute_metrics``.
-            n_trials: in all; with ``storage`` and ``study_name``, those of earlier calls are among them.
-            direction: "maximize" or "minimize"; if None the loss is minimised and anything else maximised.
-            backend: Optuna.
-            **kwargs: those of ``optuna.create_study`` and ``Study.optimize``. A trial that fails for want of memory
-                is recorded and survived unless ``catch`` says otherwise.
+            n_trials: total number of trials; with ``storage`` and ``study_name`` it includes those of earlier calls.
+            direction: "maximize" or "minimize"; by default the loss is minimised and any other score maximised.
+            backend: "optuna".
+            **kwargs: passed to ``optuna.create_study`` and ``Study.optimize``. By default a trial that runs out of
+                memory is recorded as failed and the search continues; ``catch`` changes this.
 
         Raises:
-            ConfigError: Optuna is not installed, a name is no training argument that a run reads, or there is
-                nothing to score trials by.
+            ConfigError: Optuna is not installed, a name is not a training argument that a run reads, or nothing
+                scores the trials.
         """
         try:
             import optuna
         except ImportError as error:
             raise ConfigError("A search needs Optuna, not installed: pip install 'unihyperlora[search]'.") from error
         if backend != "optuna":
-            raise ConfigError(f"backend={backend!r} is not there; a search runs on 'optuna'.")
+            raise ConfigError(f"backend={backend!r} is not supported; use 'optuna'.")
         if self.eval_dataset is None:
             raise ConfigError("A search scores its trials on eval_dataset; give the Trainer one.")
         by_loss = compute_objective is None and self.compute_metrics is None
         if by_loss and direction == "maximize":
             raise ConfigError(
-                "Without compute_metrics trials are scored by their loss, which is not to be maximised. Give the "
+                "Without compute_metrics the loss scores the trials, and a loss must not be maximised. Give the "
                 "Trainer compute_metrics, or leave direction out."
             )
         if direction is None:
@@ -79,7 +79,7 @@ class SearchableTrainer(SafeTrainer):
         )
 
     def call_model_init(self, trial=None):
-        """A fresh model; one over budget makes the trial infeasible."""
+        """Make a new model; if it is over budget, mark the trial as infeasible."""
         model = super().call_model_init(trial)
         try:
             self.make_ready(model)
@@ -91,11 +91,11 @@ class SearchableTrainer(SafeTrainer):
             for name, excess in error.excess.items():
                 trial.set_constraint(name, excess)
             raise optuna.TrialPruned(str(error)) from error
-        model.config.tasks[model.config.active_task]["trained"] = True  # as it will be before it is saved
+        model.config.tasks[model.config.active_task]["trained"] = True  # as in the saved adapter
         return model
 
     def make_ready(self, model) -> None:
-        """Check and set up a model that is to be trained."""
+        """Check a model and prepare it for training."""
 
     def _hp_search_setup(self, trial) -> None:
         if self.hp_search_backend is not None and trial is not None:
@@ -104,8 +104,8 @@ class SearchableTrainer(SafeTrainer):
             unread = [name for name in self.hp_space(trial) if name not in flags]
             if unread:
                 raise ConfigError(
-                    f"hp_space gives {unread[0]}, which no trainer reads. It may give: {', '.join(flags)}. A knob of "
-                    "the adapter is for model_init(trial)."
+                    f"hp_space gives {unread[0]}, which no trainer reads. It may give: {', '.join(flags)}. Vary a "
+                    "hyperparameter of the adapter in model_init(trial)."
                 )
         super()._hp_search_setup(trial)
 
@@ -118,8 +118,8 @@ def _f1(metrics: dict[str, float]) -> float:
     if "eval_f1" not in metrics:
         known = ", ".join(sorted(name for name in metrics if name.startswith("eval_")))
         raise ConfigError(
-            f"Trials are scored by eval_f1, which compute_metrics does not give; there are {known}. Give "
-            "compute_objective, such as lambda metrics: metrics['eval_accuracy']."
+            f"eval_f1 scores the trials, but compute_metrics returns only {known}. Give compute_objective, such as "
+            "lambda metrics: metrics['eval_accuracy']."
         )
     return metrics["eval_f1"]
 

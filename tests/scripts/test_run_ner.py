@@ -455,7 +455,7 @@ def test_a_baseline_does_not_resume_from_an_adapters_checkpoint(run, tmp_path):
     run(*TRAIN, "--save_steps", 2, output="first")
     checkpoint = tmp_path / "first" / "checkpoint-2"
     for method in ("probe", "lora"):
-        with pytest.raises(ConfigError, match="The checkpoint is of another model or --method"):
+        with pytest.raises(ConfigError, match="The checkpoint belongs to another model or --method"):
             run(*TRAIN, "--method", method, "--resume_from_checkpoint", checkpoint, output=method)
 
 
@@ -480,7 +480,7 @@ def test_nothing_to_do(run):
 @pytest.mark.parametrize("place", ["", "below/it"])
 def test_an_output_folder_that_cannot_be_made(run, tmp_path, place):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="cannot be made: .*file is a file"):
+    with pytest.raises(ConfigError, match="cannot be created: .*file is a file"):
         run(*TRAIN, output=f"file/{place}".rstrip("/"))
     assert (tmp_path / "file").read_text() == "mine"
 

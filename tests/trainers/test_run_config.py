@@ -192,7 +192,7 @@ def test_an_unknown_flag_names_the_nearest():
         ({"run_id": None}, "the key 'run_id' is missing"),
         ({"adapter.freeze_base_adapter": False}, "Both are true"),
         ({"training.update_param_groups": ["adapter"]}, "update_param_groups is"),
-        ({"optuna.search_space.atom": {}}, "'optuna.search_space.atom' is nothing that a run reads. .*'atoms'"),
+        ({"optuna.search_space.atom": {}}, "'optuna.search_space.atom' is unknown: .*'atoms'"),
         ({"optuna.search_space.atoms": 3}, "needs a type"),
         ({"optuna.search_space.atoms": {"type": "int", "low": 8, "high": 4}}, "no usable range"),
         ({"optuna.search_space.atoms": {"type": "uniform", "low": 1, "high": 4, "stp": 1}}, "unknown key 'stp'"),
@@ -220,7 +220,7 @@ def test_the_batch_is_that_of_all_processes(changed, monkeypatch):
 
 def test_a_gpu_that_is_not_there(changed, monkeypatch):
     monkeypatch.setattr(run_config.torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="hardware.accelerator is gpu and there is none"):
+    with pytest.raises(ConfigError, match="hardware.accelerator is gpu and there is no GPU here"):
         read_run_config(changed({"hardware.accelerator": "gpu"}))
 
 

@@ -87,14 +87,14 @@ def test_without_metrics_the_loss_is_what_is_minimised(trainer, tmp_path):
     study = optuna.load_study(**where)
     assert study.direction.name == "MINIMIZE"
     assert best.objective == min(trial.value for trial in study.trials) > 0
-    with pytest.raises(ConfigError, match="not to be maximised"):
+    with pytest.raises(ConfigError, match="must not be maximised"):
         trainer.hyperparameter_search(direction="maximize")
 
 
 @pytest.mark.parametrize("trainer", [{"compute_metrics": lambda _: {"accuracy": 0.5}}], indirect=True)
 def test_metrics_without_f1(trainer):
     trainer.model_init = lambda trial=None: make_model()
-    with pytest.raises(ConfigError, match="eval_f1, which compute_metrics does not give; there are eval_accuracy"):
+    with pytest.raises(ConfigError, match="eval_f1 scores the trials, but compute_metrics returns only eval_accuracy"):
         trainer.hyperparameter_search(hp_space=rates, n_trials=1)
 
 

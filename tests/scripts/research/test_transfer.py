@@ -431,7 +431,7 @@ class TestRefusals:
 
     def test_an_output_folder_that_cannot_be_made(self, go, tmp_path):
         (tmp_path / "file").write_text("mine")
-        with pytest.raises(ConfigError, match="cannot be made: .*file is a file"):
+        with pytest.raises(ConfigError, match="cannot be created: .*file is a file"):
             go(output="file")
 
     def test_without_matplotlib(self, go, runs, monkeypatch):
