@@ -795,9 +795,9 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         """The active task's update as a PEFT LoRA folder, and how far it is off; see ``publish.weights``."""
         return _from_package("publish.weights", "Exporting").export_lora(self, folder, rank)
 
-    def export_onnx(self, path: str | Path) -> None:
-        """Host and adapter as one ONNX file; see ``publish.onnx_file``."""
-        _from_package("publish.onnx_file", "Exporting").export_onnx(self, path)
+    def export_onnx(self, path: str | Path, host_path: str | Path | None = None) -> None:
+        """Host and adapter as one ONNX file, or apart; see ``publish.onnx_file``."""
+        _from_package("publish.onnx_file", "Exporting").export_onnx(self, path, host_path)
 
     # ---- forward ----
 
