@@ -72,6 +72,10 @@ class Source:
         self.data = CanonicalStates(self.words, lambda: self.fits)
         self._to_read: tuple | None = (host, words, space.sentences())
 
+    def __getstate__(self) -> dict:
+        """Without the host and its states of the anchors, which no worker of a DataLoader needs."""
+        return {name: value for name, value in vars(self).items() if name != "anchor_states"} | {"_to_read": None}
+
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:
         """(layers, N, d), see ``space.anchor_states``."""

@@ -5,6 +5,7 @@ An adapter has no part in it, so every adapter on the host uses the same file. I
 that was killed half-way is continued; a second process waits for the first.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -81,7 +82,17 @@ class WordStates:
                 "that can be written."
             ) from error
         self.states = np.memmap(path, np.float16, "r", shape=shape)
+        self._file = path, shape
         self.cpu_seconds = time.process_time() - start
+
+    def __getstate__(self) -> dict:
+        """Without the states themselves: a worker of a DataLoader that is not forked opens the file again."""
+        return vars(self) | {"states": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        path, shape = self._file
+        self.states = np.memmap(path, np.float16, "r", shape=shape)
 
     def _compute(self, path: Path, shape, host, words: WordReader, items, batch_size) -> None:
         needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
@@ -129,6 +140,10 @@ class CanonicalStates(Dataset):
         self._maps: list[HostToKnots] = []  # what was made by them
         self._made: dict[int, torch.Tensor] = {}
         self._room = 0.0
+
+    def __getstate__(self) -> dict:
+        """The maps as they are now, and nothing that was made by them."""
+        return vars(self) | {"fits": functools.partial(list, self.fits()), "_maps": [], "_made": {}, "_room": 0.0}
 
     def __len__(self) -> int:
         """Windows."""

@@ -4,6 +4,7 @@ The parts learn at very different rates (the atoms of a zero-initialised diction
 one ``learning_rate`` sets all of them through ``LEARNING_RATE_FACTORS`` and each can be set on its own.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,8 @@ RANGES = {  # of arguments that transformers does not check before it uses them
     **dict.fromkeys(("dataloader_num_workers", "weight_decay", "max_grad_norm", "eval_delay"), (0, float("inf"))),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "label_smoothing_factor": (0, 0.99),
-    "save_steps": (1e-9, float("inf")),  # below 1 a share of all steps
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), (0, float("inf"))),
+    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (1e-9, float("inf"))),  # below 1 a share of all
 }
 
 
@@ -95,8 +97,8 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, int | float) and not least <= value <= most:
-                beyond = f"{least} or more" if most == float("inf") else f"from {least} to {most}"
+            if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
+                beyond = f"{least} or more, and finite" if most == float("inf") else f"from {least} to {most}"
                 raise ConfigError(f"{name}={value!r} is not allowed; it must be {beyond}.")
         if processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or accelerate would not join the processes, and each would train on its own

@@ -5,18 +5,40 @@ checks, so they hold for scripts and for Python code. Checks that concern only s
 """
 
 import copy
-from collections.abc import Sized
+import dataclasses
+from collections.abc import Callable, Sized
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
 
 from modeling_unihyperlora.errors import ConfigError, first_line
 from modeling_unihyperlora.measure.accounting import part_of
 
+# An argument that is read with another one alone: whether it is read, and with what.
+_READ_WITH: dict[str, tuple[Callable[[TrainingArguments], object], str]] = {
+    "eval_steps": (lambda args: args.eval_strategy == IntervalStrategy.STEPS, "eval_strategy steps"),
+    "eval_delay": (lambda args: args.eval_strategy != IntervalStrategy.NO, "eval_strategy steps or epoch"),
+    "save_steps": (lambda args: args.save_strategy == SaveStrategy.STEPS, "save_strategy steps"),
+    "logging_steps": (lambda args: args.logging_strategy == IntervalStrategy.STEPS, "logging_strategy steps"),
+    "greater_is_better": (lambda args: args.metric_for_best_model, "metric_for_best_model"),
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        (lambda args: args.gradient_checkpointing or args.activation_checkpointing, "gradient_checkpointing"),
+    ),
+    **dict.fromkeys(
+        ("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
+        (lambda args: args.dataloader_num_workers > 0, "dataloader_num_workers of 1 or more"),
+    ),
+    "liger_kernel_config": (lambda args: args.use_liger_kernel, "use_liger_kernel"),
+    "fsdp_config": (lambda args: args.fsdp, "fsdp"),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+_OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _OWN_GROUP_KEYWORDS = {"params", "model", "optimizer_dict"}  # of optimisers that make their own parameter groups
 
 
@@ -27,11 +49,27 @@ def check_trainer(args: TrainingArguments, model: nn.Module | None, train_datase
         ConfigError: names the argument and says what to do.
     """
     check_reports(args)
+    for name, (is_read, needs) in _READ_WITH.items():
+        if getattr(args, name) != _DEFAULTS[name] and not is_read(args):
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r} is not read: it needs {needs}. Leave it out, or give {needs} too."
+            )
+    check_lengths(args, train_dataset)
     if getattr(args, "enable_jit_checkpoint", False):
         raise ConfigError(
             "enable_jit_checkpoint continues after SIGTERM as if training were finished. Leave it out: this Trainer "
             "saves a checkpoint at SIGTERM by itself."
         )
+    if args.torch_compile_mode is not None:
+        try:
+            torch.compile(
+                nn.Identity(), mode=args.torch_compile_mode, backend=args.torch_compile_backend or "inductor"
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"torch_compile_mode {args.torch_compile_mode} cannot be used ({first_line(error)}). Correct it, or "
+                "leave it out."
+            ) from error
     if train_dataset is None:
         return
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -51,7 +89,13 @@ def check_trainer(args: TrainingArguments, model: nn.Module | None, train_datase
         )
     try:
         asked = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        plain = Trainer.get_optimizer_cls_and_kwargs(_without_optim_args(args), model)
+        plain = Trainer.get_optimizer_cls_and_kwargs(_with(args, optim_args=None), model)
+        others = [name for name in _OF_ADAM if getattr(args, name) != _DEFAULTS[name]]
+        unread = [
+            name
+            for name in others
+            if asked == Trainer.get_optimizer_cls_and_kwargs(_with(args, **{name: _DEFAULTS[name]}), model)
+        ]
     except (ImportError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ConfigError(
             f"optim {args.optim.value} cannot be used here ({first_line(error)}). Correct optim_args, or give "
@@ -62,11 +106,34 @@ def check_trainer(args: TrainingArguments, model: nn.Module | None, train_datase
             f"optim {args.optim.value} does not read optim_args {args.optim_args}. Leave optim_args out, or give the "
             "optimiser that reads them."
         )
+    if unread:
+        raise ConfigError(
+            f"{unread[0]}={getattr(args, unread[0])} is not read by optim {args.optim.value}. Leave it out, or give "
+            "the optimiser that is meant, such as adamw_torch."
+        )
 
 
-def _without_optim_args(args: TrainingArguments) -> TrainingArguments:
+def check_lengths(args: TrainingArguments, train_dataset: Dataset | None) -> None:
+    """Raise ``ConfigError`` if ``length_column_name`` was given and names no column that is read."""
+    name = args.length_column_name
+    if name == _DEFAULTS["length_column_name"]:
+        return
+    if args.train_sampling_strategy != "group_by_length":
+        raise ConfigError(
+            f"length_column_name={name!r} is not read: it needs train_sampling_strategy group_by_length. Leave it "
+            "out, or give both."
+        )
+    if train_dataset is not None and name not in (getattr(train_dataset, "column_names", None) or ()):
+        raise ConfigError(
+            f"length_column_name={name!r} is not read: the training data have no such column. Leave it out; the "
+            "lengths are then counted."
+        )
+
+
+def _with(args: TrainingArguments, **changes) -> TrainingArguments:
     args = copy.copy(args)
-    args.optim_args = None
+    for name, value in changes.items():
+        setattr(args, name, value)
     return args
 
 
@@ -90,6 +157,8 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
         raise ConfigError(
             f"label_names={args.label_names} is not read: an adapter's labels are always 'labels'. Leave it out."
         )
+    if args.use_cache:
+        raise ConfigError("use_cache is not read: an adapter's host keeps no keys and values. Leave it out.")
     if not trains:
         return
     if args.neftune_noise_alpha is not None:
@@ -102,6 +171,11 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
     if args.optim_target_modules is not None:
         raise ConfigError(
             "optim_target_modules is not read: each part of an adapter has its own parameter group. Leave it out."
+        )
+    if has_sources and args.dataloader_persistent_workers:
+        raise ConfigError(
+            "dataloader_persistent_workers would give every epoch the noise of the first one: a stream's noise "
+            "depends on the epoch, which such workers are not told. Leave it out."
         )
     if has_sources and args.train_sampling_strategy != "random":
         raise ConfigError(

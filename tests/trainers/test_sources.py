@@ -1,5 +1,7 @@
 """States on disk, several sources and their copies, and noise, on hosts of a few thousand weights."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -170,6 +172,23 @@ def made(tokenizer, windows, space, tmp_path):
         train_dataset=SourceStates(sources),
         data_collator=StreamCollator(collate),
     )
+
+
+def test_workers_that_are_not_forked_read_the_same(made):
+    """As on macOS and Windows, where a DataLoader sends its data to its workers."""
+    data = made.train_dataset
+    for source in data.sources:
+        source.line_up_copies()
+    data.sampler(seed=3).set_epoch(2)
+    data.fidelity = 0.5
+    there = pickle.loads(pickle.dumps(data))
+    for source in there.sources:  # without the host, and without a copy of the file
+        assert source._to_read is None and "anchor_states" not in vars(source)
+        assert isinstance(source.words.states, np.memmap)
+    for key in (0, 41, len(data) + 3):
+        here, other = data[key], there[key]
+        assert torch.equal(here["canonical_states"], other["canonical_states"])
+        assert torch.equal(here["labels"], other["labels"])
 
 
 class TestCopies:

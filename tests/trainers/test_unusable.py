@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.measure.accounting import part_of
@@ -38,6 +39,32 @@ from trainers.unusable import check_adapter_trainer
         ({"report_to": "paper"}, "report_to paper is unknown"),
         ({"enable_jit_checkpoint": True}, "saves a checkpoint at SIGTERM by itself"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "24 items and one batch takes 25"),
+        ({"eval_steps": 5}, "eval_steps=5 is not read: it needs eval_strategy steps"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "eval_steps=5 is not read: it needs eval_strategy steps"),
+        ({"eval_delay": 1}, "eval_delay=1 is not read: it needs eval_strategy steps or epoch"),
+        ({"save_steps": 7, "save_strategy": "epoch"}, "save_steps=7 is not read: it needs save_strategy steps"),
+        ({"logging_steps": 7, "logging_strategy": "epoch"}, "logging_steps=7 is not read"),
+        ({"greater_is_better": False}, "greater_is_better=False is not read: it needs metric_for_best_model"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "it needs gradient_checkpointing"),
+        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, "it needs gradient_checkpointing"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers=True .* dataloader_num_workers"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "it needs dataloader_num_workers of 1 or more"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config=.* needs use_liger_kernel"),
+        ({"fsdp_config": {"min_num_params": 1}}, "fsdp_config=.* is not read: it needs fsdp"),
+        ({"length_column_name": "n"}, "length_column_name='n' is not read: it needs train_sampling_strategy"),
+        (
+            {"length_column_name": "n", "train_sampling_strategy": "group_by_length"},
+            "length_column_name='n' is not read: the training data have no such column",
+        ),
+        ({"adam_beta1": 0.5}, "adam_beta1=0.5 is not read by optim sgd"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06 is not read by optim adafactor"),
+        ({"use_cache": True}, "use_cache is not read"),
+        ({"torch_compile_mode": "fastest"}, "torch_compile_mode fastest cannot be used .*default"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf is not allowed; it must be 0 or more, and finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs=inf"),
+        ({"logging_steps": -1}, "logging_steps=-1"),
+        ({"eval_steps": 0, "eval_strategy": "steps"}, "eval_steps=0"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_anything_is_written(arguments, expected, tmp_path):
@@ -50,6 +77,20 @@ def test_the_order_of_a_streams_batches(tmp_path):
     args = make_trainer(tmp_path, train_sampling_strategy="sequential").args
     with pytest.raises(ConfigError, match="train_sampling_strategy='sequential' is not read"):
         check_adapter_trainer(args, trains=True, has_sources=True)
+
+
+def test_workers_that_stay_would_repeat_a_streams_noise(tmp_path):
+    args = make_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True).args
+    with pytest.raises(ConfigError, match="the noise of the first one"):
+        check_adapter_trainer(args, trains=True, has_sources=True)
+
+
+def test_what_is_read_is_let_through(tmp_path):
+    make_trainer(tmp_path, optim="adamw_torch", adam_beta1=0.5, adam_epsilon=1e-6)
+    lengths = Dataset.from_list([row | {"n": 6} for row in make_data(24)])
+    arguments = {"train_sampling_strategy": "group_by_length", "length_column_name": "n"}
+    trainer = make_trainer(tmp_path, data=lengths, **arguments)
+    assert trainer._get_train_sampler(trainer.train_dataset).lengths == [6] * 24
 
 
 @pytest.mark.parametrize(
