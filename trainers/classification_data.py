@@ -28,6 +28,7 @@ from .reading import (
     name_of_id,
     read_text,
     require_columns,
+    warn_of_likeness,
 )
 
 logger = logging.getLogger(__name__)
@@ -246,17 +247,9 @@ def check_class_names(labels: list[str], whose: str) -> None:
     Raises:
         DataError: one is empty or has a line break in it, so that predictions.txt could not be read.
     """
-    alike: dict[str, str] = {}
     for label in labels:
         _label_name(label, None, f"The labels of {whose}")
-        other = alike.setdefault(" ".join(label.casefold().split()), label)
-        if other != label:
-            logger.warning(
-                "The labels %r and %r of %s differ in blanks or capitals alone; they are two classes.",
-                other,
-                label,
-                whose,
-            )
+    warn_of_likeness(labels, whose)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -25,12 +25,13 @@ from .reading import (
     name_of_id,
     numbered_lines,
     require_columns,
+    warn_of_likeness,
 )
 from .tag_schemes import count_broken, infer_scheme, split_tag
 
 logger = logging.getLogger(__name__)
 
-COLUMN_SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2")
+COLUMN_SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2", ".conllu", ".conllup")
 ID, FORM = "ID", "FORM"  # what CoNLL-U calls the columns of the words' numbers and of the words
 
 _COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*\S)")
@@ -140,6 +141,7 @@ def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose:
     """
     for label in labels:
         check_tag(label, f"The labels of {whose}")
+    warn_of_likeness(labels, whose)
     for split, sentences in splits.items():
         untagged = [sentence for sentence in sentences if sentence.tags is None]
         if untagged and (split != "test" or any(sentence.tags for sentence in sentences)):

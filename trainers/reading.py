@@ -149,6 +149,20 @@ def check_label_names(names: list[str], labels: list[str], whose: str) -> None:
         )
 
 
+def warn_of_likeness(labels: list[str], whose: str) -> None:
+    """Warn of labels that hardly differ."""
+    alike: dict[str, str] = {}
+    for label in labels:
+        other = alike.setdefault(" ".join(label.casefold().split()), label)
+        if other != label:
+            logger.warning(
+                "The labels %r and %r of %s differ in blanks or capitals alone; they are two classes.",
+                other,
+                label,
+                whose,
+            )
+
+
 def listed(names: Iterable[str]) -> str:
     """Names for a message, the first of them where there are many."""
     names = [str(name) for name in names]

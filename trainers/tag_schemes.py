@@ -25,6 +25,7 @@ UNNAMED = "entity"  # the type of B, I and O without a type
 _ROLES = dict(zip("BIMELSU", "BIIEESS", strict=True))
 _LETTERS = {"IOB2": "BI", "IOB1": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES"}
 _PREFIXED = re.compile(r"([BIMESLU])-(.+)")
+_LIKE_O = ("0", "o", "_", "-", "*")
 _LOOKALIKES = (  # what seems meant as PREFIX-TYPE and is not
     re.compile(r"(?P<prefix>[BIMESLU])[_:/.|](?P<type>.*)"),
     re.compile(r"(?P<prefix>[BIMESLU])-(?P<type>)"),
@@ -187,7 +188,13 @@ def _check_prefixed(used: Sequence[str], prefixed: Sequence[str]) -> None:
 
 
 def _check_bare(used: Sequence[str]) -> None:
-    """Raise ``DataError`` where bare types all look like something else that was meant."""
+    """Raise ``DataError`` where bare types look like something else that was meant: ids, an O, or prefixed tags."""
+    if all(map(str.isdecimal, used)):
+        raise DataError(
+            f"The tags are numbers written as text ({listed(map(repr, used))}), so that 0 would be an entity as well. "
+            "Write numbers without quotation marks in JSON lines and name them with --tag_names O B-PER I-PER …; or "
+            "give --tag_scheme IO if each number is a type as it stands."
+        )
     entities = [tag for tag in used if tag != "o"]
     for lookalike in _LOOKALIKES:
         found = [lookalike.fullmatch(tag) for tag in entities]
@@ -198,6 +205,11 @@ def _check_bare(used: Sequence[str]) -> None:
                 f"The tag '{tag}' looks like {meant}, written differently, as all the others do. Write prefix, "
                 f"hyphen, type ({meant}), and O for none; or give --tag_scheme IO if '{tag}' is a type as it stands."
             )
+    if none := [tag for tag in used if tag in _LIKE_O]:
+        raise DataError(
+            f"The tag {none[0]!r} seems to stand for none, and would be an entity of that type. Write O where there "
+            f"is none; or give --tag_scheme IO if {none[0]!r} is a type as it stands."
+        )
 
 
 def _letters_alone(labels: Sequence[str]) -> bool:

@@ -27,6 +27,11 @@ def contents(sentences: list[Sentence]) -> list[tuple[list[str], list[str]]]:
 # ---- JSON lines ----
 
 
+def test_types_that_differ_in_capitals_alone_are_said(caplog):
+    check_splits({}, ["O", "B-PER", "B-Per"], "this run")
+    assert "'B-PER' and 'B-Per' of this run differ in blanks or capitals alone" in caplog.text
+
+
 def test_json_lines_with_strings(write_jsonl):
     sentences = read_file(write_jsonl("a.jsonl", ROWS))
     assert contents(sentences) == ROWS
@@ -155,6 +160,8 @@ def test_a_conll_u_file_says_what_its_columns_are(tmp_path):
     assert contents(read_file(path, label_column="UPOS"))[0][1] == ["PROPN", "ADP", "DET"]
     assert contents(read_file(path, text_column="UPOS", label_column="NER"))[0][0] == ["PROPN", "ADP", "DET"]
     assert contents(read_file(path, needs_tags=False)) == [(expected[0][0], None)]
+    assert contents(read_file(path.rename(path.with_suffix(".conllu")), label_column="NER")) == expected
+    path = write(tmp_path, head + rows)
     with pytest.raises(
         DataError, match="no column 'ner_tags'; it has ID, FORM, UPOS, NER, MISC. .*--label_column_name"
     ):

@@ -102,6 +102,10 @@ def test_odd_label_sets(lines, labels, expected):
         ("B-ORG I-B-ORG", "'I-B-ORG' has two prefixes: .*Give it one: B-ORG or I-ORG"),
         ("B-PER I-PER MISC", "'MISC' has no prefix, 'B-PER' has one"),
         ("B-PER 0", "'0' has no prefix"),
+        ("1 0 0 2", "numbers written as text .*'0', '1', '2'.*--tag_names"),
+        ("PER 0 0", "'0' seems to stand for none, .* Write O"),
+        ("PER o", "'o' seems to stand for none"),
+        ("(PERSON* *) *", r"'\*' seems to stand for none"),
         ("B-PER I-PER E-PER L-PER", "B, E, I, L are not of a known scheme"),
         ("I-PER E-PER", "E, I are not of a known scheme"),
         ("S-PER U-PER", "not of a known scheme"),
@@ -115,6 +119,7 @@ def test_what_only_looks_like_a_scheme_is_named(line, expected):
 def test_a_stated_scheme():
     mixed = sequences("E-mail PER O")
     assert infer_scheme(mixed, ["O", "E-mail", "PER"], "IO") == "IO"
+    assert infer_scheme(sequences("1 0"), ["0", "1"], "IO") == infer_scheme(sequences("X *"), ["X", "*"], "IO") == "IO"
     assert infer_scheme(sequences("HEPATITIS-B O"), ["O", "HEPATITIS-B"], "IO") == "IO"
     assert infer_scheme(sequences("I-PER O"), ["O", "I-PER"], "IOB1") == "IOB1"
     assert infer_scheme(sequences("B-PER O"), ["O", "B-PER", "I-PER"], "IOB1") == "IOB1"
