@@ -9,16 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from .tag_schemes import may_follow, tags_of_labels
-
-IGNORED = -100  # the label that cross-entropy and the scores skip
-
-
-def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """``preprocess_logits_for_metrics``: keep the logits (B, T, C); decoding follows when all windows are scored."""
-    return (logits[0] if isinstance(logits, tuple) else logits).float()
 
 
 class Rules(NamedTuple):

@@ -27,7 +27,8 @@ from .reading import (
     require_columns,
     warn_of_likeness,
 )
-from .tag_schemes import count_broken, infer_scheme, split_tag
+from .scheme_inference import count_broken, infer_scheme
+from .tag_schemes import split_tag
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, laye
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.words import WordPlaces, WordReader
 
-from .decoding import IGNORED
+from .ner_windows import IGNORED
 from .sampling import TOGETHER
 
 logger = logging.getLogger(__name__)

@@ -1,37 +1,21 @@
 """How tags mark where an entity begins and ends: IOB1, IOB2, IOBES, BILOU, BMES, or IO (I- alone, or bare types).
 
-The names of the labels do not tell: B-PER and I-PER are in IOB1 and in IOB2. Whether I-PER may begin an entity is seen
-in the order of the training tags, so the scheme is inferred from these, kept with the task, and obeyed by whoever
-decodes and scores it. Without it (None) any tag may follow any other.
+The scheme is inferred from the training tags (``scheme_inference``), kept with the task, and obeyed by whoever decodes
+and scores it. Without a scheme (None) any tag may follow any other.
 
 A label has a role (B begins an entity of several words, I is inside, E ends it, S is one by itself, O is none) and a
 type. Each scheme has letters of its own for the roles. "B", "I" and "O" alone are tags of one type without a name.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from modeling_unihyperlora.configuration_unihyperlora import TAG_SCHEMES
-from modeling_unihyperlora.errors import DataError
-
-from .reading import listed
-
-logger = logging.getLogger(__name__)
-
 UNNAMED = "entity"  # the type of B, I and O without a type
 
-_ROLES = dict(zip("BIMELSU", "BIIEESS", strict=True))
-_LETTERS = {"IOB2": "BI", "IOB1": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES"}
+ROLES = dict(zip("BIMELSU", "BIIEESS", strict=True))
+LETTERS = {"IOB2": "BI", "IOB1": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES"}
 _PREFIXED = re.compile(r"([BIMESLU])-(.+)")
-_LIKE_O = ("0", "o", "_", "-", "*")
-_LOOKALIKES = (  # what seems meant as PREFIX-TYPE and is not
-    re.compile(r"(?P<prefix>[BIMESLU])[_:/.|](?P<type>.*)"),
-    re.compile(r"(?P<prefix>[BIMESLU])-(?P<type>)"),
-    re.compile(r"(?P<prefix>[bimeslu])[-_:/.|](?P<type>.*)"),
-    re.compile(r"(?P<type>.+)[-_:/.|](?P<prefix>[BIMESLU])"),
-)
 
 
 class Tag(NamedTuple):
@@ -53,13 +37,13 @@ def split_tag(label: str) -> tuple[str, str]:
 def tags_of_labels(labels: Iterable[str], scheme: str | None) -> dict[str, Tag]:
     """What each label means in a scheme; a bare type is inside an entity of that type."""
     entities = [label for label in labels if label != "O"]
-    if scheme is not None and _letters_alone(entities):
-        found = {label: Tag(_ROLES[label], UNNAMED) for label in entities}
+    if scheme is not None and letters_alone(entities):
+        found = {label: Tag(ROLES[label], UNNAMED) for label in entities}
     elif scheme == "IO" and not all(split_tag(label)[0] == "I" for label in entities):
         found = {label: Tag("I", label) for label in entities}
     else:
         split = {label: split_tag(label) for label in entities}
-        found = {label: Tag(_ROLES[prefix] if prefix else "I", kind) for label, (prefix, kind) in split.items()}
+        found = {label: Tag(ROLES[prefix] if prefix else "I", kind) for label, (prefix, kind) in split.items()}
     return found | {"O": OUTSIDE}
 
 
@@ -80,141 +64,14 @@ def may_follow(scheme: str | None, before: Tag | None, after: Tag | None) -> boo
 def default_scheme(labels: Iterable[str]) -> str | None:
     """What the names alone tell, for a task that was saved without its scheme: IOB2 where that is possible."""
     labels = [label for label in labels if label != "O"]
-    split = [(label, "") if _letters_alone(labels) else split_tag(label) for label in labels]
+    split = [(label, "") if letters_alone(labels) else split_tag(label) for label in labels]
     iob2 = all(prefix in ("B", "I") and ("B", kind) in split for prefix, kind in split)
     return "IOB2" if iob2 else None
 
 
-def infer_scheme(
-    sequences: Sequence[tuple[str, Sequence[str]]], labels: Sequence[str], stated: str | None = None
-) -> str:
-    """The scheme that the tags of the training sentences keep to.
-
-    Args:
-        sequences: where each sentence was read, and its tags.
-        labels: all that the task has, those included that do not occur.
-        stated: the scheme that the caller says it is.
-
-    Returns:
-        One of ``TAG_SCHEMES``. Sentences that break its rules are counted in a warning.
-
-    Raises:
-        DataError: the prefixes are of no scheme, or of another than the stated one, or only resemble prefixes.
-    """
-    if stated is not None and stated not in TAG_SCHEMES:
-        raise DataError(f"The tag scheme {stated!r} is unknown. Choose one of {', '.join(TAG_SCHEMES)}.")
-    used = sorted({tag for _, tags in sequences for tag in tags} - {"O"})
-    if not used:
-        declared = [label for label in labels if label != "O"]
-        used = [label for label in declared if split_tag(label)[0]] or declared
-    known = sorted({*used, *labels})
-    candidates = _candidates(used, known, stated)
-    broken = {scheme: count_broken(sequences, known, scheme) for scheme in candidates}
-    scheme = min(candidates, key=lambda name: broken[name][0])  # the first of equals
-    count, where = broken[scheme]
-    if count:
-        logger.warning(
-            "The tags are read as %s, whose rules are broken %d times, first in %s. Correct them, or give "
-            "--tag_scheme if they are of another scheme.",
-            scheme,
-            count,
-            where,
-        )
-    return scheme
-
-
-def count_broken(
-    sequences: Iterable[tuple[str, Sequence[str]]], labels: Sequence[str], scheme: str
-) -> tuple[int, str]:
-    """How many tags break the rules of a scheme, and where the first of them was read."""
-    meaning = tags_of_labels(labels, scheme)
-    count, first = 0, ""
-    allowed: dict[tuple[str | None, str | None], bool] = {}
-    for where, tags in sequences:
-        for pair in zip([None, *tags], [*tags, None], strict=True):
-            if pair not in allowed:
-                allowed[pair] = may_follow(scheme, *(None if tag is None else meaning[tag] for tag in pair))
-            if not allowed[pair]:
-                count, first = count + 1, first or where
-    return count, first
-
-
-def _candidates(used: list[str], labels: list[str], stated: str | None) -> list[str]:
-    """The schemes that have the letters of these tags, the likeliest first; of them the stated one alone."""
-    alone = _letters_alone([label for label in labels if label != "O"])
-    prefixed = used if alone else [tag for tag in used if split_tag(tag)[0]]
-    if not prefixed or (stated == "IO" and len(prefixed) < len(used)):
-        if stated not in (None, "IO"):
-            raise DataError(
-                f"The tags {listed(used)} have no prefix, so they are not {stated}. They are of scheme IO."
-            )
-        if stated is None:
-            _check_bare(used)
-        return ["IO"]
-    _check_prefixed(used, prefixed)
-    letters = {label if alone else split_tag(label)[0] for label in labels} & {*_ROLES}
-    if letters == {"I"}:
-        candidates = ["IO", "IOB1"]
-    elif "B" not in letters and letters & {"I", "M", "E", "L"}:
-        candidates = []  # such as IOE
-    else:
-        size = min((len(own) for own in _LETTERS.values() if letters <= {*own}), default=0)
-        candidates = [name for name, own in _LETTERS.items() if letters <= {*own} and len(own) == size]
-    if not candidates or stated not in (None, *candidates):
-        raise DataError(
-            f"The tags {listed(used)} with the prefixes {', '.join(sorted(letters))} are not of "
-            f"{'the scheme ' + stated if stated else 'a known scheme'}. Known are IOB1 and IOB2 (B, I), IOBES (B, I, "
-            "E, S), BILOU (B, I, L, U), BMES (B, M, E, S) and IO (I alone, or types without a prefix)."
-        )
-    return candidates if stated is None else [stated]
-
-
-def _check_prefixed(used: Sequence[str], prefixed: Sequence[str]) -> None:
-    """Raise ``DataError`` where some tags have a prefix and others none, or one has two."""
-    bare = [tag for tag in used if tag not in prefixed]
-    if bare:
-        raise DataError(
-            f"The tag '{bare[0]}' has no prefix, '{prefixed[0]}' has one. Give each tag one (B-{bare[0]}, "
-            f"I-{bare[0]}), O where it stands for none, or give --tag_scheme IO if they are all bare types."
-        )
-    types = {kind for _, kind in map(split_tag, used)}
-    for tag in used:
-        inner = split_tag(split_tag(tag)[1])
-        if inner[0] and inner[1] in types:
-            raise DataError(
-                f"The tag '{tag}' has two prefixes: its type would be '{'-'.join(inner)}', and there is a type "
-                f"'{inner[1]}'. Give it one: {inner[0]}-{inner[1]} or {split_tag(tag)[0]}-{inner[1]}."
-            )
-
-
-def _check_bare(used: Sequence[str]) -> None:
-    """Raise ``DataError`` where bare types look like something else that was meant: ids, an O, or prefixed tags."""
-    if all(map(str.isdecimal, used)):
-        raise DataError(
-            f"The tags are numbers written as text ({listed(map(repr, used))}), so that 0 would be an entity as well. "
-            "Write numbers without quotation marks in JSON lines and name them with --tag_names O B-PER I-PER …; or "
-            "give --tag_scheme IO if each number is a type as it stands."
-        )
-    entities = [tag for tag in used if tag != "o"]
-    for lookalike in _LOOKALIKES:
-        found = [lookalike.fullmatch(tag) for tag in entities]
-        if found and all(found):
-            tag, match = entities[0], found[0]
-            meant = "-".join(filter(None, (match["prefix"].upper(), match["type"])))
-            raise DataError(
-                f"The tag '{tag}' looks like {meant}, written differently, as all the others do. Write prefix, "
-                f"hyphen, type ({meant}), and O for none; or give --tag_scheme IO if '{tag}' is a type as it stands."
-            )
-    if none := [tag for tag in used if tag in _LIKE_O]:
-        raise DataError(
-            f"The tag {none[0]!r} seems to stand for none, and would be an entity of that type. Write O where there "
-            f"is none; or give --tag_scheme IO if {none[0]!r} is a type as it stands."
-        )
-
-
-def _letters_alone(labels: Sequence[str]) -> bool:
+def letters_alone(labels: Sequence[str]) -> bool:
     """Whether these are B, I and the like without a type, and of one scheme."""
-    return bool(labels) and any(set(labels) <= set(letters) for letters in _LETTERS.values())
+    return bool(labels) and any(set(labels) <= set(letters) for letters in LETTERS.values())
 
 
 def reader_of_tags(labels: Sequence[str], scheme: str | None) -> Callable[[str], str]:
@@ -222,3 +79,16 @@ def reader_of_tags(labels: Sequence[str], scheme: str | None) -> Callable[[str],
     meaning = tags_of_labels(labels, scheme)
     written = {label: "O" if tag == OUTSIDE else f"{tag.role}-{tag.type}" for label, tag in meaning.items()}
     return written.__getitem__
+
+
+def entity_spans(tags: Sequence[Tag]) -> list[tuple[str, int, int]]:
+    """The type, first and last word of each entity, as seqeval's default mode reads tags (written O, B-X, I-X, …)."""
+    spans: list[tuple[str, int, int]] = []
+    before = OUTSIDE
+    for word, tag in enumerate(tags):
+        if tag.role in ("I", "E") and before.role in ("B", "I") and before.type == tag.type:
+            spans[-1] = (tag.type, spans[-1][1], word)
+        elif tag.role != "O":
+            spans.append((tag.type, word, word))
+        before = tag
+    return spans

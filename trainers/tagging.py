@@ -5,12 +5,9 @@ entities as seqeval's default mode reads them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from seqeval.metrics.sequence_labeling import get_entities
-from tokenizers import Regex, pre_tokenizers
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from modeling_unihyperlora.errors import DataError
@@ -20,53 +17,11 @@ from modeling_unihyperlora.words import CUT, load_tokenizer
 
 from .classification_data import Example
 from .classification_inputs import EncodedTexts
+from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified
 from .ner_data import Sentence
 from .ner_windows import SentenceWindows
-from .tag_schemes import reader_of_tags
 
-_WORDS = pre_tokenizers.Sequence(
-    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(CUT), behavior="isolated")]
-)
-
-
-@dataclass(frozen=True)
-class Entity:
-    """An entity of a text: ``text[start:end]``, its type, and the mean probability of its words' tags."""
-
-    text: str
-    type: str
-    start: int
-    end: int
-    score: float
-
-
-@dataclass(frozen=True)
-class TaggedText:
-    """A text, its words and the tag of each, and the entities that the tags make."""
-
-    text: str
-    words: list[str]
-    tags: list[str]
-    entities: list[Entity]
-
-
-@dataclass(frozen=True)
-class ClassifiedText:
-    """A text, its likeliest class and the probability of every class."""
-
-    text: str
-    label: str
-    scores: dict[str, float]
-
-    @property
-    def score(self) -> float:
-        """The probability of ``label``."""
-        return self.scores[self.label]
-
-
-def words_of(text: str) -> list[tuple[int, int]]:
-    """Where the words of a raw text are, (start, end) each; they are the words that every host's tokenizer makes."""
-    return [span for _, span in _WORDS.pre_tokenize_str(text)]
+words_of = WordCutter(CUT)
 
 
 def tag(
@@ -99,12 +54,8 @@ def tag(
     length = min(max_seq_length, window_of(model.host, tokenizer) or max_seq_length)
     windows = SentenceWindows(sentences, tokenizer, labels, length, scheme)
     logits = _scores(model, windows, DataCollatorForTokenClassification(tokenizer), batch_size)
-    read = reader_of_tags(windows.labels, windows.scheme)
-    rows = zip(joined, places, words, windows.tags_of(logits), windows.word_logits(logits), strict=True)
-    return [
-        TaggedText(text, own_words, tags, _entities(text, at, tags, read, _probabilities(scores), windows.labels))
-        for text, at, own_words, tags, scores in rows
-    ]
+    found = Tagger(labels, scheme)
+    return [found(*row) for row in zip(joined, places, windows.word_logits(logits), strict=True)]
 
 
 def classify(
@@ -139,13 +90,8 @@ def classify(
     labels, tokenizer = model.labels, _tokenizer_of(model)
     length = min(max_seq_length, window_of(model.host, tokenizer) or max_seq_length)
     inputs = EncodedTexts(examples, tokenizer, labels, length)
-    found = []
-    for example, logits in zip(
-        examples, _scores(model, inputs, DataCollatorWithPadding(tokenizer), batch_size), strict=True
-    ):
-        scores = dict(zip(labels, _probabilities(logits).tolist(), strict=True))
-        found.append(ClassifiedText(example.text, max(scores, key=scores.get), scores))
-    return found
+    rows = _scores(model, inputs, DataCollatorWithPadding(tokenizer), batch_size)
+    return [classified(example.text, labels, logits) for example, logits in zip(examples, rows, strict=True)]
 
 
 def _tokenizer_of(model: UniHyperLoraPreTrainedModel):
@@ -172,12 +118,6 @@ def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
         yield rows[first : first + size]
 
 
-def _probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in float64."""
-    raised = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return raised / raised.sum(axis=-1, keepdims=True)
-
-
 def _places(words: list[str]) -> list[tuple[int, int]]:
     """(start, end) of given words in the text that they make when joined by one blank."""
     places, at = [], 0
@@ -185,20 +125,3 @@ def _places(words: list[str]) -> list[tuple[int, int]]:
         places.append((at, at + len(word)))
         at += len(word) + 1
     return places
-
-
-def _entities(
-    text: str,
-    places: list[tuple[int, int]],
-    tags: list[str],
-    read: Callable[[str], str],
-    probabilities: np.ndarray,
-    labels: list[str],
-) -> list[Entity]:
-    """The entities of one text, from the tag and the probabilities (W, C) of each word."""
-    entities = []
-    for kind, first, last in get_entities([read(found) for found in tags]):
-        start, end = places[first][0], places[last][1]
-        score = np.mean([probabilities[word, labels.index(tags[word])] for word in range(first, last + 1)])
-        entities.append(Entity(text[start:end], kind, start, end, float(score)))
-    return entities

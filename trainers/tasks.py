@@ -7,8 +7,7 @@ from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHype
 from . import classification_data, ner_data
 from .arguments import ClassificationArguments, NerArguments
 from .classification_inputs import EncodedTexts, best_class, classification_scores
-from .decoding import token_scores
-from .ner_windows import SentenceWindows, entity_scores
+from .ner_windows import SentenceWindows, entity_scores, token_scores
 from .running import Task
 
 NER = Task(

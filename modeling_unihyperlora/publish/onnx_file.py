@@ -25,6 +25,7 @@ from ..errors import ExportError, first_line
 from ..hosts import fingerprint, window_of
 from ..space import HostFit, to_tensors
 from ..storage import content_digest, replacing
+from ..words import CUT
 from .onnx_graphs import HostGraph, InjectedGraph, reader_model
 
 FORMAT = "1"  # of the metadata and of what passes from the host's file to a reader's
@@ -98,10 +99,14 @@ def tokenizer_text(tokenizer) -> str:
 def host_metadata(model, tokenizer: str) -> dict[str, Any]:
     """What the host's file says of itself."""
     stream = model.bound_stream
+    own = stream.words.tokenizer
+    unknown = [own.unk_token_id, own.mask_token_id, own.eos_token_id]
     return _metadata(model, "host") | {
         "map": map_digest(stream.fit),
         "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
-        "window": window_of(model.host, stream.words.tokenizer),
+        "window": window_of(model.host, own),
+        "cut": CUT,
+        "unknown_id": next((number for number in unknown if number is not None), None),
     }
 
 

@@ -12,9 +12,8 @@ from modeling_unihyperlora.space import fit_host, knot_layers, line_up, near_lay
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
-from trainers.decoding import IGNORED
 from trainers.ner_data import Sentence
-from trainers.ner_windows import SentenceWindows
+from trainers.ner_windows import IGNORED, SentenceWindows
 from trainers.sources import COPIES, Source, SourceStates, disturb, sources_of
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
 

@@ -5,13 +5,17 @@ import logging
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import get_entities
 from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import DataError
 from trainers.decoding import rules_of
 from trainers.ner_data import Sentence
 from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
-from trainers.tag_schemes import count_broken, default_scheme, infer_scheme, split_tag
+from trainers.scheme_inference import count_broken, infer_scheme
+from trainers.tag_schemes import OUTSIDE, Tag, default_scheme, entity_spans, split_tag
 
 TEXTS = {  # the same two sentences: two places side by side, a person of three words, a place of one
     "IOB1": ["I-LOC B-LOC O I-PER I-PER I-PER", "O I-LOC"],
@@ -229,3 +233,10 @@ def test_letters_alone_are_one_type(tokenizer):
     label_ids = np.array([row["labels"] for row in windows])
     scores = entity_scores(windows, by_type=True)(EvalPrediction(logits, label_ids))
     assert (scores["f1"], scores["entity_number"]) == (1, 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from("OBIES"), st.sampled_from(["PER", "LOC"])), max_size=12))
+def test_entities_are_those_of_seqeval(drawn):
+    tags = [OUTSIDE if role == "O" else Tag(role, kind) for role, kind in drawn]
+    written = ["O" if tag == OUTSIDE else f"{tag.role}-{tag.type}" for tag in tags]
+    assert entity_spans(tags) == get_entities(written)

@@ -50,8 +50,8 @@ def main(command_line: list[str] | None = None) -> int:
 
 
 def _is_of_the_user(error: Exception) -> bool:
-    """Whether an error is a ``UniHyperLoraError``, told by its name: importing the class imports torch."""
-    return "UniHyperLoraError" in [kind.__name__ for kind in type(error).__mro__]
+    """Whether an error is for the user to put right. Its name tells: importing ``UniHyperLoraError`` imports torch."""
+    return not {"UniHyperLoraError", "OnnxFileError"}.isdisjoint(kind.__name__ for kind in type(error).__mro__)
 
 
 def usage() -> str:

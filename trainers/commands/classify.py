@@ -3,9 +3,8 @@
     unihyperlora classify runs/sst2 --host distilbert-base-uncased "A film that I would see again."
     unihyperlora classify runs/sst2 reviews.txt --json > classes.jsonl
 
-A .jsonl or .csv file has a text or a pair of texts a line, in columns that are known
-by their names (text, sentence, question …); each line of any other file is a text.
-With --json a line has the text, its class and the probability of every class.
+A .jsonl or .csv file has texts or pairs of texts in named columns (text, sentence,
+question …); each line of any other file is a text. --json gives all probabilities.
 """
 
 import argparse
@@ -44,10 +43,13 @@ def main(command_line: list[str] | None = None) -> None:
 
 def classifier(arguments: argparse.Namespace):
     """A function from texts to what ``tagging.classify`` finds for each."""
+    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
+    if arguments.runtime == "onnx":
+        reader = given_texts.load_onnx(arguments)
+        return lambda texts: reader.classify(texts, **sizes)
     model = given_texts.load("UniHyperLoraForSequenceClassification", arguments)
     from ..tagging import classify
 
-    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
     return lambda texts: classify(model, texts, **sizes)
 
 

@@ -1,28 +1,39 @@
-"""Write host and adapter as one ONNX file, and score it beside the torch model it came from.
+"""Write host and adapter as one ONNX file or as two, and score the one beside the torch model it came from.
 
     unihyperlora export-onnx runs/conll2003 conll2003.onnx --model_name_or_path HOST \
         --validation_file dev.jsonl --record conll2003-onnx.json
+    unihyperlora export-onnx runs/conll2003 reader.onnx --host_file host.onnx
 
-Without --validation_file nothing is scored. Scores are for tags of words; the formats are those of run_ner.py. Needs
-pip install 'unihyperlora[onnx]'.
+With --host_file the host is a file of its own, which serves every task of the space, and PATH has the reader alone;
+unihyperlora tag --runtime onnx runs both. Without --validation_file nothing is scored. Scores are for tags of words;
+the formats are those of run_ner.py. Needs pip install 'unihyperlora[onnx]'.
 """
 
 import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import DataCollatorForTokenClassification, EvalPrediction
+from transformers.utils import CONFIG_NAME
 
-from modeling_unihyperlora import UniHyperLoraForTokenClassification
-from modeling_unihyperlora.storage import write_json
+from modeling_unihyperlora import (
+    ConfigError,
+    UniHyperLoraForSequenceClassification,
+    UniHyperLoraForTokenClassification,
+)
+from modeling_unihyperlora.configuration_unihyperlora import read_config
+from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
+from modeling_unihyperlora.storage import adapter_file, write_json
 from modeling_unihyperlora.words import load_tokenizer
 
-from ..decoding import IGNORED, token_scores
 from ..ner_data import read_file
-from ..ner_windows import SentenceWindows, entity_scores
+from ..ner_windows import IGNORED, SentenceWindows, entity_scores, token_scores
+from ..onnx_runtime import OnnxReader
 
 BATCH = 32
 
@@ -37,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("adapter", help="Folder or Hub id of the adapter.")
     add("path", help="The ONNX file to write.")
+    add("--host_file", help="Write the host apart, into this file, and its tokenizer beside it.")
+    add("--task", help="Of an adapter with several tasks.")
     add("--model_name_or_path", help="Host, if not the adapter's own.")
     add("--router", choices=("static",), help="For an injected update: the fixed mask, which alone can be exported.")
     add("--validation_file", help="Tagged sentences to score both on.")
@@ -48,12 +61,9 @@ def parser() -> argparse.ArgumentParser:
 def main(command_line: list[str] | None = None) -> dict[str, object]:
     """Export and score; returns what was found."""
     arguments = parser().parse_args(command_line)
-    changes = {"router": arguments.router} if arguments.router else {}
-    model = UniHyperLoraForTokenClassification.from_pretrained(
-        arguments.adapter, base_model_name_or_path=arguments.model_name_or_path, **changes
-    )
+    model = load(arguments)
     start = time.perf_counter()
-    model.export_onnx(arguments.path)
+    model.export_onnx(arguments.path, arguments.host_file)
     found: dict[str, object] = {
         "kind": "onnx",
         "adapter": Path(arguments.adapter).name,
@@ -61,24 +71,54 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
         "onnx_bytes": Path(arguments.path).stat().st_size,
         "export_seconds": round(time.perf_counter() - start, 1),
     }
+    if arguments.host_file:
+        found["host_bytes"] = Path(arguments.host_file).stat().st_size
     if arguments.validation_file:
-        found |= compare(model, arguments.path, arguments.validation_file, arguments.max_eval_samples)
+        scores = scores_of(arguments.path, arguments.host_file)
+        found |= compare(model, scores, arguments.validation_file, arguments.max_eval_samples)
     if arguments.record:
         write_json(Path(arguments.record), found)
     print(json.dumps(found, indent=2, sort_keys=True))
     return found
 
 
-def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]:
-    """F1 of both on the same sentences, the largest difference of a logit, and the share of equal tags."""
+def load(arguments: argparse.Namespace) -> UniHyperLoraPreTrainedModel:
+    """The adapter on its host, with the class that its task asks for.
+
+    Raises:
+        ConfigError: no such task, or --validation_file for a task that has no tags.
+    """
+    config = read_config(adapter_file(arguments.adapter, CONFIG_NAME, "main", {}))
+    task = arguments.task or config.active_task
+    if task not in config.tasks:
+        raise ConfigError(f"No task {task!r} in {arguments.adapter}; it has {sorted(config.tasks)}.")
+    tags = config.tasks[task]["type"] == "token_classification"
+    if arguments.validation_file and not tags:
+        raise ConfigError(f"--validation_file is for tags of words, and task {task!r} classifies texts. Leave it out.")
+    kind = UniHyperLoraForTokenClassification if tags else UniHyperLoraForSequenceClassification
+    changes = {"router": arguments.router} if arguments.router else {}
+    return kind.from_pretrained(
+        arguments.adapter, base_model_name_or_path=arguments.model_name_or_path, task=task, **changes
+    )
+
+
+def scores_of(path: str, host_path: str | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function from ids and mask (B, T) to the logits that the written files give."""
+    if host_path:
+        return OnnxReader(host_path, path).logits
     import onnxruntime
 
+    session = onnxruntime.InferenceSession(path)
+    return lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
+
+def compare(model, scores: Callable, file: str, limit: int | None) -> dict[str, object]:
+    """F1 of torch and ONNX on the same sentences, the largest difference of a logit, and how many tags differ."""
     tokenizer = load_tokenizer(model.config.base_model_name_or_path)
     sentences = read_file(file, label_names=model.labels)[:limit]
     scheme = model.config.tasks[model.config.active_task].get("scheme")
     windows = SentenceWindows(sentences, tokenizer, model.labels, 128, scheme)
     collate = DataCollatorForTokenClassification(tokenizer, padding="max_length", max_length=128)
-    session = onnxruntime.InferenceSession(path)
     score = entity_scores(windows)
     rows, labels, largest = {"torch": [], "onnx": []}, [], 0.0
     for first in range(0, len(windows), BATCH):
@@ -86,8 +126,7 @@ def compare(model, path: str, file: str, limit: int | None) -> dict[str, object]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             logits = {"torch": model(**inputs).logits}
-        [out] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        logits["onnx"] = torch.from_numpy(out)
+        logits["onnx"] = torch.from_numpy(scores(*(tensor.numpy() for tensor in inputs.values())))
         words = batch["labels"] != IGNORED
         largest = max(largest, float((logits["torch"] - logits["onnx"])[words].abs().max()))
         for name, rows_of in rows.items():

@@ -18,10 +18,17 @@ TOGETHER = 256  # texts that are worked on before the first of them is shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``tag`` and ``classify`` have in common."""
     add = parser.add_argument
-    add("adapter", help="its folder or Hub id")
+    add("adapter", help="its folder or Hub id; for onnx the reader's file")
     add("texts", nargs="*", metavar="TEXT", help="a text, a file, or - for standard input")
     add("--host", help="folder or Hub id; by default the adapter's own host")
     add("--task", help="of an adapter with several tasks")
+    add(
+        "--runtime",
+        choices=("torch", "onnx"),
+        default="torch",
+        metavar="NAME",
+        help="onnx: needs --host HOST.onnx and no torch",
+    )
     add("--json", action="store_true", help="write one JSON object a line")
     add("--batch_size", type=_positive, default=32, metavar="N", help="texts that the host reads at a time (32)")
     add("--max_seq_length", type=_positive, default=128, metavar="N", help="sub-tokens that it reads at once (128)")
@@ -45,6 +52,17 @@ def load(model_class: str, arguments: argparse.Namespace):
         return getattr(modeling_unihyperlora, model_class).from_pretrained(
             arguments.adapter, base_model_name_or_path=arguments.host, task=arguments.task
         )
+
+
+def load_onnx(arguments: argparse.Namespace):
+    """The two ONNX files that were given."""
+    from ..onnx_runtime import OnnxFileError, OnnxReader
+
+    if arguments.host is None:
+        raise OnnxFileError("--runtime onnx needs the host's file as well: --host host.onnx")
+    if arguments.task is not None:
+        raise OnnxFileError("A reader's ONNX file has one task. Leave --task out.")
+    return OnnxReader(arguments.host, arguments.adapter)
 
 
 def work_through(

@@ -4,8 +4,7 @@
     unihyperlora tag runs/conll news.txt --json > entities.jsonl
 
 A line of a .jsonl file has a "text" or a list of "tokens"; each line of any other
-file is a text. With --json a line has the text and its entities: text, type, start
-and end (characters of the text) and score (a probability).
+file is a text. --json gives the text, type, start, end and score of each entity.
 """
 
 import argparse
@@ -45,10 +44,13 @@ def main(command_line: list[str] | None = None) -> None:
 
 def tagger(arguments: argparse.Namespace):
     """A function from texts to what ``tagging.tag`` finds in each."""
+    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
+    if arguments.runtime == "onnx":
+        reader = given_texts.load_onnx(arguments)
+        return lambda texts: reader.tag(texts, **sizes)
     model = given_texts.load("UniHyperLoraForTokenClassification", arguments)
     from ..tagging import tag
 
-    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
     return lambda texts: tag(model, texts, **sizes)
 
 
