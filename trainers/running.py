@@ -63,6 +63,7 @@ class Task:
     logits: Callable  # preprocess_logits_for_metrics
     scores: Callable  # (data set, arguments) → compute_metrics
     words: Callable  # (row) → its words, as far as blanks tell them
+    further: Callable  # (rows, labels, tag scheme) → the same rows as raw text has their words, where these are others
 
 
 def run(task: Task, command_line: list[str], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, object]:
@@ -354,7 +355,10 @@ def make_trainer(
     if length < data_args.max_seq_length:
         logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
     own = (data_args, scheme)
-    datasets = {split: task.dataset(rows, tokenizer, labels, length, *own) for split, rows in splits.items()}
+    read = dict(splits)
+    if is_adapter and model.injection is None and training_args.train_scope == "task" and "train" in read:
+        read["train"] = [*read["train"], *task.further(read["train"], labels, scheme)]
+    datasets = {split: task.dataset(rows, tokenizer, labels, length, *own) for split, rows in read.items()}
     validation, train = datasets.get("validation"), datasets.get("train")
     collator = task.collator(
         tokenizer,
@@ -374,7 +378,7 @@ def make_trainer(
                 model,
                 train,
                 model_args.source_hosts or [],
-                lambda other: task.dataset(splits["train"], other, labels, length, *own),
+                lambda other: task.dataset(read["train"], other, labels, length, *own),
                 **model_args.hub(),
             )
             train, more = SourceStates(sources), {"sources": sources}

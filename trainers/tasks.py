@@ -8,6 +8,7 @@ from . import classification_data, ner_data
 from .arguments import ClassificationArguments, NerArguments
 from .classification_inputs import EncodedTexts, best_class, classification_scores
 from .ner_windows import SentenceWindows, entity_scores, token_scores
+from .raw_text import words_of_raw_text
 from .running import Task
 
 NER = Task(
@@ -27,6 +28,7 @@ NER = Task(
     logits=token_scores,
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
     words=lambda sentence: sentence.tokens,
+    further=words_of_raw_text,
 )
 
 CLASSIFICATION = Task(
@@ -44,6 +46,7 @@ CLASSIFICATION = Task(
     logits=best_class,
     scores=lambda texts, args: classification_scores,
     words=lambda example: f"{example.text} {example.pair or ''}".split(),
+    further=lambda *_: [],
 )
 
 TASKS = {"ner": NER, "classification": CLASSIFICATION}

@@ -671,6 +671,19 @@ class TestStream:
         assert states.read_bytes() == whole
         assert [path.name for path in cache.glob("states-*")] == [states.name]
 
+    def test_a_task_is_also_trained_on_the_words_of_raw_text(self, run, flags, cache, tmp_path, write_jsonl):
+        row = (["Anna", "-from-", "Paris", "."], ["B-PER", "O", "B-LOC", "O"])  # in raw text 6 words
+        train = [*flags, *files(write_jsonl, [*ROWS[4:], row], ROWS[:4]), "--do_train", "--max_steps", 2]
+        results = run(*train, output="here")
+        (states,) = cache.glob("states-*")
+        words, layers, width = sum(len(words) for words, _ in ROWS[4:]) + 4 + 6, 3, 64
+        assert states.stat().st_size == 2 * words * layers * width
+        assert results["train_samples"] == len(ROWS) - 4 + 1
+        tune = ["--adapter", tmp_path / "here", "--train_scope", "delta", *train[len(flags) :], *MANY]
+        run(*tune, output="tuned")  # on a host as it is, and so on the data
+        (other,) = {*cache.glob("states-*")} - {states}
+        assert other.stat().st_size == 2 * (words - 6) * layers * width
+
     def test_a_space_is_made_of_anchor_text(self, run, tmp_path, write_jsonl):
         anchors = tmp_path / "anchors.txt"
         anchors.write_text("".join(" ".join(words) + "\n" for words, _ in ROWS), encoding="utf-8")
