@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import AutoModel
 from transformers.integrations import deepspeed
 
 from .errors import HostError, MergeError, first_line
+
+logger = logging.getLogger(__name__)
 
 _NO_LENGTH = 10**9  # a tokenizer that knows no length states 1e30
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # tables of learned positions
@@ -56,9 +59,13 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             "or host=a_loaded_encoder."
         )
     try:
-        with _whole():
-            return AutoModel.from_pretrained(
-                transformers_folder(name_or_path), trust_remote_code=False, use_safetensors=True, **kwargs
+        with _whole(), _without_report():
+            host, found = AutoModel.from_pretrained(
+                transformers_folder(name_or_path),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **kwargs,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HostError(
@@ -66,6 +73,30 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder; a host whose repository needs "
             "its own code, or has no safetensors file, has to be loaded by you and passed as host=."
         ) from error
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # no state depends on it
+    if missing:
+        logger.warning(
+            "The host '%s' lacks %d of its weights (%s …), which are random now. Check the checkpoint.",
+            name_or_path,
+            len(missing),
+            missing[0],
+        )
+    return host
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Within it transformers does not print which weights a checkpoint has too many of, or lacks."""
+    reporter = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    reporter.addFilter(keep)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(keep)
 
 
 @contextlib.contextmanager

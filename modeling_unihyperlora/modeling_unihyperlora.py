@@ -743,6 +743,12 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             own.head_weight.requires_grad_(True)
             own.head_bias.requires_grad_(True)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters a trainer may change, as PEFT's models do; the host is among all of them."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        trained, total = sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Let the host's blocks be computed again on the way back, which spares memory with an injected update.
 
@@ -800,6 +806,22 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         _from_package("publish.onnx_file", "Exporting").export_onnx(self, path, host_path)
 
     # ---- forward ----
+
+    def pipeline(self, **kwargs):
+        """A pipeline of transformers with this model and its host's tokenizer, which the library cannot guess.
+
+        Args:
+            **kwargs: those of ``transformers.pipeline``, such as ``aggregation_strategy``.
+        """
+        from transformers import pipeline  # a second's worth of imports
+
+        kinds = {"token_classification": "token-classification", "sequence_classification": "text-classification"}
+        if "tokenizer" not in kwargs and self.stream is not None:
+            kwargs["tokenizer"] = self.stream.words.tokenizer
+        elif "tokenizer" not in kwargs:
+            revision = self.config.base_model_revision or "main"
+            kwargs["tokenizer"] = load_tokenizer(self.config.base_model_name_or_path, revision=revision)
+        return pipeline(kinds.get(self.task_type, "feature-extraction"), model=self, **kwargs)
 
     def run(
         self,

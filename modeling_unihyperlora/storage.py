@@ -29,6 +29,7 @@ from .errors import AdapterFileError, first_line
 FORMAT_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 LATENTS_NAME = "training_latents.safetensors"
+READY = Path(__file__).with_name("ready")  # adapters that the package has; there is none where its code alone went
 MAX_CONFIG_BYTES = 1_000_000
 MAX_HEADER_BYTES = 1_000_000
 MAX_WEIGHTS_BYTES = 64_000_000  # an adapter has less than 1 MB; this leaves room for thousands of tasks
@@ -228,12 +229,14 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -> Path:
-    """A file of an adapter, in its folder or from the Hub.
+    """A file of an adapter: in its folder, of a ready adapter of the package, or from the Hub.
 
     Raises:
         AdapterFileError: there is none, or its name or a link leads out of the folder.
     """
-    folder = Path(name)
+    folder, ready = Path(name), ready_adapters()
+    if not folder.is_dir() and str(name) in ready:
+        folder = READY / name
     if folder.is_dir():
         path = check_inside(folder, os.path.join(hub.get("subfolder") or "", file))
         if not path.is_file():
@@ -243,8 +246,14 @@ def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -
         return Path(cached_file(str(name), file, revision=revision, **hub))
     except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
         raise AdapterFileError(
-            f"No adapter '{name}': it is no folder, and on the Hub {file} cannot be had ({first_line(error)})."
+            f"No adapter '{name}': it is no folder, {'none of ' + ', '.join(ready) + ', ' if ready else ''}and on the "
+            f"Hub {file} cannot be had ({first_line(error)})."
         ) from error
+
+
+def ready_adapters() -> list[str]:
+    """Names of the adapters that the package brings along."""
+    return sorted(path.parent.name for path in READY.glob(f"*/{WEIGHTS_NAME}"))
 
 
 def save_adapter(adapter: nn.Module, config: dict[str, object], folder: Path) -> None:

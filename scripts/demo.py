@@ -16,7 +16,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
@@ -57,7 +56,7 @@ def main(command_line: list[str] | None = None) -> None:
     train_file, held_out_file = write_parts(tweets, folder / "data")
     common = f"""
         --task_name tweets --do_eval --validation_file {held_out_file} --per_device_eval_batch_size 64
-        --max_seq_length 64 --save_strategy no --dataloader_pin_memory {str(torch.cuda.is_available()).lower()}
+        --max_seq_length 64 --save_strategy no
     """.split()
     training = f"--do_train --train_file {train_file} --per_device_train_batch_size 16 --seed 42".split()
     training.append("--overwrite_output_dir")  # that of an earlier demo

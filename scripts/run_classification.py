@@ -11,7 +11,8 @@
 
 Columns that are not named are guessed (sentence, text, question and passage …; label, answer). Every flag of
 transformers' TrainingArguments works as well. Writes into --output_dir: the adapter, all_results.json (eval_f1 is the
-macro F1) and, with --do_predict, predictions.txt: one label a line. A test set may be without labels.
+macro F1) and, with --do_predict, predictions.txt (one label a line) and predictions.jsonl (text and label). A
+test set may be without labels.
 """
 
 import sys

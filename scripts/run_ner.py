@@ -11,7 +11,8 @@
     python scripts/run_ner.py --method lora …                            # or full, or probe: to compare with
 
 Every flag of transformers' TrainingArguments works as well. Writes into --output_dir: the adapter, all_results.json
-and, with --do_predict, predictions.txt: one line a sentence, a tag for each word. A test set may be without tags.
+and, with --do_predict, predictions.txt (one line a sentence, a tag for each word) and predictions.jsonl (words and
+tags). A test set may be without tags.
 """
 
 import sys

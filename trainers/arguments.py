@@ -1,5 +1,6 @@
 """The command line of the scripts: its flags, the run config in front of them, and what can be refused at once."""
 
+import argparse
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,28 @@ FOREIGN_FLAGS = {  # of transformers' run_ner.py, run_classification.py and run_
     "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first ones",
     "shuffle_seed": "training shuffles by --data_seed, or else by --seed",
     "metric_name": "the figures are accuracy and macro F1",
+}
+
+
+COMMON_FLAGS = {  # what --help shows; %(reads)s is what a file may be
+    "--model_name_or_path HOST": "the host: Hub id or folder",
+    "--adapter ADAPTER": "start from this adapter: folder, Hub id, or a ready one",
+    "--train_file FILE": "%(reads)s",
+    "--validation_file FILE": "the same, for --do_eval; --test_file for --do_predict",
+    "--dataset_name NAME": "in place of files: a data set of the Hub, or its folder",
+    "--do_train --do_eval --do_predict": "what to do",
+    "--output_dir DIR": "for the adapter, all_results.json and the predictions",
+    "--overwrite_output_dir": "train into a folder that holds another training",
+    "--task_name NAME": "what the adapter calls the task; a new name adds a task",
+    "--reader small|medium|large": "size of a new task's reader: 36, 100 or 330 kB",
+    "--train_scope task|delta": "reader and head (default), or δθ of this host alone",
+    "--max_steps N": "or --num_train_epochs N",
+    "--per_device_train_batch_size N": "8 by default",
+    "--learning_rate X": "0.005 by default, and less for some parts",
+    "--max_seq_length N": "sub-tokens that the host reads at once; 128 by default",
+    "--seed N": "42 by default",
+    "--run_config FILE": "a whole run in YAML; flags that are typed win",
+    "--method METHOD": "unihyperlora, or to compare: sat_lora, lora, full, probe",
 }
 
 
@@ -228,6 +251,8 @@ class DataArguments:
         },
     )
 
+    COMMAND: ClassVar[str]  # of ``unihyperlora``
+    READS: ClassVar[str]  # what a file may be
     NAMES_FLAG: ClassVar[str]  # the flag that names the ids 0, 1, …
     METRICS: ClassVar[tuple[str, ...]]  # what an evaluation reports, less "eval_"
 
@@ -295,6 +320,8 @@ class NerArguments(DataArguments):
     )
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
 
+    COMMAND = "ner"
+    READS = "JSON lines (tokens, ner_tags) or columns (word and tag)"
     NAMES_FLAG = "--tag_names"
     METRICS = ("precision", "recall", "f1", "accuracy")
 
@@ -336,6 +363,8 @@ class ClassificationArguments(DataArguments):
         default=None, metadata={"help": "Names of the ids 0, 1, …; by default those of --adapter, else the numbers."}
     )
 
+    COMMAND = "classification"
+    READS = "JSON lines or CSV with a text, or a pair, and a label"
     NAMES_FLAG = "--class_names"
     METRICS = ("accuracy", "f1")
 
@@ -360,7 +389,13 @@ def parse(
     Raises:
         ConfigError: an unknown flag or a value that is not usable.
     """
-    parser = HfArgumentParser((ModelArguments, data_class, UniHyperLoraTrainingArguments), allow_abbrev=False)
+    parser = HfArgumentParser(
+        (ModelArguments, data_class, UniHyperLoraTrainingArguments), allow_abbrev=False, add_help=False
+    )
+    own = {"default": argparse.SUPPRESS}
+    short = short_help(data_class)
+    parser.add_argument("-h", "--help", action=_ShortHelp, nargs=0, const=short, help="the common flags", **own)
+    parser.add_argument("--help-all", action="help", help="every flag", **own)
     typed, _ = parser.parse_known_args(command_line)
     if typed.run_config is not None:
         run = read_run_config(typed.run_config)
@@ -386,8 +421,30 @@ def parse(
             raise ConfigError(f"--{foreign} has no place here: {FOREIGN_FLAGS[foreign]}. Leave it out.")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)[0]
-        raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help lists all.")
+        raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help-all lists all.")
     return tuple(parsed)
+
+
+class _ShortHelp(argparse.Action):
+    """Prints its ``const`` as it is, and leaves."""
+
+    def __call__(self, parser, *_) -> None:
+        print(self.const)
+        parser.exit()
+
+
+def short_help(data_class: type[DataArguments]) -> str:
+    """What --help prints: the common flags, on one screen."""
+    rows = [f"  {flag:<34}{said % {'reads': data_class.READS}}" for flag, said in COMMON_FLAGS.items()]
+    return "\n".join(
+        [
+            f"usage: unihyperlora {data_class.COMMAND} --model_name_or_path HOST --output_dir DIR …",
+            "",
+            *rows,
+            "",
+            "--help-all lists every flag, those of transformers' TrainingArguments among them.",
+        ]
+    )
 
 
 def check_arguments(

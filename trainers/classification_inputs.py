@@ -33,7 +33,7 @@ class EncodedTexts(Dataset):
     def __init__(
         self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: list[str], max_seq_length: int
     ):
-        self.labels = labels
+        self.examples, self.labels = examples, labels
         pairs = None if examples[0].pair is None else [example.pair for example in examples]
         special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
         if max_seq_length - special < (1 if pairs is None else 2):
@@ -65,9 +65,14 @@ class EncodedTexts(Dataset):
         """``input_ids``, ``attention_mask`` and what else the host's tokenizer gives: (T,); ``labels`` if known."""
         return {name: values[index] for name, values in self._inputs.items()}
 
-    def lines_of(self, label_ids: np.ndarray) -> list[str]:
-        """One label a line, from predicted ids (N,) in the order of this data set."""
-        return [self.labels[number] for number in label_ids]
+    def rows_of(self, label_ids: np.ndarray) -> list[dict[str, str]]:
+        """Each text, or pair, and the class that was found, from predicted ids (N,) in the order of this data set."""
+        rows = []
+        for example, number in zip(self.examples, label_ids, strict=True):
+            pair = {"sentence1": example.text, "sentence2": example.pair}
+            row = {"text": example.text} if example.pair is None else pair
+            rows.append(row | {"label": self.labels[number]})
+        return rows
 
 
 def best_class(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:

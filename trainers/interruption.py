@@ -92,6 +92,9 @@ class SafeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``Trainer.train``; True resumes from the last complete checkpoint, or starts anew if there is none."""
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):  # the Trainer would, and warn of new tokens
+            if (own := getattr(self.processing_class, name, None)) is not None:
+                setattr(self.model.config.get_text_config(), name, own)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
         if resume_from_checkpoint and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):

@@ -123,9 +123,10 @@ class SentenceWindows(Dataset):
         """
         return [[self.labels[number] for number in decode(rows, self._rules)] for rows in self.word_logits(logits)]
 
-    def lines_of(self, logits: np.ndarray) -> list[str]:
-        """One line a sentence, its tags separated by spaces, from what ``tags_of`` takes."""
-        return [" ".join(tags) for tags in self.tags_of(logits)]
+    def rows_of(self, logits: Sequence[np.ndarray]) -> list[dict[str, list[str]]]:
+        """The words and the found tags of each sentence, as a file to train or score on has them."""
+        found = zip(self.sentences, self.tags_of(logits), strict=True)
+        return [{"tokens": sentence.tokens, "ner_tags": tags} for sentence, tags in found]
 
 
 def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,15 +7,17 @@ Trainer, work (train, evaluate, predict), costs, results.
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, UniHyperLoraModel
@@ -23,7 +25,7 @@ from modeling_unihyperlora.configuration_unihyperlora import read_config
 from modeling_unihyperlora.hosts import window_of
 from modeling_unihyperlora.measure.accounting import check_budget, measure
 from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
-from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing
+from modeling_unihyperlora.storage import WEIGHTS_NAME, adapter_file, replacing
 from modeling_unihyperlora.words import check_vocabulary, load_tokenizer
 
 from .arguments import DataArguments, ModelArguments, check_arguments, parse
@@ -45,8 +47,8 @@ logger = logging.getLogger(__name__)
 class Task:
     """A kind of task: how its data are read, shown to a model and scored.
 
-    A row is one labelled sentence, a dataclass with its ``origin``. A data set has ``lines_of(ids)``: the lines of
-    predictions.txt.
+    A row is one labelled sentence, a dataclass with its ``origin``. A data set has ``rows_of(predictions)``: the lines
+    of predictions.jsonl.
     """
 
     script: str  # whose name is in front of an error
@@ -64,6 +66,7 @@ class Task:
     scores: Callable  # (data set, arguments) → compute_metrics
     words: Callable  # (row) → its words, as far as blanks tell them
     further: Callable  # (rows, labels, tag scheme) → the same rows as raw text has their words, where these are others
+    line: Callable  # (line of predictions.jsonl) → that of predictions.txt
 
 
 def run(task: Task, command_line: list[str], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, object]:
@@ -137,9 +140,25 @@ def run_parsed(
         metrics = write_results(training_args.output_dir, metrics)
         if training_args.do_train and isinstance(trainer, UniHyperLoraTrainer):
             trainer.create_model_card()  # with the results
+            logger.info("%s", next_steps(data_args.COMMAND, training_args.output_dir, model.stream is not None))
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def next_steps(command: str, folder: str, moves: bool) -> str:
+    """Where a trained adapter is, and commands to go on with; ``moves`` says whether it works on other hosts."""
+    use = {"ner": "tag", "classification": "classify"}[command]
+    host = " --host ANOTHER_HOST" if moves else ""
+    lines = [
+        f"The adapter is the folder {folder}; {WEIGHTS_NAME} there has all that was trained. What to type next:",
+        f'  unihyperlora {use} {folder}{host} "a text of yours"',
+        f"  unihyperlora inspect {folder}{host}",
+    ]
+    if moves:
+        score = "--validation_file FILE --do_eval --output_dir ANOTHER_FOLDER"
+        lines.append(f"  unihyperlora {command} --adapter {folder} --model_name_or_path ANOTHER_HOST {score}")
+    return "\n".join(lines)
 
 
 # ---- before the work: data, model, trainer ----
@@ -157,20 +176,12 @@ def load_adapter(
         ConfigError: a flag asks for another shape than the adapter has, or ``task_name`` is of another kind.
         AdapterFileError, HostError
     """
-    config = None
-    try:
-        config = read_config(
-            Path(cached_file(args.adapter, CONFIG_NAME, revision=args.adapter_revision, **args.hub()))
-        )
-    except OSError:
-        pass  # from_pretrained says what is wrong
-    if config is not None and task_name in config.tasks:
+    config = read_config(adapter_file(args.adapter, CONFIG_NAME, args.adapter_revision, args.hub()))
+    if task_name in config.tasks:
         config.activate(task_name)
-    elif config is not None and config.active_task is not None:
-        if config.tasks[config.active_task]["type"] != model_class.task_type:
-            config.active_task = None
-    if config is not None:
-        check_kind(config, args)
+    elif config.active_task is not None and config.tasks[config.active_task]["type"] != model_class.task_type:
+        config.active_task = None
+    check_kind(config, args)
     tokenizer = None if args.tokenizer_name is None else named_tokenizer(args)
     routing = {name: value for name, value in args.shape().items() if name in ("router", "router_top_k")}
     return model_class.from_pretrained(
@@ -443,6 +454,7 @@ def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:
     for name in ("trainers", "modeling_unihyperlora"):
         logging.getLogger(name).setLevel(level)
     transformers_logging.set_verbosity(args.get_process_log_level())
+    transformers_logging.disable_progress_bar()  # of loading weights, in which a host takes a moment
     logger.info("%s: process %d of %d on %s", script, args.process_index + 1, args.world_size, args.device)
 
 
@@ -488,7 +500,7 @@ def work(
         predicted = trainer.predict(datasets["test"], metric_key_prefix="predict")
         report("predict", predicted.metrics, "test")
         if trainer.is_world_process_zero():
-            write_predictions(args.output_dir, datasets["test"].lines_of(predicted.predictions))
+            write_predictions(args.output_dir, datasets["test"].rows_of(predicted.predictions), task.line)
     return metrics
 
 
@@ -498,8 +510,8 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
     if model_args.method in BASELINES:
         return measure_baseline(model, model_args.method, folder)
     if folder is None and model_args.adapter is not None:
-        hub = {"revision": model_args.adapter_revision, **model_args.hub()}
-        folder = Path(cached_file(model_args.adapter, WEIGHTS_NAME, **hub)).parent
+        where = (model_args.adapter_revision, model_args.hub())
+        folder = adapter_file(model_args.adapter, WEIGHTS_NAME, *where).parent
     figures = measure(model, folder=folder)
     if model.stream is not None:
         fit = model.stream.fit.r2
@@ -519,7 +531,10 @@ def host_cpu_seconds(model: nn.Module, trainer: Trainer) -> float | None:
     return round(model.stream.cpu_seconds + sum(part.cpu_seconds for part in kept), 1)
 
 
-def write_predictions(folder: str, lines: Sequence[str]) -> None:
-    """``predictions.txt``: one line a sentence, in the order of the test split."""
-    with replacing(Path(folder) / "predictions.txt") as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def write_predictions(folder: str, rows: list[dict], line: Callable[[dict], str]) -> None:
+    """One line a sentence, in the order of the test split: ``predictions.txt`` has what was predicted, as the scripts
+    of transformers write it, and ``predictions.jsonl`` also the sentence.
+    """
+    for name, write in (("predictions.txt", line), ("predictions.jsonl", partial(json.dumps, ensure_ascii=False))):
+        with replacing(Path(folder) / name) as temporary:
+            Path(temporary).write_text("".join(write(row) + "\n" for row in rows), encoding="utf-8")

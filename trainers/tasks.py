@@ -29,6 +29,7 @@ NER = Task(
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
     words=lambda sentence: sentence.tokens,
     further=words_of_raw_text,
+    line=lambda row: " ".join(row["ner_tags"]),
 )
 
 CLASSIFICATION = Task(
@@ -47,6 +48,7 @@ CLASSIFICATION = Task(
     scores=lambda texts, args: classification_scores,
     words=lambda example: f"{example.text} {example.pair or ''}".split(),
     further=lambda *_: [],
+    line=lambda row: row["label"],
 )
 
 TASKS = {"ner": NER, "classification": CLASSIFICATION}

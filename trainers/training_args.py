@@ -103,6 +103,8 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         if processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or accelerate would not join the processes, and each would train on its own
         super().__post_init__()
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to, of which torch would warn
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
                 f"hub_strategy={self.hub_strategy.value!r} would put training state on the Hub; an adapter is pushed "

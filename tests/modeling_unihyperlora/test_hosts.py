@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_unihyperlora import HostError, UniHyperLoraConfig, UniHyperLoraForTokenClassification, UniHyperLoraModel
@@ -113,3 +114,17 @@ def test_the_longest_text_of_a_host_is_read_to_its_end(family):
     ids = torch.full((1, window or 300), 5)
     with torch.no_grad():
         assert call_host(host, None, input_ids=ids).last_hidden_state.shape[1] == ids.shape[1]
+
+
+def test_weights_that_a_checkpoint_lacks_are_named_if_states_depend_on_them(make_host, tmp_path, caplog):
+    make_host("bert").save_pretrained(tmp_path)
+    path, metadata = tmp_path / "model.safetensors", {"format": "pt"}
+    tensors = load_file(path)
+    save_file({name: value for name, value in tensors.items() if not name.startswith("pooler.")}, path, metadata)
+    load_host(str(tmp_path))
+    assert not caplog.records
+    kept = {name: value for name, value in tensors.items() if "layer.1." not in name}
+    save_file(kept, path, metadata)
+    load_host(str(tmp_path))
+    [record] = caplog.records
+    assert f"lacks {len(tensors) - len(kept)} of its weights (encoder.layer.1." in record.getMessage()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from modeling_unihyperlora import (
     ConfigError,
@@ -276,3 +276,30 @@ class TestStream:
     def test_it_is_described_in_one_line(self, model):
         said = stirred(model, "people").describe()
         assert "\n" not in said and small_space().digest in said and "people" in said and "4 blocks x 32" in said
+
+
+def test_trainable_parameters_are_printed(capsys):
+    model = small_stream()
+    model.set_train_scope("delta")
+    own = model.adapter.tasks["people"]
+    trained = own.delta.latent.numel() + own.head_weight.latent.numel() + own.head_bias.latent.numel()
+    model.print_trainable_parameters()
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trained / total
+    assert (
+        capsys.readouterr().out == f"trainable params: {trained} || all params: {total:,} || trainable%: {share:.4f}\n"
+    )
+
+
+def test_a_pipeline_knows_its_tokenizer():
+    """Of a stream it is the one that the host was lined up with; another may be given."""
+    for cls, kind in (
+        (UniHyperLoraForTokenClassification, "token-classification"),
+        (UniHyperLoraForSequenceClassification, "text-classification"),
+    ):
+        model = small_stream(cls=cls)
+        made = model.pipeline(device="cpu")
+        assert made.task == kind and made.tokenizer is model.stream.words.tokenizer
+        expected = pipeline(kind, model=model, tokenizer=model.stream.words.tokenizer, device="cpu")
+        assert made("word1 unknown word2") == expected("word1 unknown word2")
+    assert model.pipeline(device="cpu", tokenizer=TOKENIZER).tokenizer is TOKENIZER

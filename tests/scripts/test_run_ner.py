@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, Trainer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, Trainer
 
 from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, DataError, HostError, UniHyperLoraError
 from scripts import run_ner
 from trainers.arguments import NerArguments
 from trainers.baselines import BASELINES
 from trainers.results import RESULT_KEYS, write_results
+from trainers.running import next_steps
 
 REPOSITORY = Path(__file__).parents[2]
 PEOPLE, PLACES = ("anna", "ben", "carla", "david"), ("paris", "rome", "oslo", "lima")
@@ -80,6 +81,37 @@ def test_it_learns_and_writes_what_the_contract_names(run, tmp_path):
     lines = (tmp_path / "out" / "predictions.txt").read_text().split("\n")
     assert [len(line.split()) for line in lines] == [0, 3, 100, 0]  # the last is the end of the file
     assert set(" ".join(lines).split()) <= {"O", "B-LOC", "B-PER"}
+    rows = [json.loads(row) for row in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [words for words, _ in TEST_ROWS]
+    assert [" ".join(row["ner_tags"]) for row in rows] == lines[:-1]
+
+
+def test_a_run_says_where_the_adapter_is_and_what_to_type(run, tmp_path, caplog):
+    """And nothing of pinned memory, special tokens, or weights that the encoder does not need."""
+    with caplog.at_level("INFO"):
+        run(*TRAIN)
+    said = caplog.records[-1].getMessage()
+    folder = tmp_path / "out"
+    assert said.startswith(f"The adapter is the folder {folder};")
+    assert f"unihyperlora tag {folder} " in said and f"unihyperlora inspect {folder}" in said
+    assert "ANOTHER_HOST" not in said  # an injected update stays where it is
+    assert "--host ANOTHER_HOST" in next_steps("ner", "runs/x", moves=True)
+
+
+def test_a_run_warns_of_nothing(tiny_host, data, tmp_path):
+    """In a process of its own: torch and transformers warn once a process."""
+    model = BertForMaskedLM.from_pretrained(tiny_host)  # has weights that the encoder lacks, and lacks the pooler's
+    model.save_pretrained(tmp_path / "host")
+    AutoTokenizer.from_pretrained(tiny_host).save_pretrained(tmp_path / "host")
+    flags = [*map(str, TRAIN), *TINY, "--pathway", "inject", "--disable_tqdm", "true"]
+    flags += ["--max_seq_length", "64"]
+    where = ["--model_name_or_path", str(tmp_path / "host"), "--output_dir", str(tmp_path / "out")]
+    files = ["--train_file", data["--train_file"]]
+    command = [sys.executable, "scripts/run_ner.py", *flags, *where, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    log = done.stderr.splitlines()
+    assert any("What to type next" in line for line in log)
+    assert [line for line in log if any(sign in line for sign in ("WARNING", "Warning", "[transformers]", "%|"))] == []
 
 
 def test_sat_lora_is_trained_saved_and_scored_again(run, tmp_path):

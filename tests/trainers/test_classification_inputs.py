@@ -74,7 +74,8 @@ def test_no_room(tokenizer):
 def test_unknown_labels_and_lines(tokenizer):
     data = encoded(tokenizer, "anna", "ben", labels=None)
     assert "labels" not in data[0]
-    assert data.lines_of(np.array([1, 0])) == ["yes", "no"]
+    rows = data.rows_of(np.array([1, 0]))
+    assert [row["label"] for row in rows] == ["yes", "no"]
 
 
 def test_the_best_class():

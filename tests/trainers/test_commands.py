@@ -1,6 +1,7 @@
 """The command ``unihyperlora``: its help, what it refuses, and that its subcommands are what the scripts run."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,25 @@ def test_every_subcommand_has_help(name, capsys, monkeypatch):
         module.main(["--help"])
     printed = capsys.readouterr().out
     assert left.value.code == 0 and printed.startswith("usage: ")
-    if name in ("tag", "classify"):
-        assert len(printed.splitlines()) <= 24
+    assert len(printed.splitlines()) <= 24 and max(map(len, printed.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["ner", "classification"])
+def test_the_common_flags_are_flags_with_these_defaults(name, capsys):
+    module = importlib.import_module(f"trainers.commands.{name}")
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as left:
+            module.main([flag])
+        assert left.value.code == 0
+        texts[flag] = capsys.readouterr().out
+    flags = set(re.findall(r"--\w+", texts["--help"])) - {"--help"}
+    assert len(flags) > 15 and not [flag for flag in flags if f"{flag} " not in texts["--help-all"]]
+    stated = dict(re.findall(r"(--\w+) N {2,}(?:\w.*; )?(\d+) by default", texts["--help"]))
+    assert set(stated) == {"--per_device_train_batch_size", "--max_seq_length", "--seed"}
+    for flag, value in stated.items():
+        described = texts["--help-all"].split(f"\n  {flag} ")[1].split("\n  --")[0]
+        assert f"(default: {value})" in " ".join(described.split())
 
 
 def test_what_a_user_gave_wrong_is_one_line(tmp_path, capsys):

@@ -4,6 +4,8 @@ A module has ``main(command_line)``. Its errors of the user's making are ``UniHy
 Nothing here imports torch, which takes seconds and which not every subcommand needs.
 """
 
+import argparse
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -52,6 +54,14 @@ def main(command_line: list[str] | None = None) -> int:
 def _is_of_the_user(error: Exception) -> bool:
     """Whether an error is for the user to put right. Its name tells: importing ``UniHyperLoraError`` imports torch."""
     return not {"UniHyperLoraError", "OnnxFileError"}.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+
+
+def new_parser(name: str, arguments: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a subcommand; its help shows the arguments and says of the options that there are some."""
+    wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
+    command = f"unihyperlora {name}"
+    usage = f"{command} {arguments} [options]"
+    return argparse.ArgumentParser(command, usage, description, formatter_class=wide, allow_abbrev=False)
 
 
 def usage() -> str:

@@ -1,12 +1,11 @@
 """Write host and adapter as one ONNX file or as two, and score the one beside the torch model it came from.
 
-    unihyperlora export-onnx runs/conll2003 conll2003.onnx --model_name_or_path HOST \
-        --validation_file dev.jsonl --record conll2003-onnx.json
-    unihyperlora export-onnx runs/conll2003 reader.onnx --host_file host.onnx
+    unihyperlora export-onnx runs/conll conll.onnx --validation_file dev.jsonl
+    unihyperlora export-onnx runs/conll reader.onnx --host_file host.onnx
 
-With --host_file the host is a file of its own, which serves every task of the space, and PATH has the reader alone;
-unihyperlora tag --runtime onnx runs both. Without --validation_file nothing is scored. Scores are for tags of words;
-the formats are those of run_ner.py. Needs pip install 'unihyperlora[onnx]'.
+With --host_file the host is a file of its own, which serves every task of the space, and
+FILE.onnx has the reader alone; unihyperlora tag --runtime onnx runs both. Needs
+pip install 'unihyperlora[onnx]'.
 """
 
 import argparse
@@ -34,28 +33,24 @@ from modeling_unihyperlora.words import load_tokenizer
 from ..ner_data import read_file
 from ..ner_windows import IGNORED, SentenceWindows, entity_scores, token_scores
 from ..onnx_runtime import OnnxReader
+from . import new_parser
 
 BATCH = 32
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unihyperlora export-onnx",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    own = new_parser("export-onnx", "ADAPTER FILE.onnx", __doc__)
+    add = own.add_argument
     add("adapter", help="Folder or Hub id of the adapter.")
     add("path", help="The ONNX file to write.")
-    add("--host_file", help="Write the host apart, into this file, and its tokenizer beside it.")
-    add("--task", help="Of an adapter with several tasks.")
-    add("--model_name_or_path", help="Host, if not the adapter's own.")
-    add("--router", choices=("static",), help="For an injected update: the fixed mask, which alone can be exported.")
-    add("--validation_file", help="Tagged sentences to score both on.")
-    add("--max_eval_samples", type=int, help="Use the first sentences only.")
-    add("--record", help="Where to write what was found, as JSON.")
-    return parser
+    add("--host_file", metavar="FILE", help="Write the host, and its tokenizer beside it, apart into this file.")
+    add("--task", metavar="NAME", help="Of an adapter with several tasks.")
+    add("--model_name_or_path", metavar="HOST", help="Host, if not the adapter's own.")
+    add("--router", choices=("static",), help="Of an injected update: the fixed mask.")
+    add("--validation_file", metavar="FILE", help="Tagged sentences to score both on.")
+    add("--max_eval_samples", type=int, metavar="N", help="Use the first sentences only.")
+    add("--record", metavar="FILE", help="Where to write what was found, as JSON.")
+    return own
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:

@@ -1,18 +1,16 @@
 """``unihyperlora inspect ADAPTER [--host HOST]``: what is in an adapter, and how it fits a host."""
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
 from modeling_unihyperlora.measure.inspection import inspect_adapter, inspect_on_host, over_budget
 
+from . import new_parser
+
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="unihyperlora inspect", description="What is in an adapter, and how it fits a host.", allow_abbrev=False
-    )
+    parser = new_parser("inspect", "ADAPTER", "What is in an adapter, and how it fits a host.")
     parser.add_argument("adapter", help="its folder or Hub id")
     parser.add_argument("--host", help="also put it on this host: a folder or Hub id")
     parser.add_argument("--revision", default="main", help="of the adapter on the Hub")

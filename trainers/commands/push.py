@@ -1,10 +1,7 @@
-"""Push an adapter to the Hub: its weights, configuration, code, card and licence, and nothing else of its folder.
+"""Push an adapter to the Hub: weights, configuration, code, card and licence, nothing else.
 
-    unihyperlora push runs/conll2003 user/conll2003-adapter --dry_run     # what would be pushed
-    unihyperlora push runs/conll2003 user/conll2003-adapter --private \
-        --base_model_name_or_path sentence-transformers/all-MiniLM-L6-v2
-
-The files and their bytes are listed before and after. A second push of the same content uploads nothing.
+unihyperlora push runs/conll user/conll --dry_run
+unihyperlora push runs/conll user/conll --base_model_name_or_path distilbert-base-uncased
 """
 
 import argparse
@@ -12,15 +9,12 @@ import logging
 
 from modeling_unihyperlora.publish.hub import Push, push_folder
 
+from . import new_parser
+
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unihyperlora push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    own = new_parser("push", "FOLDER USER/NAME", __doc__)
+    add = own.add_argument
     add("folder", help="Folder of the adapter, as a run or save_pretrained wrote it.")
     add("repo", help="Where to: user/name.")
     add("--private", action="store_true", default=None, help="Make a new repository private.")
@@ -28,12 +22,12 @@ def parser() -> argparse.ArgumentParser:
     add("--create_pr", action="store_true", help="Propose a pull request.")
     add("--dry_run", action="store_true", help="Check and list the files; send nothing.")
     add("--token", help="Token for the Hub, if not the one logged in with.")
-    add("--commit_message", help="What the commit says.")
-    add("--base_model_name_or_path", help="Hub id of the adapter's host, where it was loaded from a folder.")
-    add("--transfer", help="Record of scripts/research/transfer.py for the card's transfer matrix.")
-    add("--host_license", help="Licence of the host, where its own card cannot be read.")
-    add("--data_license", help="Licence of the data, where their own card cannot be read.")
-    return parser
+    add("--commit_message", metavar="TEXT", help="What the commit says.")
+    add("--base_model_name_or_path", metavar="HOST", help="Hub id of a host that was loaded from a folder.")
+    add("--transfer", metavar="FILE", help="Record of scripts/research/transfer.py for the card.")
+    add("--host_license", metavar="NAME", help="Licence of the host, where its own card cannot be read.")
+    add("--data_license", metavar="NAME", help="Licence of the data, where their own card cannot be read.")
+    return own
 
 
 def main(command_line: list[str] | None = None) -> Push:

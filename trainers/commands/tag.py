@@ -17,18 +17,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from . import given_texts
+from . import given_texts, new_parser
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="unihyperlora tag",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tag", "ADAPTER [TEXT …]", __doc__)
     given_texts.add_arguments(parser)
     arguments = parser.parse_intermixed_args(command_line)  # options may stand among the texts
     console = Console(soft_wrap=True)

@@ -1,0 +1,314 @@
+"""Make the adapters that the package brings along, and score each on its test data and on hosts that it never saw.
+
+    python -m scripts.research.ready_adapters --data DIR --host sentence-transformers/all-MiniLM-L6-v2 \
+        --target_hosts sentence-transformers/all-mpnet-base-v2 … --output_dir runs/ready
+
+``make adapters DATA=DIR HOSTS="SOURCE OTHERS …"`` does the same. DIR has a folder for each data set, with JSON lines:
+btc and wnut17 (``tokens``, ``ner_tags``), snips (also ``text``, ``intent``), amazon_uci (``text``, ``label``).
+Every adapter is trained with one set of settings, on which no score had an influence, and with seed 0. Written are
+modeling_unihyperlora/ready/NAME (weights, configuration, card) and results/ready.json, from which the cards and the
+tables of the documents come.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_unihyperlora import DataError, UniHyperLoraError
+from modeling_unihyperlora.configuration_unihyperlora import read_config
+from modeling_unihyperlora.storage import READY, WEIGHTS_NAME, read_json_object, write_json
+from trainers.running import run
+from trainers.tasks import TASKS
+
+RESULTS = Path(__file__).parents[2] / "results"
+SOURCE_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # which an adapter names as its host
+TRAINING = """
+    --do_train --max_steps 1500 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
+    --save_strategy no --seed 0 --overwrite_output_dir
+""".split()
+COMMON = "--per_device_eval_batch_size 64 --disable_tqdm true --logging_steps 500".split()
+Splits = dict[str, list[dict]]  # "train", and every set to score on by the name that tables give it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a ready adapter is made.
+
+    Attributes:
+        kind: "ner" or "classification".
+        reader: the size of its reader.
+        about: what it finds, for its card.
+        example: a text that shows it.
+        data: what it was trained on, with the licence.
+        note: what a reader of its scores has to know.
+        read: from the folder of all data to its splits.
+    """
+
+    kind: str
+    reader: str
+    about: str
+    example: str
+    data: str
+    note: str
+    read: Callable[[Path], Splits]
+
+
+def main(command_line: list[str] | None = None) -> None:
+    """Make what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="ready_adapters"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--host", default=SOURCE_ON_HUB, help="all-MiniLM-L6-v2, by its Hub id or its folder")
+    parser.add_argument("--target_hosts", nargs="*", default=[], help="hosts to score on as well")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="these adapters alone")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/ready"))
+    args = parser.parse_args(command_line)
+    for name in args.only:
+        make(name, RECIPES[name], args.data, args.host, args.target_hosts, args.output_dir / name)
+
+
+def make(name: str, recipe: Recipe, data: Path, host: str, targets: list[str], folder: Path) -> None:
+    """Train an adapter, score it on every host, and put it among the ready ones."""
+    files, sentences = {}, {}
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in recipe.read(data).items():
+        files[split] = folder / "data" / f"{split.replace(' ', '-')}.jsonl"
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sentences[split] = len(rows)
+    task = TASKS[recipe.kind]
+    own = ["--task_name", name, "--model_name_or_path", host, "--reader", recipe.reader]
+    trained = run(
+        task, [*TRAINING, *COMMON, *own, "--train_file", str(files["train"]), "--output_dir", str(folder / "trained")]
+    )
+    scores: dict[str, dict[str, float]] = {}
+    for target in [host, *targets]:
+        scores[Path(target).name] = {
+            split: run(
+                task,
+                ["--do_eval", *COMMON, "--adapter", str(folder / "trained"), "--model_name_or_path", target]
+                + ["--validation_file", str(file), "--output_dir", str(folder / f"{Path(target).name}-{file.stem}")],
+            )["eval_f1"]
+            for split, file in files.items()
+            if split != "train"
+        }
+    place(folder / "trained", READY / name)
+    record = {
+        "kind": "ready",
+        "task": recipe.kind,
+        "source": Path(host).name,
+        "sentences": sentences,
+        "sha256": {split: hashlib.sha256(file.read_bytes()).hexdigest() for split, file in files.items()},
+        "space": trained["space"],
+        "reader": recipe.reader,
+        "bytes": {part: trained[part] for part in ("adapter_bytes", "bytes_of_space", "reader_bytes", "head_bytes")},
+        "f1": scores,
+    }
+    path = RESULTS / "ready.json"
+    records = read_json_object(path) if path.is_file() else {"kind": "ready", "adapters": {}}
+    records["adapters"][name] = record
+    write_json(path, records)
+    (READY / name / "README.md").write_text(card(name, recipe, record), encoding="utf-8")
+
+
+def place(trained: Path, ready: Path) -> None:
+    """Copy weights and configuration; the host is named as on the Hub, not by a folder of this machine."""
+    ready.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trained / WEIGHTS_NAME, ready / WEIGHTS_NAME)
+    config = read_json_object(trained / "config.json")
+    config["base_model_name_or_path"] = SOURCE_ON_HUB
+    for host in config["source_hosts"]:
+        host["name"] = SOURCE_ON_HUB
+    write_json(ready / "config.json", config)
+    read_config(ready / "config.json")  # only what can be read again is written
+
+
+# ---- the data ----
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The lines of a JSON-lines file."""
+    if not path.is_file():
+        raise DataError(f"{path} is not there. Give --data a folder with a folder for each data set; see --help.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def people_places_organisations(data: Path) -> Splits:
+    """Tweets of the Broad Twitter Corpus; WNUT-17 is scored on with its own names of the three types."""
+    return {
+        "train": rows_of(data / "btc/train.jsonl"),
+        "btc test": rows_of(data / "btc/test.jsonl"),
+        "wnut17 test": renamed(rows_of(data / "wnut17/test.jsonl"), WNUT_TYPES),
+    }
+
+
+WNUT_TYPES = {"person": "PER", "location": "LOC", "corporation": "ORG"}
+
+
+def renamed(rows: list[dict], types: dict[str, str]) -> list[dict]:
+    """Sentences with other names of the entity types; a type without one is O."""
+
+    def tag(own: str) -> str:
+        prefix, _, kind = own.partition("-")
+        return f"{prefix}-{types[kind]}" if kind in types else "O"
+
+    return [{"tokens": row["tokens"], "ner_tags": [tag(own) for own in row["ner_tags"]]} for row in rows]
+
+
+def sentiment(data: Path) -> Splits:
+    """Sentences of reviews; by a digest of its text one in five is held out."""
+    splits: Splits = {"train": [], "held out": []}
+    for name in ("yelp", "imdb", "amazon_cells"):
+        for row in rows_of(data / f"amazon_uci/{name}.jsonl"):
+            number = int(hashlib.sha256(row["text"].encode()).hexdigest(), 16)
+            splits["held out" if number % 5 == 0 else "train"].append(row | {"label": MOODS[row["label"]]})
+    sst2 = [{"text": row["sentence"], "label": MOODS[row["label"]]} for row in rows_of(data / "sst2/validation.jsonl")]
+    return splits | {"sst2 validation": sst2}
+
+
+MOODS = ("negative", "positive")
+
+
+def assistant_slots(data: Path) -> Splits:
+    """Requests to a voice assistant and the slots in them; there is no test split."""
+    return _snips(data, ("tokens", "tokens"), ("ner_tags", "ner_tags"))
+
+
+def assistant_intents(data: Path) -> Splits:
+    """The same requests and what each asks for."""
+    return _snips(data, ("text", "text"), ("label", "intent"))
+
+
+def _snips(data: Path, *columns: tuple[str, str]) -> Splits:
+    """Both splits, with columns of these names from columns of those."""
+    return {
+        split: [{new: row[old] for new, old in columns} for row in rows_of(data / f"snips/{split}.jsonl")]
+        for split in ("train", "validation")
+    }
+
+
+SNIPS = "SNIPS (Coucke et al. 2018), 13,784 requests, CC0"
+NO_TEST = (
+    "SNIPS as it is published has no test split. The validation split was scored once, at the end, and nothing was "
+    "chosen by it."
+)
+RECIPES = {
+    "people-places-organisations": Recipe(
+        kind="ner",
+        reader="medium",
+        about="People (PER), places (LOC) and organisations (ORG) in English text, above all in tweets.",
+        example="Angela Merkel met Tim Cook at Apple, in Cupertino.",
+        data="Broad Twitter Corpus (Derczynski et al. 2016), 6,338 tweets, CC BY 4.0",
+        note="In the Broad Twitter Corpus the name of an account (@name) is a person or an organisation, and so it is "
+        "for this adapter. WNUT-17 (CC BY 4.0) was not trained on; its person, location and corporation are scored as "
+        "PER, LOC and ORG, its other types as none.",
+        read=people_places_organisations,
+    ),
+    "sentiment": Recipe(
+        kind="classification",
+        reader="medium",
+        about="Whether a sentence of a review is positive or negative: restaurants, films, products.",
+        example="The food was wonderful, and the staff were friendly.",
+        data="Sentiment Labelled Sentences (Kotzias et al. 2015; UCI repository, data set 331), four in five of 3,000 "
+        "sentences. The repository lists it as CC BY 4.0; we could not open its page to confirm that",
+        note="Neutral text has no class of its own: look at the probability. SST-2 was not trained on, since it "
+        "states no licence; the score on its validation split shows what text from elsewhere costs.",
+        read=sentiment,
+    ),
+    "assistant-slots": Recipe(
+        kind="ner",
+        reader="medium",
+        about="The 39 slots of requests to a voice assistant, such as `artist`, `city` and `timeRange`.",
+        example="Book a table for two at a Greek restaurant in Athens tomorrow evening.",
+        data=SNIPS,
+        note=NO_TEST,
+        read=assistant_slots,
+    ),
+    "assistant-intents": Recipe(
+        kind="classification",
+        reader="medium",
+        about="Which of seven things a request to a voice assistant asks for.",
+        example="What will the weather be like in Lisbon tomorrow?",
+        data=SNIPS,
+        note=NO_TEST,
+        read=assistant_intents,
+    ),
+}
+
+
+# ---- the card ----
+
+
+def card(name: str, recipe: Recipe, record: dict) -> str:
+    """The README.md of a ready adapter."""
+    config = read_config(READY / name / "config.json")
+    labels = config.tasks[name]["labels"]
+    command, cls, function = {
+        "ner": ("tag", "UniHyperLoraForTokenClassification", "tag"),
+        "classification": ("classify", "UniHyperLoraForSequenceClassification", "classify"),
+    }[recipe.kind]
+    splits = [split for split in record["sentences"] if split != "train"]
+    score = "micro F1 of entities (seqeval)" if recipe.kind == "ner" else "macro F1 of the classes"
+    lines = [
+        f"# {name}",
+        "",
+        recipe.about,
+        "",
+        "```bash",
+        f'unihyperlora {command} {name} --host ANY_HOST "{recipe.example}"',
+        "```",
+        "",
+        "```python",
+        f"from modeling_unihyperlora import {cls}",
+        f"from trainers.tagging import {function}",
+        "",
+        f'model = {cls}.from_pretrained("{name}", base_model_name_or_path="ANY_HOST")',
+        f'{function}(model, ["{recipe.example}"])',
+        "```",
+        "",
+        "## Scores",
+        "",
+        f"{score[0].upper()}{score[1:]}. The first host is the one that it was trained on; the others saw neither a "
+        "label nor a training step.",
+        "",
+        *table(record, splits),
+        "",
+        f"{recipe.note}",
+        "",
+        "## Origins",
+        "",
+        f"- Data: {recipe.data}. None of the text is in the file.",
+        f"- Host: {SOURCE_ON_HUB} (Apache-2.0). None of its weights is in the file.",
+        f"- Labels: {', '.join(f'`{label}`' for label in labels)}.",
+        f"- File: {record['bytes']['adapter_bytes']:,} bytes, of which the space {record['space']} has "
+        f"{record['bytes']['bytes_of_space']:,}, the reader {record['bytes']['reader_bytes']:,} and the head "
+        f"{record['bytes']['head_bytes']:,}.",
+        "- Licence: Apache-2.0.",
+        f"- Made by `make adapters ONLY={name}`, 1,500 steps of 32, seed 0.",
+        "",
+        "It has the errors and biases of its host and of its data. Do not base decisions about people on it alone.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(record: dict, splits: list[str]) -> list[str]:
+    """Scores by host and split, as Markdown."""
+    head = [f"{split} ({record['sentences'][split]:,})" for split in splits]
+    rows = [
+        f"| {host} | " + " | ".join(f"{scores[split]:.3f}" for split in splits) + " |"
+        for host, scores in record["f1"].items()
+    ]
+    return ["| host | " + " | ".join(head) + " |", "|---" * (1 + len(splits)) + "|", *rows]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UniHyperLoraError as error:
+        sys.exit(f"ready_adapters: {error}")
