@@ -1,4 +1,4 @@
-"""Write host and adapter as one ONNX file or as two, and score the one beside the torch model it came from.
+"""Write host and adapter as one ONNX file or as two, and score the one beside the torch model.
 
     unihyperlora export-onnx runs/conll conll.onnx --validation_file dev.jsonl
     unihyperlora export-onnx runs/conll reader.onnx --host_file host.onnx
