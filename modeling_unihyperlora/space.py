@@ -7,12 +7,12 @@ made without a label and serves all tasks. It also holds the M rank-one atoms in
 
 On any host a ridge regression maps to C what the host has there:
 
-- the states of up to three layers near the knot's relative depth, side by side and standardised;
+- the states of the layer that is nearest to the knot's relative depth, standardised;
 - how near the word is to each of R landmarks: exp(-|q - q_r|²), where q are the leading principal components of the
-  states at all knots, and the landmarks are means of neighbouring anchors (k-means). What one host's states say of
-  another's is not linear, the less the smaller the host is. This is kernel ridge regression by the Nyström method
-  (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008), and the kernel is the sum of a linear and a
-  Gaussian one.
+  states of all these layers, and the landmarks are means of neighbouring anchors (k-means). What one host's states
+  say of another's is not linear, the less the smaller the host is. This is kernel ridge regression by the Nyström
+  method (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008), and the kernel is the sum of a linear
+  and a Gaussian one.
 
 The ridge is the one that predicts held-out anchors best. A regression shrinks what it cannot predict, some directions
 of a knot's coordinates more than others; so its predictions are stretched by the symmetric matrix that gives them the
@@ -41,7 +41,7 @@ from .words import NO_WORD, WordReader
 
 logger = logging.getLogger(__name__)
 
-METHOD = "8"  # of lining up; changed whenever a map would come out otherwise
+METHOD = "9"  # of lining up; changed whenever a map would come out otherwise
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths
 COORDINATE_STEP = 1.0  # of coordinates of unit variance: -1.5, -0.5, 0.5 and 1.5
 ATOM_BITS = 8
@@ -206,14 +206,9 @@ def knot_layers(num_layers: int) -> list[int]:
     return [int(knot * num_layers + 0.5) for knot in KNOTS]
 
 
-def near_layers(num_layers: int) -> list[list[int]]:
-    """For each knot the layers beside it that a map reads: its own, the one before and the one after."""
-    return [[near for near in (at - 1, at, at + 1) if 0 <= near <= num_layers] for at in knot_layers(num_layers)]
-
-
-def layers_of(near: list[list[int]]) -> list[int]:
-    """All layers that the knots use, in order."""
-    return sorted({layer for layers in near for layer in layers})
+def layers_read(num_layers: int) -> list[int]:
+    """The layers that a map reads, each once: those of the knots."""
+    return sorted({*knot_layers(num_layers)})
 
 
 @torch.no_grad()
@@ -270,9 +265,11 @@ def word_states(
     return states
 
 
-def anchor_states(host: nn.Module, words: WordReader, sentences: list[list[str]]) -> torch.Tensor:
-    """The host's states of the sentences' words in every layer that a knot uses, (layers, N, d), kept in the cache."""
-    layers = layers_of(near_layers(words.num_layers))
+def anchor_states(
+    host: nn.Module, words: WordReader, sentences: list[list[str]], layers: list[int] | None = None
+) -> torch.Tensor:
+    """The host's states of the sentences' words, (layers, N, d), kept in the cache; by default of ``layers_read``."""
+    layers = layers_read(words.num_layers) if layers is None else layers
     said = json.dumps([fingerprint(host), words.key(), layers, sentences])
     path = cache_folder() / f"anchors-{hashlib.sha256(said.encode()).hexdigest()[:24]}.safetensors"
     return kept(path, lambda: {"states": word_states(host, words, sentences, layers)}, lambda made: made["states"])
@@ -282,10 +279,10 @@ def anchor_states(host: nn.Module, words: WordReader, sentences: list[list[str]]
 
 
 class KnotFit(NamedTuple):
-    """What is linear of the map from the states of some layers, side by side, to the coordinates of one knot."""
+    """What is linear of the map from the states of a layer to the coordinates of one knot."""
 
-    layers: list[int]
-    matrix: torch.Tensor  # (D, len(layers)·d) float32
+    layer: int
+    matrix: torch.Tensor  # (D, d) float32
     offset: torch.Tensor  # (D,) float32
     r2: float  # share of the coordinates' variance explained on held-out anchors, by all of the map
 
@@ -336,19 +333,15 @@ class HostToKnots(NamedTuple):
 
     @classmethod
     def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
-        readers, parts = (*fit.knots, fit.landmarks), []
-        starts = [0, *itertools.accumulate(len(reader.offset) for reader in readers)]
-        for layer in layers_of([reader.layers for reader in readers]):
-            runs: list[list[int]] = []  # of readers that follow one another, for one product each
-            for k in (k for k, reader in enumerate(readers) if layer in reader.layers):
-                runs[-1].append(k) if runs and runs[-1][-1] == k - 1 else runs.append([k])
-            for run in runs:
-                rows = [
-                    readers[k].matrix.unflatten(1, (len(readers[k].layers), -1))[:, readers[k].layers.index(layer)]
-                    for k in run
-                ]
-                parts.append((layer, starts[run[0]], starts[run[-1] + 1], torch.cat(rows).to(device)))
-        offset = torch.cat([reader.offset for reader in readers]).to(device)
+        landmarks, parts = fit.landmarks, []
+        queries = landmarks.matrix.unflatten(1, (len(landmarks.layers), -1))  # (Q, layers, d)
+        starts = [0, *itertools.accumulate(len(part.offset) for part in (*fit.knots, landmarks))]
+        for number, layer in enumerate(landmarks.layers):
+            own = [k for k, knot in enumerate(fit.knots) if knot.layer == layer]  # knots that follow one another
+            rows = [fit.knots[k].matrix for k in own]
+            parts.append((layer, starts[own[0]], starts[own[-1] + 1], torch.cat(rows).to(device)))
+            parts.append((layer, starts[-2], starts[-1], queries[:, number].to(device)))
+        offset = torch.cat([part.offset for part in (*fit.knots, landmarks)]).to(device)
         return cls(fit, parts, offset, fit_on(device, fit).landmarks)
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
@@ -380,20 +373,15 @@ def _tensors_of(part: KnotFit | Landmarks, change: Callable = lambda x: x) -> di
 
 
 def fit_host(
-    states: torch.Tensor,
-    near: list[list[int]],
-    knot_layers: list[int],
-    coordinates: torch.Tensor,
-    stored: list[int] | None = None,
+    states: torch.Tensor, layers: list[int], coordinates: torch.Tensor, stored: list[int] | None = None
 ) -> HostFit:
     """Kernel ridge regression of the coordinates on a host's states.
 
     Args:
         states: (layers, N, d), in the order of the layers; anchors with NaN are left out.
-        near: for each knot the layers whose states are used.
-        knot_layers: for each knot the layer that the landmarks are told by.
+        layers: for each knot the layer whose states are used; those of all knots tell the landmarks.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
-        stored: the layers that ``states`` are of; all that ``near`` names by default.
+        stored: the layers that ``states`` are of; all that ``layers`` names by default.
 
     Raises:
         HostError: fewer than D usable anchors.
@@ -404,24 +392,21 @@ def fit_host(
             f"Only {int(usable.sum())} of {len(usable)} anchors can be read by this host's tokenizer; more than "
             f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host."
         )
-    stored = stored or layers_of(near)
-
-    def beside(layers: list[int]) -> torch.Tensor:
-        return torch.cat([states[stored.index(layer), usable] for layer in layers], dim=-1)
-
-    own = sorted({*knot_layers})
+    different = sorted({*layers})
+    stored = stored or different
+    of_layer = {layer: states[stored.index(layer), usable] for layer in different}
     knots, weights, ridge = [], [], RIDGES[len(RIDGES) // 2]
     with full_precision(states.device):
-        matrix, offset, query = _query(beside(own))
+        matrix, offset, query = _query(torch.cat([*of_layer.values()], dim=-1))
         landmarks = _means(query, LANDMARKS)
         features_of = _nystroem(nearness(landmarks, landmarks))
         by_nearness = nearness(query, landmarks) @ features_of
-        for layers, target in zip(near, coordinates, strict=True):
-            knot = _fit_knot(beside(layers), by_nearness, target[usable].to(query.device), ridge)
+        for layer, target in zip(layers, coordinates, strict=True):
+            knot = _fit_knot(of_layer[layer], by_nearness, target[usable].to(query.device), ridge)
             ridge = knot.ridge  # where the search for the next one starts
-            knots.append(KnotFit(layers, knot.matrix, knot.offset, knot.r2))
+            knots.append(KnotFit(layer, knot.matrix, knot.offset, knot.r2))
             weights.append((features_of @ knot.weights).T)
-    return HostFit(knots, Landmarks(own, matrix, offset, landmarks, torch.cat(weights).contiguous()))
+    return HostFit(knots, Landmarks(different, matrix, offset, landmarks, torch.cat(weights).contiguous()))
 
 
 def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -572,8 +557,7 @@ def line_up(space: CanonicalSpace, host: nn.Module, words: WordReader, states: t
 
     def compute() -> HostFit:
         read = anchor_states(host, words, space.sentences()) if states is None else states
-        layers = words.num_layers
-        return fit_host(read, near_layers(layers), knot_layers(layers), space.canonical().cpu())
+        return fit_host(read, knot_layers(words.num_layers), space.canonical().cpu())
 
     return kept_map(space, host, words, compute)
 
@@ -611,17 +595,16 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable
 
 
 def to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
-    tensors = {"r2": torch.tensor(fit.r2, dtype=torch.float64)}
+    layers = [knot.layer for knot in fit.knots]
+    tensors = {"r2": torch.tensor(fit.r2, dtype=torch.float64), "layers": torch.tensor(layers)}
     for name, part in (*((str(k), knot) for k, knot in enumerate(fit.knots)), ("landmarks", fit.landmarks)):
         tensors |= {f"{name}.{field}": value for field, value in _tensors_of(part).items()}
-        tensors[f"{name}.layers"] = torch.tensor(part.layers)
     return tensors
 
 
 def from_tensors(made: dict[str, torch.Tensor]) -> HostFit:
-    def part(kind: type, name: str, **more):
-        fields = {field: made[f"{name}.{field}"] for field in kind._fields if field not in more}
-        return kind(**fields | {"layers": fields["layers"].tolist()} | more)
-
-    knots = [part(KnotFit, str(k), r2=r2) for k, r2 in enumerate(made["r2"].tolist())]
-    return HostFit(knots, part(Landmarks, "landmarks"))
+    layers, r2 = made["layers"].tolist(), made["r2"].tolist()
+    own = [(made[f"{k}.matrix"], made[f"{k}.offset"]) for k in range(len(layers))]
+    knots = [KnotFit(layer, *of_knot, fit) for layer, of_knot, fit in zip(layers, own, r2, strict=True)]
+    fields = {name: made[f"landmarks.{name}"] for name in Landmarks._fields if name != "layers"}
+    return HostFit(knots, Landmarks(sorted({*layers}), **fields))

@@ -28,7 +28,6 @@ from modeling_unihyperlora.space import (
     fit_host,
     knot_layers,
     line_up,
-    near_layers,
 )
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 
@@ -36,6 +35,17 @@ from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
 
 COPIES = ((1 / 3, 1 / 3), (2 / 3, 2 / 3), (1 / 2, 1), (1 / 3, 1 / 6), (1 / 2, 1 / 3), (5 / 6, 1 / 2))  # blocks, width
+
+
+def layers_of_copies(num_layers: int) -> list[int]:
+    """The layers that a host's own map and those of its copies read."""
+    copies = [_knots_of_copy(round(blocks * num_layers)) for blocks, _ in COPIES]
+    return sorted({*knot_layers(num_layers), *itertools.chain.from_iterable(copies)})
+
+
+def _knots_of_copy(blocks: int) -> list[int]:
+    """For each knot the layer that a copy of so many blocks reads; of a host of one or two blocks one is kept."""
+    return knot_layers(max(blocks, 1))
 
 
 class Source:
@@ -65,12 +75,12 @@ class Source:
         cpu_seconds: float = 0.0,
     ):
         self.num_layers: int = words.num_layers
-        self.words = WordStates(host, words, windows)
+        self.words = WordStates(host, words, windows, layers_of_copies(words.num_layers))
         self.cpu_seconds = cpu_seconds + self.words.cpu_seconds
         self.space = space
         self.fits: list[HostFit] = [fit]
         self.data = CanonicalStates(self.words, lambda: self.fits)
-        self._to_read: tuple | None = (host, words, space.sentences())
+        self._to_read: tuple | None = (host, words, space.sentences(), self.words.layers)
 
     def __getstate__(self) -> dict:
         """Without the host and its states of the anchors, which no worker of a DataLoader needs."""
@@ -97,17 +107,12 @@ class Source:
         """The map of the host's first ``blocks`` blocks and a random share of its dimensions, in terms of the host."""
         dim = self.anchor_states.shape[-1]
         kept = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))[: round(width * dim)]
-        stored = self.words.layers
-        near = [
-            [layer for layer in layers if layer in stored] or [min(stored, key=lambda layer: abs(layer - layers[0]))]
-            for layers in near_layers(max(blocks, 1))
-        ]
-        at = [min(stored, key=lambda layer, at=at: abs(layer - at)) for at in knot_layers(max(blocks, 1))]
-        narrow = fit_host(self.anchor_states[..., kept], near, at, coordinates, stored)
+        narrow = fit_host(self.anchor_states[..., kept], _knots_of_copy(blocks), coordinates, self.words.layers)
 
         def widened(part: KnotFit | Landmarks) -> KnotFit | Landmarks:
-            matrix = part.matrix.new_zeros(len(part.matrix), len(part.layers), dim)
-            matrix[..., kept] = part.matrix.unflatten(1, (len(part.layers), -1))
+            given = part.matrix.unflatten(1, (-1, len(kept)))  # (…, layers, kept dimensions)
+            matrix = given.new_zeros(*given.shape[:2], dim)
+            matrix[..., kept] = given
             return part._replace(matrix=matrix.flatten(1))
 
         return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))

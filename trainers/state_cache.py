@@ -25,7 +25,7 @@ from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import call_host, fingerprint
-from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_of, near_layers
+from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_read
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.words import WordPlaces, WordReader
 
@@ -39,17 +39,18 @@ KEPT_BYTES = 2e9  # of canonical states in memory, a data set
 
 
 class WordStates:
-    """The words of all windows in every layer that a knot uses, on disk, and their labels.
+    """The words of all windows, their states on disk, and their labels.
 
     Args:
         host: the encoder or decoder; it is not kept.
         words: how its words are read.
         windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window, and
             ``word_index`` where the words were given.
+        layers: which of the L+1 states; those that a map reads by default.
         batch_size: windows that the host reads at a time.
 
     Attributes:
-        layers: which of the L+1 states.
+        layers: those.
         states: (words, layers, d) float16, memory-mapped.
         offsets: (windows + 1,) where a window's words begin.
         starts: for each window the sub-tokens at which its words begin.
@@ -60,8 +61,15 @@ class WordStates:
         DataError: the cache folder has no room, or cannot be written.
     """
 
-    def __init__(self, host: nn.Module, words: WordReader, windows: Dataset, batch_size: int = 32):
-        self.layers = layers = layers_of(near_layers(words.num_layers))
+    def __init__(
+        self,
+        host: nn.Module,
+        words: WordReader,
+        windows: Dataset,
+        layers: list[int] | None = None,
+        batch_size: int = 32,
+    ):
+        self.layers = layers = layers_read(words.num_layers) if layers is None else layers
         items = [windows[index] for index in range(len(windows))]
         places = [_places(words, item) for item in items]
         self.offsets = np.cumsum([0, *(int(at.lengths[0]) for at in places)])

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import BudgetError
 from ..sites import linear_multiply_adds
-from ..space import KNOTS, near_layers
+from ..space import KNOTS
 from ..storage import WEIGHTS_NAME, StoredTensor, adapter_tensors, file_bytes
 
 MAX_ADAPTER_BYTES = 1_000_000
@@ -63,7 +63,7 @@ def _map_multiply_adds(model) -> int:
     """Those of the host's map into the space, which all tasks share."""
     landmarks, width = model.bound_stream.fit.landmarks, model.host.config.hidden_size
     dim = model.config.space["dim"]
-    linear = dim * width * sum(map(len, near_layers(model.stream.words.num_layers)))
+    linear = len(KNOTS) * dim * width
     query = len(landmarks.offset) * width * len(landmarks.layers)
     return linear + query + len(landmarks.at) * (landmarks.at.shape[1] + len(KNOTS) * dim)
 

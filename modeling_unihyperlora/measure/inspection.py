@@ -88,7 +88,7 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
             )
     if model.stream is not None:
         report["knots"] = [
-            {"depth": depth, "layers": knot.layers, "r2": knot.r2}
+            {"depth": depth, "layer": knot.layer, "r2": knot.r2}
             for depth, knot in zip(KNOTS, model.stream.fit.knots, strict=True)
         ]
         fit = sum(model.stream.fit.r2) / len(KNOTS)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..reader import StreamTask
-from ..space import layers_of, nearness
+from ..space import nearness
 from ..storage import StoredTensor
 from ..words import Continuation, begins_of, word_places
 
@@ -69,7 +69,7 @@ class HostGraph(_Graph):
         super().__init__(model)
         stream = model.bound_stream
         landmarks, knots = stream.fit.landmarks, stream.fit.knots
-        self.near, self.asked = [list(knot.layers) for knot in knots], list(landmarks.layers)
+        self.layers, self.asked = [knot.layer for knot in knots], list(landmarks.layers)
         values = {
             "flags": stream.words.flags,
             "query": landmarks.matrix,
@@ -89,18 +89,13 @@ class HostGraph(_Graph):
         places = word_places(begins, inside, input_ids.shape[1])
         at = (places.last if self.causal else places.first)[:, :, None]  # (B, W, 1), 0 beyond a sentence's words
         of_words = {
-            layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2]))
-            for layer in layers_of([*self.near, self.asked])
+            layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])) for layer in self.asked
         }  # (B, W, d) each
-
-        def beside(layers: list[int]) -> torch.Tensor:
-            return torch.cat([of_words[layer] for layer in layers], dim=-1)
-
-        query = F.linear(beside(self.asked), self.query, self.query_offset)
+        query = F.linear(torch.cat([*of_words.values()], dim=-1), self.query, self.query_offset)
         near = nearness(query.flatten(0, 1), self.landmarks).view(*query.shape[:2], -1)  # (B, W, R)
         z = [
-            F.linear(beside(layers), getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
-            for k, layers in enumerate(self.near)
+            F.linear(of_words[layer], getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
+            for k, layer in enumerate(self.layers)
         ]
         z = torch.stack(z, dim=2) + F.linear(near, self.weights).unflatten(2, (len(z), -1))
         return z, places.lengths, places.word_of, begins

@@ -13,8 +13,7 @@ from ..space import (
     anchor_states,
     join_anchors,
     knot_layers,
-    layers_of,
-    near_layers,
+    layers_read,
     read_anchors,
     standardise,
 )
@@ -65,7 +64,7 @@ def make_space(
             host = load_host(str(host))
         host = encoder_of(host)
         words = WordReader(host, load_tokenizer(host.config.name_or_path) if tokenizer is None else tokenizer)
-        layers = layers_of(near_layers(words.num_layers))
+        layers = layers_read(words.num_layers)
         read = anchor_states(host, words, sentences)
         states.append(read[[layers.index(layer) for layer in knot_layers(words.num_layers)]])
     space = CanonicalSpace(name, version, sum(map(len, sentences)), len(join_anchors(sentences)), dim, atoms)

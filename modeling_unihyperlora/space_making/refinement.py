@@ -24,8 +24,7 @@ from ..space import (
     kept,
     kept_map,
     knot_layers,
-    layers_of,
-    near_layers,
+    layers_read,
 )
 
 MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
@@ -48,7 +47,7 @@ def refine(
 
     def read_source() -> dict[str, torch.Tensor]:
         read = anchor_states(source.host, there.words, sentences).unsqueeze(1)  # all words as one row
-        layers = layers_of(near_layers(there.words.num_layers))
+        layers = layers_read(there.words.num_layers)
         [z] = there.canonical_states(dict(zip(layers, read, strict=True)), torch.arange(read.shape[2])[None])
         return {"coordinates": z}  # (N, K, D), not a number where a word cannot be read
 
@@ -59,8 +58,7 @@ def refine(
         coordinates = torch.cat([space.canonical().cpu(), z[readable].transpose(0, 1)], dim=1)
         states = anchor_states(model.host, here.words, [*space.sentences(), *sentences])
         known = torch.cat([torch.ones(states.shape[1] - len(z), dtype=torch.bool), readable])
-        layers = here.words.num_layers
-        return fit_host(states[:, known], near_layers(layers), knot_layers(layers), coordinates)
+        return fit_host(states[:, known], knot_layers(here.words.num_layers), coordinates)
 
     here.fit = kept_map(space, model.host, here.words, compute, said)
     digest = hashlib.sha256(json.dumps(sentences).encode()).hexdigest()

@@ -28,8 +28,7 @@ from modeling_unihyperlora.space import (
     CanonicalSpace,
     fit_host,
     knot_layers,
-    layers_of,
-    near_layers,
+    layers_read,
     word_states,
 )
 from modeling_unihyperlora.storage import StoredTensor, write_json
@@ -167,9 +166,8 @@ def line_up(hosts: list[str], space: CanonicalSpace) -> list[dict[str, object]]:
         host = load_host(name).eval()
         start = time.perf_counter()
         words = WordReader(host, load_tokenizer(name))
-        near = near_layers(words.num_layers)
-        read = word_states(host, words, space.sentences(), layers_of(near))
-        fit_host(read, near, knot_layers(words.num_layers), space.canonical())
+        read = word_states(host, words, space.sentences(), layers_read(words.num_layers))
+        fit_host(read, knot_layers(words.num_layers), space.canonical())
         seconds = time.perf_counter() - start
         rows.append(
             {

@@ -35,7 +35,7 @@ from transformers import BertConfig, BertModel
 from modeling_unihyperlora import UniHyperLoraForTokenClassification
 from modeling_unihyperlora.measure.accounting import flops_overhead_pct, host_multiply_adds, measure
 from modeling_unihyperlora.reader import READERS
-from modeling_unihyperlora.space import CanonicalSpace, layers_of, near_layers, word_states
+from modeling_unihyperlora.space import CanonicalSpace, layers_read, word_states
 from modeling_unihyperlora.storage import write_json
 from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, anchors, texts
 
@@ -334,7 +334,7 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         here = ground.new_host()
         model = UniHyperLoraForTokenClassification.from_pretrained(folder, host=here, tokenizer=ground.tokenizer)
         words, sentences = model.bound_stream.words, model.adapter.space.sentences()
-        layers = layers_of(near_layers(words.num_layers))
+        layers = layers_read(words.num_layers)
         for _ in range(1 + CALIBRATE_ROUNDS):
             for path in cache.glob("*.safetensors"):  # the map, and the host's states of the anchors
                 path.unlink()

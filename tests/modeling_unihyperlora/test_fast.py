@@ -95,10 +95,10 @@ class TestStream:
     @pytest.mark.parametrize("dtype,error", PRECISIONS)
     def test_a_hosts_map_by_layer_is_that_by_knot(self, dtype, error):
         torch.manual_seed(0)
-        near = [[0, 1], [0, 1, 2], [2], [1, 3], [3, 4]]  # one knot reads layers that are no neighbours
-        knots = [KnotFit(layers, torch.randn(3, 8 * len(layers)), torch.randn(3), 1.0) for layers in near]
-        values = (torch.randn(2, 24) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
-        fit = HostFit(knots, Landmarks([0, 2, 4], *values))
+        layers = [0, 1, 3, 3, 4]  # two knots read the same layer, and one layer is read by none
+        knots = [KnotFit(layer, torch.randn(3, 8), torch.randn(3), 1.0) for layer in layers]
+        values = (torch.randn(2, 32) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
+        fit = HostFit(knots, Landmarks([0, 1, 3, 4], *values))
         hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
         cells = torch.tensor([0, 3, 2, 7, 11, 6])  # those of ``at`` below
         bound = object.__new__(Stream)
@@ -107,12 +107,16 @@ class TestStream:
         found = bound.canonical_states(hidden, at)
         states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1).double()
 
-        def beside(part: KnotFit | Landmarks) -> torch.Tensor:
-            return states[:, part.layers].flatten(1) @ part.matrix.double().T + part.offset.double()
+        def of(layers: list[int], part: KnotFit | Landmarks) -> torch.Tensor:
+            return states[:, layers].flatten(1) @ part.matrix.double().T + part.offset.double()
 
-        query, at, weights = beside(fit.landmarks), fit.landmarks.at.double(), fit.landmarks.weights.double()
+        query, at, weights = (
+            of(fit.landmarks.layers, fit.landmarks),
+            fit.landmarks.at.double(),
+            fit.landmarks.weights.double(),
+        )
         near_by = torch.exp(-(query[:, None] - at).square().sum(dim=-1)) @ weights.T
-        expected = torch.stack([beside(knot) for knot in knots], dim=1) + near_by.view(6, 5, 3)
+        expected = torch.stack([of([knot.layer], knot) for knot in knots], dim=1) + near_by.view(6, 5, 3)
         assert near_by.norm() > 0.1 * expected.norm()
         assert relative(found.view(6, 5, 3), expected) < error
         assert relative(mapped(fit, states.float(), list(range(5))), expected) < error
@@ -126,7 +130,7 @@ class TestStream:
             for row, sentence in enumerate(text):
                 alone = stream(**tokenizer(sentence, return_tensors="pt"))
                 mine = together.logits[row, : alone.logits.shape[1]]
-                torch.testing.assert_close(mine, alone.logits[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(mine, alone.logits[0], rtol=1e-4, atol=1e-4)  # sums in another order
 
     def test_another_map_shows_at_once(self, stream):
         batch = tiny_tokenizer()(sentences(3), padding=True, return_tensors="pt")

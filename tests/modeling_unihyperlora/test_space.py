@@ -377,9 +377,8 @@ class TestFit:
         generator = np.random.default_rng(seed)
         states = generator.normal(size=(3, 400, width)) * generator.uniform(0.1, 9, width) + 3
         target = states[:2, :, :7] / 9 + generator.normal(size=(2, 400, 7))
-        near = [[0, 1], [1, 2]]
         target[0] += np.tanh(states[0, :, :7] - 3)
-        fit = fit_host(as_float(states), near, [0, 1], as_float(target))
+        fit = fit_host(as_float(states), [0, 2], as_float(target), [0, 1, 2])
         mine = mapped(fit, as_float(states.transpose(1, 0, 2)), [0, 1, 2]).numpy()
         out = np.arange(400) // 50 % 5 == 4
 
@@ -387,11 +386,11 @@ class TestFit:
             x = np.concatenate([states[i] for i in layers], axis=1)
             return (x - x.mean(0)) / x.std(0, ddof=1)
 
-        query = standard([0, 1])
+        query = standard([0, 2])
         apart = ((query[:, None] - query[None]) ** 2).sum(-1) / (2 * (query**2).sum(1).mean())
         centring = np.eye(400) - 1 / 400
         for k in range(2):
-            x, y = standard(near[k]), target[k] - target[k].mean(0)
+            x, y = standard([2 * k]), target[k] - target[k].mean(0)
             kernel = LINEAR / x.shape[1] * x @ x.T + centring @ np.exp(-apart) @ centring
 
             def predict(rows, ridge, kernel=kernel, y=y):
@@ -412,7 +411,7 @@ class TestFit:
         """1,500 words of width 300 and falling variance: fewer landmarks than words, of width 96."""
         states = torch.randn(1, 1500, 300) * 0.97 ** torch.arange(300)
         states = states @ torch.linalg.qr(torch.randn(300, 300))[0]
-        fit = fit_host(states, [[0]], [0], torch.randn(1, 1500, 4))
+        fit = fit_host(states, [0], torch.randn(1, 1500, 4))
         assert fit.landmarks.at.shape == (LANDMARKS, 96)
         standard = (states[0] - states[0].mean(0)) / states[0].std(0)
         best = torch.linalg.svdvals(standard)[:96].square().sum()
@@ -440,7 +439,7 @@ class TestFit:
     def test_finds_what_is_not_linear(self):
         """The product of two dimensions, of which a line sees nothing."""
         states = torch.randn(1, 3000, 4)
-        fit = fit_host(states, [[0]], [0], states[:, :, :1] * states[:, :, 1:2])
+        fit = fit_host(states, [0], states[:, :, :1] * states[:, :, 1:2])
         assert fit.r2[0] > 0.8
 
     def test_predictions_are_correlated_as_what_they_predict(self):
@@ -448,7 +447,7 @@ class TestFit:
         states = torch.randn(1, 3000, 30)
         target = states[:, :, :5] * torch.tensor([3.0, 1, 1, 1, 0.3]) + torch.randn(1, 3000, 5)
         target = target @ torch.linalg.qr(torch.randn(5, 5))[0]
-        z = mapped(fit_host(states, [[0]], [0], target), states.transpose(0, 1), [0])[:, 0]
+        z = mapped(fit_host(states, [0], target), states.transpose(0, 1), [0])[:, 0]
         assert (z - target[0]).norm() > 0.3 * target.norm()
         correlations = z.T.corrcoef(), target[0].T.corrcoef()
         torch.testing.assert_close(*correlations, rtol=1e-3, atol=1e-3)
@@ -458,9 +457,9 @@ class TestFit:
 
     def test_one_host_has_one_map(self):
         states, target = torch.randn(1, 300, 20), torch.randn(1, 300, 4)
-        first = fit_host(states, [[0]], [0], target)
+        first = fit_host(states, [0], target)
         before = torch.get_rng_state()
-        again = fit_host(states, [[0]], [0], target)
+        again = fit_host(states, [0], target)
         assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are its own"
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(first), tensors_of(again), strict=True))
 
@@ -468,15 +467,15 @@ class TestFit:
         states = torch.randn(1, 500, 30)
         known = states @ torch.randn(30, 4)
         known = (known - known.mean(1, keepdim=True)) / known.std(1, keepdim=True)
-        assert fit_host(states, [[0]], [0], known).r2[0] > 0.9
-        assert fit_host(states, [[0]], [0], known[:, torch.randperm(500)]).r2[0] < 0.1
+        assert fit_host(states, [0], known).r2[0] > 0.9
+        assert fit_host(states, [0], known[:, torch.randperm(500)]).r2[0] < 0.1
 
     def test_anchors_that_a_host_cannot_read_are_left_out_or_refused(self):
         states, target = torch.randn(1, 50, 6), torch.randn(1, 50, 3)
         states[0, 10:20] = torch.nan
         kept = torch.cat([states[:, :10], states[:, 20:]], dim=1), torch.cat([target[:, :10], target[:, 20:]], dim=1)
-        one, other = fit_host(states, [[0]], [0], target), fit_host(kept[0], [[0]], [0], kept[1])
+        one, other = fit_host(states, [0], target), fit_host(kept[0], [0], kept[1])
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other), strict=True))
         states[0, 3:] = torch.nan
         with pytest.raises(HostError, match="Only 3 of 50 anchors"):
-            fit_host(states, [[0]], [0], target)
+            fit_host(states, [0], target)

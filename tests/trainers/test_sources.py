@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
 
 from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.space import fit_host, knot_layers, line_up, near_layers
+from modeling_unihyperlora.space import fit_host, knot_layers, line_up
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
@@ -49,7 +49,7 @@ def windows(sentences, tokenizer):
 
 
 def words_of(host, tokenizer, windows, batch_size: int = 8) -> WordStates:
-    return WordStates(host, WordReader(host, tokenizer), windows, batch_size)
+    return WordStates(host, WordReader(host, tokenizer), windows, batch_size=batch_size)
 
 
 class TestWordStates:
@@ -198,12 +198,12 @@ class TestCopies:
         own, *copies = source.fits
         assert len(copies) == len(COPIES) and source.cpu_seconds > before
         for fit, (blocks, width) in zip(copies, COPIES, strict=True):
-            parts = (*fit.knots, fit.landmarks)
-            assert max(layer for part in parts for layer in part.layers) == round(blocks * 5)
-            for part in parts:
-                read = (part.matrix.unflatten(1, (len(part.layers), 64)) != 0).any(dim=0).any(dim=0)
+            assert max(fit.landmarks.layers) == fit.knots[-1].layer == round(blocks * 5)
+            for part in (*fit.knots, fit.landmarks):
+                read = (part.matrix.unflatten(1, (-1, 64)) != 0).any(dim=0).any(dim=0)
                 assert int(read.sum()) == round(width * 64)
-        assert all(len(part.matrix[0]) == 64 * len(part.layers) for part in (*own.knots, own.landmarks))
+        assert all(len(knot.matrix[0]) == 64 for knot in own.knots)
+        assert len(own.landmarks.matrix[0]) == 64 * len(own.landmarks.layers)
         source.line_up_copies()  # for another task of the same run
         assert source.fits == [own, *copies]
 
@@ -213,8 +213,7 @@ class TestCopies:
         source.line_up_copies()
         blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
         kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:width]
-        near, at = near_layers(blocks), knot_layers(blocks)
-        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], near, at, space.canonical())
+        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], knot_layers(blocks), space.canonical())
         states = torch.randn(7, 5, 64)
         mine = mapped(source.fits[2], states, [0, 1, 2, 3, 4])
         torch.testing.assert_close(mine, mapped(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))

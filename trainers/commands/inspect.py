@@ -68,9 +68,9 @@ def show_host(console: Console, report: dict) -> None:
         table.add_row("all", f"{sum(report['sites'].values())}/{6 * report['blocks']}")
         console.print(table)
     if "knots" in report:
-        table = Table("knot", "layers", "R²", title="Calibration on this host")
+        table = Table("knot", "layer", "R²", title="Calibration on this host")
         for knot in report["knots"]:
-            table.add_row(f"{knot['depth']:g}", " ".join(map(str, knot["layers"])), f"{knot['r2']:.3f}")
+            table.add_row(f"{knot['depth']:g}", str(knot["layer"]), f"{knot['r2']:.3f}")
         console.print(table)
     console.print(f"extra multiply-adds a token: {report['flops_overhead_pct']:.2f} %", highlight=False)
     for warning in report["warnings"]:

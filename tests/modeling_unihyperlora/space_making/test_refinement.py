@@ -5,7 +5,7 @@ import torch
 
 from modeling_unihyperlora import ConfigError, DataError, HostError, UniHyperLoraConfig
 from modeling_unihyperlora import UniHyperLoraForTokenClassification as Tagger
-from modeling_unihyperlora.space import KNOTS, anchor_states, fit_host, knot_layers, layers_of, near_layers
+from modeling_unihyperlora.space import KNOTS, anchor_states, fit_host, knot_layers, layers_read
 from tests.conftest import mapped, piece_tokenizer
 from tests.modeling_unihyperlora.small_streams import (
     LABELS,
@@ -37,8 +37,8 @@ def target(source, tmp_path) -> Tagger:
     return Tagger.from_pretrained(tmp_path / "adapter", host=bert(24, 2, seed=1), tokenizer=TOKENIZER)
 
 
-def layers_read(model: Tagger) -> list[int]:
-    return layers_of(near_layers(model.host.config.num_hidden_layers))
+def read_by(model: Tagger) -> list[int]:
+    return layers_read(model.host.config.num_hidden_layers)
 
 
 def states_of(model: Tagger, sentences: list[list[str]], read: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def states_of(model: Tagger, sentences: list[list[str]], read: int) -> torch.Ten
     ids = TOKENIZER(sentences, is_split_into_words=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         hidden = model.host(ids, output_hidden_states=True).hidden_states
-    return torch.stack([hidden[layer][:, 1 : 1 + read].flatten(0, 1) for layer in layers_read(model)])
+    return torch.stack([hidden[layer][:, 1 : 1 + read].flatten(0, 1) for layer in read_by(model)])
 
 
 def coordinates_of(model: Tagger, sentences: list[list[str]], read: int = 8) -> torch.Tensor:
@@ -55,7 +55,7 @@ def coordinates_of(model: Tagger, sentences: list[list[str]], read: int = 8) -> 
     if read < 8:  # a sentence that is cut ends one token earlier, after which its states are others
         whole = anchor_states(model.host, model.stream.words, sentences)
         states = whole[:, torch.isfinite(whole).all(dim=-1).all(dim=0)]
-    return mapped(model.stream.fit, states.transpose(0, 1), layers_read(model)).transpose(0, 1)
+    return mapped(model.stream.fit, states.transpose(0, 1), read_by(model)).transpose(0, 1)
 
 
 def test_a_delta_that_goes_with_a_refined_map_says_so_when_loaded(source, target, tmp_path, caplog):
@@ -82,10 +82,10 @@ def test_is_the_regression_on_anchors_and_text(source, target, read):
     words, space = text(3), small_space()
     coordinates = torch.cat([space.canonical(), coordinates_of(source, words, read)], dim=1)
     states = torch.cat([states_of(target, space.sentences(), 8), states_of(target, words, read)], dim=1)
-    expected = fit_host(states, near_layers(2), knot_layers(2), coordinates)
+    expected = fit_host(states, knot_layers(2), coordinates)
     unseen, before = states_of(target, text(4), 8).transpose(0, 1), target.stream.fit
     target.refine(words, source)
-    got, wanted, old = (mapped(fit, unseen, layers_read(target)) for fit in (target.stream.fit, expected, before))
+    got, wanted, old = (mapped(fit, unseen, read_by(target)) for fit in (target.stream.fit, expected, before))
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=2e-2)  # rounding, enlarged by near-equal landmarks
     assert (got - old).abs().mean() > 0.05
     assert len(target.stream.fit.r2) == len(KNOTS)

@@ -147,7 +147,7 @@ def test_without_landmarks_the_map_is_linear():
     states = torch.randn(1, 3000, 6)
     target = states[:, :, :1] * states[:, :, 1:2]
     with ablation.no_landmarks():
-        fit = fit_host(states, [[0]], [0], target)
+        fit = fit_host(states, [0], target)
         z = mapped(fit, states.transpose(0, 1), [0])
         far = mapped(fit, 2 * states.transpose(0, 1), [0])
         origin = mapped(fit, torch.zeros(1, 1, 6), [0])
@@ -172,7 +172,7 @@ def test_a_reader_of_four_bits_has_fifteen_codes():
 
 
 def test_knots_that_are_left_out_are_zero():
-    knot = KnotFit([0], torch.eye(2), torch.ones(2), 1.0)
+    knot = KnotFit(0, torch.eye(2), torch.ones(2), 1.0)
     landmarks = Landmarks([0], torch.eye(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(10, 1))
     fit = HostFit([knot] * 5, landmarks)
     with ablation.only_knots(0, 2, 4)():
