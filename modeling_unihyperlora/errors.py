@@ -1,8 +1,8 @@
-"""The errors of the package: one base class, one sub-class for each thing a user can put right."""
+"""The errors of the package: a base class, and one subclass for each kind of problem that a user can fix."""
 
 
 class UniHyperLoraError(Exception):
-    """Base of every error raised on purpose; the message says what was given, what is allowed, what to do."""
+    """Base class of all errors raised on purpose; messages say what was given, what is allowed and what to do."""
 
 
 class ConfigError(UniHyperLoraError, ValueError):
@@ -22,10 +22,10 @@ class DataError(UniHyperLoraError):
 
 
 class BudgetError(UniHyperLoraError):
-    """The adapter would not stay inside its budget of bytes or of multiply-adds.
+    """The adapter exceeds its budget of bytes or of multiply-adds.
 
     Attributes:
-        excess: what is over (or, below zero, under) the budget, by name.
+        excess: name of the budget → amount over it; negative if under it.
     """
 
     def __init__(self, message: str, excess: dict[str, float] | None = None):
@@ -34,11 +34,11 @@ class BudgetError(UniHyperLoraError):
 
 
 class MergeError(UniHyperLoraError):
-    """The update cannot be folded into the host's weights without changing what the model computes."""
+    """The update cannot be merged into the host's weights without changing the model's output."""
 
 
 class HubError(UniHyperLoraError):
-    """The adapter cannot be pushed; what the repository had before is still there."""
+    """The adapter cannot be pushed; the repository is unchanged."""
 
 
 class ExportError(UniHyperLoraError):
@@ -46,13 +46,13 @@ class ExportError(UniHyperLoraError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; other libraries say it in many. With the HTTP status behind it, if any."""
+    """First line of an error's message, followed by its HTTP status if it has one."""
     status, line = http_status(error), (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :.")
     return line if status is None or str(status) in line else f"{line}: HTTP {status}"
 
 
 def http_status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error, or what caused it, had for an answer."""
+    """HTTP status of the response attached to an error or to one of its causes; None if there is none."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:

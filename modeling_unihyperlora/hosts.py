@@ -1,4 +1,4 @@
-"""The host: a frozen model of transformers. Loading it, calling it, telling it from others, leaving it as it was."""
+"""The host, a frozen model of transformers: loading it, calling it, identifying it, restoring it."""
 
 import contextlib
 import copy
@@ -21,45 +21,48 @@ from .errors import HostError, MergeError, first_line
 
 logger = logging.getLogger(__name__)
 
-_NO_LENGTH = 10**9  # a tokenizer that knows no length states 1e30
-_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # tables of learned positions
+_NO_LENGTH = 10**9  # a tokenizer without a maximum length states 1e30
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # learned position tables
 
 
 def encoder_of(model: nn.Module) -> nn.Module:
     """The encoder inside a task model (…ForMaskedLM, …ForTokenClassification), or the model itself.
 
-    Of an encoder and decoder it is the encoder, of a SentenceTransformer its transformers model.
+    An encoder-decoder model gives its encoder, a SentenceTransformer its transformers model.
+
+    Raises:
+        HostError: the model is not a transformers model, or is a UniHyperLoRA adapter.
     """
     model = getattr(model, "transformers_model", None) or model
     if not hasattr(model, "config"):
         raise HostError(
-            f"A host must be a transformers model or the name of one; got {type(model).__name__}, which has no config."
+            f"A host must be a transformers model or its name; got {type(model).__name__}, which has no config."
         )
     if model.config.model_type == "unihyperlora":
-        raise HostError("A UniHyperLoRA adapter was given as the host; give the encoder that it should sit on.")
+        raise HostError("The host is a UniHyperLoRA adapter; give the encoder that the adapter should use.")
     model = getattr(model, "base_model", model)
     if getattr(model.config, "is_encoder_decoder", False) or hasattr(getattr(model, "encoder", None), "block"):
-        model = model.get_encoder()  # of T5 its encoder alone
+        model = model.get_encoder()  # also for a T5 encoder alone
     return model
 
 
 def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
-    """Load a frozen host with ``AutoModel``, from safetensors; its repository's own code is never run.
+    """Load a host with ``AutoModel`` from safetensors; never runs code from the host's repository.
 
     Args:
         name_or_path: a Hub id or a folder.
         **kwargs: ``revision``, ``dtype``, ``cache_dir``, ``token``, ``local_files_only``.
 
     Raises:
-        HostError: no host was named, or it cannot be loaded.
+        HostError: no host is named, or the host cannot be loaded.
     """
     if not name_or_path:
         raise HostError(
-            "The adapter does not say which host to use. Pass base_model_name_or_path='a Hub id or a folder' "
+            "The adapter does not name a host. Pass base_model_name_or_path='a Hub id or a folder' "
             "or host=a_loaded_encoder."
         )
     try:
-        with _whole(), _without_report():
+        with _unsharded(), _without_report():
             host, found = AutoModel.from_pretrained(
                 transformers_folder(name_or_path),
                 trust_remote_code=False,
@@ -70,13 +73,13 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HostError(
             f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass "
-            "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder; a host whose repository needs "
-            "its own code, or has no safetensors file, has to be loaded by you and passed as host=."
+            "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder. If the host's repository needs "
+            "its own code or has no safetensors file, load the host yourself and pass it as host=."
         ) from error
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # no state depends on it
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # states do not need it
     if missing:
         logger.warning(
-            "The host '%s' lacks %d of its weights (%s …), which are random now. Check the checkpoint.",
+            "The checkpoint of the host '%s' lacks %d weights (%s …), which are now random. Check the checkpoint.",
             name_or_path,
             len(missing),
             missing[0],
@@ -86,7 +89,7 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Within it transformers does not print which weights a checkpoint has too many of, or lacks."""
+    """Context in which transformers does not print its report of missing and unexpected weights."""
     reporter = logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -100,24 +103,25 @@ def _without_report() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Within it transformers loads a model whole also under DeepSpeed's ZeRO-3, not each process its share.
+def _unsharded() -> Iterator[None]:
+    """Make transformers load whole models in every process, also under DeepSpeed's ZeRO-3.
 
-    By its weights a host is told from others, and a stream reads with it before training; which shares them out then.
+    The whole weights are needed before training, to identify the host and to compute its states. Training then shards
+    them.
     """
     if not deepspeed.is_deepspeed_zero3_enabled():
         yield
         return
-    asked = deepspeed._hf_deepspeed_config_weak_ref()
+    config = deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed.set_hf_deepspeed_config(asked)
+        deepspeed.set_hf_deepspeed_config(config)
 
 
 def transformers_folder(name_or_path: str) -> str:
-    """Where in a folder of sentence-transformers its transformers model lies; any other name as it is."""
+    """Folder of the transformers model inside a sentence-transformers folder; returns any other name unchanged."""
     try:
         modules = json.loads((Path(name_or_path) / "modules.json").read_text(encoding="utf-8"))
         inner = Path(name_or_path) / modules[0]["path"]
@@ -127,20 +131,21 @@ def transformers_folder(name_or_path: str) -> str:
 
 
 def window_of(host: nn.Module, tokenizer=None) -> int | None:
-    """Most sub-tokens, special ones included, that a host is to read at once; None where nothing limits it.
+    """Maximum number of sub-tokens, including special tokens, that a host can read at once; None without a limit.
 
-    The least of three: what the tokenizer states; what the configuration states (of a rotary host the context that it
-    was trained on); and the table of learned positions, whose first rows some families leave out: RoBERTa's 514 rows
-    are 512 positions. T5, XLNet and hosts with ALiBi have relative positions, so that the tokenizer alone limits them.
+    The limit is the smallest of three values: the tokenizer's maximum; the configuration's (for rotary embeddings, the
+    context of pretraining); and the number of learned positions. Some families do not use the first rows of the
+    position table: RoBERTa's 514 rows are 512 positions. T5, XLNet and hosts with ALiBi have relative positions, so
+    only the tokenizer limits them.
 
     Args:
         host: an encoder or decoder, or a task model on one.
-        tokenizer: its tokenizer, if it is to count.
+        tokenizer: the host's tokenizer; None ignores its limit.
     """
     stated = getattr(tokenizer, "model_max_length", None)
     limits = [] if stated is None or stated >= _NO_LENGTH else [int(stated)]
     config = host.config.get_text_config() if hasattr(host.config, "get_text_config") else host.config
-    for name in ("max_position_embeddings", "max_seq_len"):  # XLNet says -1
+    for name in ("max_position_embeddings", "max_seq_len"):  # XLNet has -1
         most = getattr(config, name, None)
         if isinstance(most, int) and most > 0 and not getattr(config, "alibi", False):
             limits.append(most)
@@ -152,13 +157,13 @@ def window_of(host: nn.Module, tokenizer=None) -> int | None:
     return min(limits, default=None)
 
 
-@functools.cache  # a signature takes as long as a small layer
+@functools.cache  # reading a signature takes as long as a small layer
 def _arguments(host: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(host.forward).parameters)
 
 
 def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
-    """The host's forward, without what it does not take (FNet has no mask); a decoder keeps no keys and values."""
+    """Call the host without arguments that it does not accept (FNet has no mask), and without a key-value cache."""
     known = (_arguments.__wrapped__ if torch.compiler.is_compiling() else _arguments)(type(host))
     if attention_mask is not None and "attention_mask" in known:
         inputs["attention_mask"] = attention_mask
@@ -170,17 +175,17 @@ def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
 def check_states(
     host: nn.Module, hidden_states: tuple[torch.Tensor, ...] | None, input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """The states that a host returned for ids (B, T), which have to be (B, T, d) each: all that the stream needs.
+    """Check that a host returned states (B, T, d) for ids (B, T), as the stream needs; returns the states.
 
     Raises:
-        HostError: they are none, or of other shapes.
+        HostError: the host returned no states, or states of another shape.
     """
     shape = (*input_ids.shape, host.config.hidden_size)
     found = {tuple(state.shape) for state in hidden_states or ()}
     if found != {shape}:
         raise HostError(
-            f"{type(host).__name__} returns hidden states of shapes {sorted(found) or 'none'}; the stream needs "
-            f"{shape} after every block. If the host was changed, correct its config; else use another host."
+            f"{type(host).__name__} returns hidden states of shapes {sorted(found) or 'none'}, but the stream needs "
+            f"{shape} after every block. If you changed the host, correct its config; otherwise use another host."
         )
     return hidden_states
 
@@ -188,8 +193,8 @@ def check_states(
 def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
     """SHA-256 (16 hex digits) over names, shapes and evenly spaced values of the host's weights.
 
-    Two hosts of one name but different weights (pruned, fine-tuned further) get different fingerprints. The pooler
-    does not count: no state depends on it, and where a checkpoint has none transformers draws a random one.
+    Hosts with the same name but different weights (pruned or fine-tuned) have different fingerprints. The pooler is
+    left out: no state depends on it, and transformers initialises a missing pooler at random.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_plain_state(host).items()):
@@ -203,7 +208,7 @@ def fingerprint(host: nn.Module, values_a_tensor: int = 4096) -> str:
 
 
 def _plain_state(host: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict's tensors; those that a quantised layer keeps packed are taken out of their packing."""
+    """Tensors of the state dict; packed tensors of quantised layers are unpacked."""
     state = {}
     for name, value in host.state_dict().items():
         for number, part in enumerate(value if isinstance(value, tuple) else (value,)):
@@ -213,7 +218,7 @@ def _plain_state(host: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def describe_host(host: nn.Module, name: str | None, num_layers: int) -> dict[str, object]:
-    """What an adapter records of a host of so many blocks that it was trained on."""
+    """Description of a host that an adapter records when it is trained on it."""
     return {
         "name": name,
         "family": host.config.model_type,
@@ -228,11 +233,13 @@ def dtype_of(host: nn.Module) -> torch.dtype:
 
 
 class Hold:
-    """Which models have their adapters on a host, and what of it they changed.
+    """The adapters on a host, and the host's original state, to restore it later.
 
     Attributes:
-        models: those whose adapters are on the host.
-        merged: whether the update of one of them is in the host's weights.
+        models: models whose adapters are on the host.
+        merged: whether the update of one of them is merged into the host's weights.
+        trainable: parameters that required a gradient originally.
+        training: modules that were in training mode originally.
     """
 
     def __init__(self, host: nn.Module):
@@ -242,7 +249,7 @@ class Hold:
         self.training = [module for module in host.modules() if module.training]
 
     def __deepcopy__(self, memo: dict) -> "Hold":
-        """A copied model holds its copied host; on the copy of a host alone nobody has an adapter."""
+        """A copied model holds its copied host; a host that is copied alone has no adapters."""
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.models = weakref.WeakSet(memo[id(model)] for model in self.models if id(model) in memo)
@@ -262,11 +269,11 @@ class Hold:
 
     @classmethod
     def check(cls, host: nn.Module) -> None:
-        """Raise ``HostError`` if the host's weights have another adapter's update in them."""
+        """Raise ``HostError`` if another adapter's update is merged into the host's weights."""
         if (hold := cls.on(host)) is not None and hold.merged:
             raise HostError(
-                "Another adapter's update is merged into this host, so its weights are not its own. Call unmerge() "
-                "or detach() of that model first, or load the host afresh."
+                "Another adapter's update is merged into this host, so its weights are changed. Call unmerge() or "
+                "detach() of that model first, or load the host again."
             )
 
     @classmethod
@@ -281,7 +288,7 @@ class Hold:
 
     @classmethod
     def release(cls, host: nn.Module, model: nn.Module) -> None:
-        """The host as it was given, once no other adapter is on it."""
+        """Remove a model's adapter; restores the host's original state once no adapter is left."""
         hold = cls.on(host)
         if hold is None or model not in hold.models:
             return
@@ -295,9 +302,9 @@ class Hold:
 
     @classmethod
     def check_alone(cls, host: nn.Module) -> None:
-        """Raise ``MergeError`` if other adapters are on the host, whose outputs a merged update would change."""
+        """Raise ``MergeError`` if other adapters are on the host: a merged update would change their outputs."""
         if (hold := cls.on(host)) is not None and len(hold.models) > 1:
             raise MergeError(
-                f"{len(hold.models)} adapters are on this host, and a merged update would change what the others "
-                "compute. Call detach() of the others first, or merge into a host of its own."
+                f"{len(hold.models)} adapters are on this host, and a merged update would change the output of the "
+                "others. Call detach() of the others first, or load a separate host for the merge."
             )

@@ -1,4 +1,4 @@
-"""The models with the code of the injected update: what an adapter of that pathway names in its ``auto_map``."""
+"""Entry file of an injected adapter: its ``auto_map`` names the models here, and the imports include all its code."""
 
 from .injected_configuration import UniHyperLoraConfig
 from .injection import Injection

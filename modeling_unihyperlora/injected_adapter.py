@@ -1,15 +1,16 @@
-"""The adapter of an injected update, and the way of one token through it.
+"""The adapter of an injected update.
 
 Letters in shapes: B batch, T tokens of a sentence, N tokens of a batch (B·T), w width of a host vector, D canonical
 width d0, M atoms, k active atoms, L blocks, S = 6 module types, C labels.
 
-A token with state x at the input of a block is routed once (``routing.route``): scores of all atoms, of which at most
-k that beat the null choice stay. At each of the block's six linear layers are added (``routing.write_atoms``)
+In each block, a token with state x at the block's input is routed once (``routing.route``): all atoms are scored, and
+up to k of them that beat the null choice are kept. Each of the block's six linear layers then adds
+(``routing.write_atoms``)
 
     ΔW x = Σ_{j in top-k} gate_j · (g_θ + δθ)(ℓ/L, type)_j · P_out u_j (v_jᵀ P_in x)
 
-The atoms are projected into the host's width once a forward pass (``UniHyperLoraAdapter.project``), so a token costs
-one product with M rows a block and 2k short vectors a layer.
+The atoms are projected to the host's width once per forward pass (``UniHyperLoraAdapter.project``). So a token costs
+one product with M rows per block and 2k short vectors per layer.
 """
 
 import math
@@ -36,18 +37,18 @@ MEAN_GATE_MOMENTUM = 0.01
 
 
 class ProjectedAtoms(NamedTuple):
-    """The adapter in the coordinates of one host, for one task, or for Q of them in Q rows."""
+    """The adapter in the coordinates of one host, for one task or for Q tasks."""
 
     read: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows v_jᵀ P_in
     write: dict[Hashable, torch.Tensor]  # projector key → (M, w): rows P_out u_j
     router_rows: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M, w)
-    router_bias: dict[Hashable, torch.Tensor]  # the same key → (M,) or (Q, M)
+    router_bias: dict[Hashable, torch.Tensor]  # projector key of a block's input → (M,) or (Q, M)
     mean_gate: torch.Tensor  # (M,) or (Q, M)
     coefficients: torch.Tensor  # (L, S, M) or (L, S, Q, M): (g_θ + δθ)(ℓ/L, type)
 
 
 class Mixer(nn.Module):
-    """g_θ: (relative depth, one-hot of the module type) → weights of the M atoms; two layers with a sine between."""
+    """g_θ: maps relative depth and one-hot module type to weights of the M atoms; two layers with a sine between."""
 
     def __init__(self, hidden: int, atoms: int, bits: int = MIXER_BITS):
         super().__init__()
@@ -55,13 +56,13 @@ class Mixer(nn.Module):
         self.output = StoredTensor(torch.randn(atoms, hidden + 1) / math.sqrt(hidden + 1), RowInteger(bits))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(…, 8) place features → (…, M)."""
+        """Place features (…, 8) → weights (…, M)."""
         wave = torch.sin(features @ self.hidden().T)
         return append_one(wave) @ self.output().T
 
 
 def place_features(depths: torch.Tensor) -> torch.Tensor:
-    """[1, ℓ/L, one-hot of the type] for every place: (L,) → (L, S, 8)."""
+    """Features [1, ℓ/L, one-hot of the type] of every block and module type: depths (L,) → (L, S, 8)."""
     types = torch.eye(len(MODULE_TYPES), device=depths.device).expand(len(depths), -1, -1)
     depth = depths.view(-1, 1, 1).expand(-1, len(MODULE_TYPES), 1)
     return torch.cat([torch.ones_like(depth), depth, types], dim=-1)
@@ -72,12 +73,12 @@ def append_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def atom_width(config) -> int:
-    """Coordinates that the router reads, and an atom has: of the canonical space, or of the host itself."""
+    """Width of an atom and of the router's input: canonical width, or the host's hidden size for SAT-LoRA."""
     return config.bound_host["hidden_size"] if config.projector == "host" else config.anchor_dim
 
 
 class TaskParameters(nn.Module):
-    """What one task adds: δθ (8, M), its embedding for the router, a head on the canonical state, its mean gate."""
+    """Parameters of one task: δθ (8, M), embedding for the router, head on the canonical states, mean gate."""
 
     def __init__(self, config, labels: int):
         super().__init__()
@@ -90,14 +91,14 @@ class TaskParameters(nn.Module):
 
     @torch.no_grad()
     def track_mean_gate(self, routing: Routing, real: torch.Tensor) -> None:
-        """Move the running mean of the gates towards that of the ``real`` (N,) tokens of one block."""
+        """Update the running mean of the gates with one block's tokens; ``real`` (N,) is 0 for padding."""
         total = torch.zeros_like(self.mean_gate, dtype=routing.gates.dtype)
         total.index_add_(0, routing.atoms.reshape(-1), (routing.gates * real.unsqueeze(-1)).reshape(-1))
         self.mean_gate.lerp_((total / real.sum().clamp_min(1)).to(self.mean_gate.dtype), MEAN_GATE_MOMENTUM)
 
 
 class UniHyperLoraAdapter(Adapter):
-    """Dictionary U, V; projector ψ; mixer θ; router φ; and the parameters of each task."""
+    """Dictionary U, V; projector ψ; mixer θ; router φ; parameters of each task."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -107,18 +108,16 @@ class UniHyperLoraAdapter(Adapter):
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Make a task that the configuration describes."""
+        """Add the parameters of a task that the configuration describes."""
         own = TaskParameters(self.config, len(self.config.tasks[name]["labels"]))
         self.tasks[name] = own.to(self.router_bias.latent.device).train(self.training)
 
     def _make_parts(self, config) -> None:
-        """Everything but the tasks."""
+        """Make all parts except the tasks."""
         shape = (config.atoms, atom_width(config))
         scale = 1 / math.sqrt(shape[1])
         self.atoms_in = StoredTensor(torch.randn(shape) * scale, RowInteger(DICTIONARY_BITS))  # V
-        self.atoms_out = StoredTensor(
-            torch.zeros(shape), RowInteger(DICTIONARY_BITS)
-        )  # U: a fresh adapter does nothing
+        self.atoms_out = StoredTensor(torch.zeros(shape), RowInteger(DICTIONARY_BITS))  # U; 0: no update at first
         self.projector = DimensionProjector(config.anchor_dim)
         self.mixer = Mixer(config.mixer_hidden, config.atoms)
         self.router_weight = StoredTensor(torch.randn(shape) * scale, RowInteger(ROUTER_BITS))
@@ -127,12 +126,12 @@ class UniHyperLoraAdapter(Adapter):
     def project(
         self, reads: Iterable[Hashable], writes: Iterable[Hashable], routes: Iterable[Hashable], depths, task: str
     ) -> ProjectedAtoms:
-        """Bring the atoms into host coordinates; see ``keep``.
+        """Project the atoms to the host's coordinates; the result is cached, see ``keep``.
 
         Args:
-            reads, writes, routes: projector keys that the host's sites and block inputs need.
+            reads, writes, routes: projector keys of the host's sites and block inputs.
             depths: relative depth of each block.
-            task: whose δθ and embedding apply.
+            task: task whose δθ and embedding apply.
         """
 
         def make() -> ProjectedAtoms:
@@ -142,7 +141,7 @@ class UniHyperLoraAdapter(Adapter):
         return self.keep(task, ("projected", *depths), make)
 
     def _in_host_coordinates(self, reads, writes, routes, places: torch.Tensor, own: TaskParameters) -> ProjectedAtoms:
-        """``project`` with the features (L, S, 8) of the places, and nothing kept."""
+        """``project`` without the cache; ``places`` (L, S, 8) from ``place_features``."""
         inward = {key: self.projector.inward(key) for key in {*reads, *routes}}
         atoms_in, atoms_out, router = self.atoms_in(), self.atoms_out(), self.router_weight()
         bias = self.router_bias() + router @ own.embedding()
@@ -163,7 +162,7 @@ class UniHyperLoraAdapter(Adapter):
         depths,
         own: StackedTasks,
     ) -> ProjectedAtoms:
-        """``project`` for several tasks; the atoms are those of any task, and kept likewise."""
+        """``project`` for several tasks, which share the cached atoms."""
         shared = self.project(reads, writes, routes, depths, next(iter(self.tasks)))
         places = place_features(torch.tensor(depths, device=self.router_bias.latent.device))
 
@@ -177,15 +176,15 @@ class UniHyperLoraAdapter(Adapter):
         return self._make(make)
 
     def own(self, task: str | MixedTasks) -> TaskParameters | StackedTasks:
-        """The parameters of a task, or of several side by side."""
+        """Parameters of one task, or of several tasks stacked."""
         return task.of(self.tasks) if isinstance(task, MixedTasks) else self.tasks[task]
 
     def logits(self, states: list[torch.Tensor], keys: list[Hashable], task: str | MixedTasks) -> torch.Tensor:
-        """A linear head on the canonical states P_in h / rms(h) of the knots.
+        """Logits of a linear head on the canonical states P_in h / rms(h) of the knots.
 
         Args:
-            states: one (…, w) host state for each knot.
-            keys: the projector key of each.
+            states: host state (…, w) of each knot.
+            keys: projector key of each knot.
 
         Returns:
             (…, C) float32.
@@ -205,7 +204,7 @@ class UniHyperLoraAdapter(Adapter):
         return logits
 
     def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
-        """A head in the coordinates of the host: (C, w) for the state of each knot, whose projector keys are given."""
+        """Head weights (C, w) in the host's coordinates, for the state of each knot; ``keys`` as for ``logits``."""
         blocks = self.own(task).head_weight().chunk(len(KNOTS), dim=-1)
         inward = {key: self.projector.inward(key) for key in set(keys)}
         return [block @ inward[key] for block, key in zip(blocks, keys, strict=True)]

@@ -1,6 +1,6 @@
-"""What a configuration of the injected update has to say, and what goes with its kinds.
+"""Checks of the configuration of an injected update.
 
-An adapter of that pathway names this file in its ``auto_map``, so that transformers brings it along.
+An injected adapter names this file in its ``auto_map``, so that transformers loads it with the adapter.
 """
 
 from .configuration_unihyperlora import UniHyperLoraConfig, check_number, check_size
@@ -17,7 +17,7 @@ _LARGEST_SIZE = 4096
 
 
 def check_injected(config) -> None:
-    """Raise ``ConfigError`` unless the values of an injected update are allowed; sets those that were left out."""
+    """Set the defaults of an injected update; raise ``ConfigError`` unless all its values are allowed."""
     for name, allowed in _ALLOWED.items():
         if getattr(config, name) is None:
             setattr(config, name, _DEFAULTS[name])
@@ -30,7 +30,7 @@ def check_injected(config) -> None:
         raise ConfigError(f"router_top_k={config.router_top_k} exceeds atoms={config.atoms}.")
     if config.space is not None:
         raise ConfigError(
-            "space is of a stream; the injected update has none. Leave it out, or give pathway='stream'."
+            "space is for a stream; an injected update has none. Leave it out, or give pathway='stream'."
         )
     if not isinstance(config.host_layouts or {}, dict):
         raise ConfigError(f"host_layouts must be a dict of host family → layout; got {config.host_layouts!r}.")
@@ -41,25 +41,25 @@ def check_injected(config) -> None:
 
 
 def _check_sat_lora(config) -> None:
-    """What goes with projector "host", and with no other."""
+    """Check the settings of SAT-LoRA (projector "host"); other projectors must not have them."""
     if config.projector != "host":
         given = (config.bound_host, config.share_across_layers, config.target_modules, config.atom_scale)
         if given != (None, True, None, 1.0):
             raise ConfigError(
-                "bound_host, share_across_layers, target_modules and atom_scale go with projector='host' alone; "
-                f"projector is {config.projector!r}."
+                "bound_host, share_across_layers, target_modules and atom_scale need projector='host', but projector "
+                f"is {config.projector!r}. Leave them out."
             )
         return
     if config.router != "token":
-        raise ConfigError("projector='host' goes with router='token' alone; leave router out.")
+        raise ConfigError("projector='host' needs router='token'; leave router out.")
     if not isinstance(config.share_across_layers, bool):
-        raise ConfigError(f"share_across_layers={config.share_across_layers!r} is not allowed; true or false.")
+        raise ConfigError(f"share_across_layers={config.share_across_layers!r} is not allowed; give true or false.")
     check_number("atom_scale", config.atom_scale, 1e-3, 1e3)
     if config.target_modules is not None:
         good = isinstance(config.target_modules, list) and config.target_modules
         if not good or not all(name in MODULE_TYPES for name in config.target_modules):
             raise ConfigError(
-                f"target_modules={config.target_modules!r} is not allowed; a list of some of "
+                f"target_modules={config.target_modules!r} is not allowed; give a list of one or more of "
                 f"{', '.join(MODULE_TYPES)}."
             )
     if config.bound_host is None:  # set when the adapter is first bound to a host
@@ -69,13 +69,13 @@ def _check_sat_lora(config) -> None:
     values = sets * config.atoms * (sum(map(sum, config.bound_host["shapes"])) + config.bound_host["hidden_size"])
     if values > MAX_WEIGHTS_BYTES:
         raise ConfigError(
-            f"atoms={config.atoms} for the host in bound_host is not allowed; the atoms would have {values:,} values, "
-            f"{MAX_WEIGHTS_BYTES:,} is the most."
+            f"atoms={config.atoms} for the host in bound_host is not allowed: the atoms would have {values:,} values, "
+            f"and {MAX_WEIGHTS_BYTES:,} is the maximum."
         )
 
 
 def check_bound_host(host: object) -> None:
-    """Raise ``ConfigError`` unless it describes a host as ``sat_lora.bind`` does."""
+    """Raise ``ConfigError`` unless ``host`` describes a host as ``sat_lora.bind`` does."""
     shapes = host.get("shapes") if isinstance(host, dict) else None
     good = isinstance(shapes, list) and 0 < len(shapes) <= _MOST_SHAPES
     if not good or not all(isinstance(s, list) and len(s) == 2 and all(map(_is_size, s)) for s in shapes):

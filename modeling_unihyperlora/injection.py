@@ -1,7 +1,7 @@
 """The injected update: hooks that add ΔW x to a host's linear layers during a forward pass of the adapter.
 
-The hooks act only inside ``Injection.running`` and only in the thread that is there; a host that is called on its own
-computes what it always did.
+The hooks act only inside ``Injection.running``, and only in the thread that entered it. A host that is called directly
+gives its usual output.
 """
 
 import copy
@@ -31,7 +31,7 @@ from .space import KNOTS, knot_layers
 
 logger = logging.getLogger(__name__)
 
-# Files whose imports bring the code of an injected update along: that of its configuration, and all of it.
+# Entry files of an injected adapter's code; their imports include all other files that the adapter needs.
 _FILE, _CONFIGURATION_FILE = "injected", "injected_configuration"
 AUTO_MAP = {
     "AutoConfig": f"{_CONFIGURATION_FILE}.UniHyperLoraConfig",
@@ -44,9 +44,9 @@ AUTO_MAP = {
 def describe_target(
     config: UniHyperLoraConfig, host: nn.Module, layout: HostLayout | dict | None, binds: bool = True
 ) -> None:
-    """Note in ``config`` where the update goes: a user's layout under its host's family, and for SAT-LoRA the host.
+    """Record the update's target in ``config``: the user's layout for the host's family, and for SAT-LoRA the host.
 
-    With ``binds`` false a SAT-LoRA has been bound before, and ``inject`` checks that the host is that one.
+    Pass ``binds`` false if the SAT-LoRA adapter is bound already; ``inject`` then checks the host.
     """
     host = encoder_of(host)
     if layout is not None:
@@ -58,52 +58,60 @@ def describe_target(
 
 
 def make_adapter(config: UniHyperLoraConfig) -> UniHyperLoraAdapter:
-    """The adapter that a configuration describes."""
+    """Make the adapter that a configuration describes.
+
+    Raises:
+        ConfigError: a SAT-LoRA adapter is not bound to a host.
+    """
     if config.projector == "host" and config.bound_host is None:
         raise ConfigError(
-            "projector='host' without bound_host: make such an adapter with from_host, which notes the host in its "
+            "projector='host' needs bound_host: make the adapter with from_host, which records the host in the "
             "configuration."
         )
     return HostBoundAdapter(config) if config.projector == "host" else UniHyperLoraAdapter(config)
 
 
 def inject(adapter: UniHyperLoraAdapter, host: nn.Module) -> "Injection":
-    """An adapter bound to the sites of a host, which has to be its own if the adapter is a SAT-LoRA."""
+    """Bind an adapter to the sites of a host.
+
+    Raises:
+        HostError: a SAT-LoRA adapter is bound to another host, or the host's family has no layout.
+    """
     check_bound(adapter.config, host)
     return Injection(adapter, host)
 
 
 def warn_where_untrained(model) -> None:
-    """Say so where an injected update is on a host that it was not trained on."""
+    """Warn if an injected update is on a host that it was not trained on."""
     config, sources = model.config, model.config.source_hosts
     if config.projector != "host" and sources and not is_among(model.host, model.injection.map.num_layers, sources):
         logger.warning(
-            "This adapter is an injected update that was not trained on %s, and such an update does not carry over to "
-            "other hosts: expect what an untrained adapter would score. Train it here, or train one with "
-            "pathway='stream', which serves hosts that it has not seen.",
+            "This adapter is an injected update that was not trained on %s. An injected update does not transfer to "
+            "other hosts: expect the score of an untrained adapter. Train it on this host, or train an adapter with "
+            "pathway='stream', which works on unseen hosts.",
             config.base_model_name_or_path or "this host",
         )
 
 
 def _thread() -> int:
-    """Which thread this is; a compiled program has but one."""
+    """Id of this thread; 0 in compiled code, which runs in one thread."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Pass:
     """State of one forward pass: projected atoms, the current block and its routing.
 
-    ``routed`` has the states' shape (B, T) and the routing of every block so far. T may be longer than the sentences,
-    where the host pads them further.
+    ``routed`` holds the shape (B, T) of the states and the routing of every block so far. T may exceed the length of
+    the input if the host adds padding.
     """
 
     def __init__(self, atoms: ProjectedAtoms, task: str | MixedTasks, mask: torch.Tensor | None):
         self.atoms = atoms
         self.task = task
-        self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None: all are tokens
+        self.mask = mask  # (B, T) above 0 for tokens, 0 for padding; None if all are tokens
         self.block: int | None = None
         self.routing: Routing | None = None
-        self.weights: Sequence[torch.Tensor] = ()  # of the current block's module types, see ``Routing.weights``
+        self.weights: Sequence[torch.Tensor] = ()  # for each module type of the block, see ``Routing.weights``
         self.routed: list[tuple[torch.Size, Routing]] = []
         self.knot_states: dict[int, torch.Tensor] = {}  # number of blocks passed → state (B, T, d)
         self._calls: dict[nn.Module, int] = {}
@@ -111,7 +119,7 @@ class Pass:
         self._read: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def enter(self, module: nn.Module, blocks: tuple[int, ...]) -> int:
-        """The block that begins with this call of a module, which serves ``blocks`` in turn."""
+        """Number of the block that this call of a module starts; the module serves ``blocks`` in turn."""
         number = self._calls.get(module, 0)
         self._calls[module] = number + 1
         self._used.clear()
@@ -119,29 +127,29 @@ class Pass:
         return self.block
 
     def of_block(self) -> "Pass":
-        """A pass that is in the current block, from the block's first layer on."""
+        """A copy of this pass, at the start of the current block."""
         one = copy.copy(self)
         one._used, one._read = set(), None
         return one
 
     def rows(self, state: torch.Tensor) -> torch.Tensor | None:
-        """Which of several tasks each token (N,) of a state (B, T, w) is of; None where there is one."""
+        """Task index (N,) of each token of a state (B, T, w); None if there is only one task."""
         return self.task.rows.repeat_interleave(state.shape[1]) if isinstance(self.task, MixedTasks) else None
 
     def first_use(self, linear: nn.Module) -> bool:
-        """Whether a layer is used for the first time in its block, on the tokens; then come relative positions."""
+        """Whether this is a layer's first call in the block; later calls read relative positions, not tokens."""
         again = linear in self._used
         self._used.add(linear)
         return not again
 
     def read(self, x: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """``read_atoms``, shared by layers that take the very same input ``x`` (query, key and value)."""
+        """``read_atoms``, computed once for layers with the same input ``x`` (query, key and value)."""
         if self._read is None or self._read[0] is not x or self._read[1] is not rows:
             self._read = (x, rows, read_atoms(tokens.flatten(0, -2), rows, self.routing))
         return self._read[2]
 
     def counts(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[k] and the atoms in use, (B, T) means over the blocks for the states' ``shape`` without padding."""
+        """E[k] and the number of used atoms, each (B, T) = ``shape``: means over the blocks, without added padding."""
         if not self.routed:  # the static router
             every = torch.full(shape, float(self.atoms.mean_gate.shape[-1]), device=self.atoms.mean_gate.device)
             return every, every
@@ -155,7 +163,7 @@ class Pass:
 
 @dataclass
 class InjectedRun:
-    """One forward pass of a host with the update in it, and what the heads read of it."""
+    """Result of a host's forward pass with the update, and the inputs of the heads."""
 
     adapter: UniHyperLoraAdapter
     task: str | MixedTasks
@@ -168,11 +176,11 @@ class InjectedRun:
     attention_mask: torch.Tensor | None
 
     def token_logits(self) -> torch.Tensor:
-        """(B, T, C)."""
+        """Logits (B, T, C) of tokens."""
         return self.adapter.logits(self.knot_states, self.knot_keys, self.task)
 
     def sentence_logits(self) -> torch.Tensor:
-        """(B, C) from the mean state of a sentence's tokens at each knot."""
+        """Logits (B, C) of sentences, from the mean state of a sentence's tokens at each knot."""
         hidden, mask = self.last_hidden_state, self.attention_mask
         mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
         mask = mask.unsqueeze(-1).to(hidden.dtype)
@@ -184,8 +192,8 @@ class Injection:
     """Binds an adapter to the sites of one host.
 
     Attributes:
-        checkpoint: ``torch.utils.checkpoint.checkpoint`` where every ``every``-th block is computed again on the way
-            back, in place of keeping what it needs for it.
+        checkpoint: ``torch.utils.checkpoint.checkpoint`` if gradient checkpointing is on: the backward pass then
+            recomputes every ``every``-th block instead of keeping its activations. None otherwise.
 
     Raises:
         HostError: the host's family has no layout.
@@ -215,11 +223,11 @@ class Injection:
 
     @property
     def static(self) -> bool:
-        """Whether all tokens get the same update."""
+        """Whether all tokens get the same update (router "static")."""
         return self.adapter.config.router == "static"
 
     def describe(self) -> str:
-        """Family, sizes, sites and choices, in one line."""
+        """One line with the host's family and sizes, the number of sites, and the adapter's settings."""
         found, config = self.map, self.adapter.config
         return (
             f"{found.family}, {found.num_layers} blocks x {found.hidden_size}): {found.coverage()} sites, pathway "
@@ -227,17 +235,17 @@ class Injection:
         )
 
     def enable_checkpointing(self, given: dict, every_n_layers: int = 1, offload: bool = False) -> None:
-        """Compute blocks again on the way back; see ``gradient_checkpointing_enable`` of the model."""
+        """Recompute blocks in the backward pass; see ``gradient_checkpointing_enable`` of the model."""
         if given.get("use_reentrant") or offload:
             raise ConfigError(
-                "Gradient checkpointing of a frozen host is done without use_reentrant and without offload; leave "
-                "both out of --gradient_checkpointing_kwargs."
+                "Gradient checkpointing of a frozen host supports neither use_reentrant nor offload; leave both out "
+                "of --gradient_checkpointing_kwargs."
             )
         self.checkpoint = partial(checkpoint, **{"use_reentrant": False} | given)
         self.every = every_n_layers
 
     def outputs(self, model, task, task_ids, attention_mask, output_hidden_states, inputs: dict) -> dict:
-        """What ``model.run`` returns, for one task or for a task a sentence."""
+        """The outputs of ``model.run``, for one task or for one task per sentence."""
         inputs = {name: value for name, value in inputs.items() if name not in ("word_index", "canonical_states")}
         first = next(iter(inputs.values()))
         if task_ids is None:
@@ -255,11 +263,11 @@ class Injection:
 
     @property
     def current(self) -> Pass | None:
-        """The forward pass that this thread is in."""
+        """The current forward pass of this thread; None outside a pass."""
         return self._passes.get(_thread())
 
     def _plan(self, site: Site) -> tuple[str, object, str, object]:
-        """Side and projector key for reading, then for writing."""
+        """Side and projector key for reading, then side and key for writing."""
         read, write = self.adapter.projector.sides(site.module_types[0])
         depth = self.depths[site.block]
         read_key, write_key = self.adapter.projector.site_keys(site.module_types[0], site.widths, depth)
@@ -268,7 +276,7 @@ class Injection:
     # ---- hooks ----
 
     def attach(self) -> None:
-        """Hooks are partials of bound methods, not closures, so that a deep copy of the model uses its own adapter."""
+        """Register the hooks: partials of bound methods, so that a deep copy of the model uses its own adapter."""
         for module in dict.fromkeys(self.map.blocks):
             blocks = tuple(number for number, block in enumerate(self.map.blocks) if block is module)
             self._handles.append(module.register_forward_pre_hook(partial(self._route, blocks), with_kwargs=True))
@@ -283,15 +291,15 @@ class Injection:
 
     @contextmanager
     def running(self, task: str | MixedTasks, attention_mask: torch.Tensor | None) -> Iterator[Pass]:
-        """Within it the host computes with the update, in this thread; yields the counts of active atoms."""
-        twice = self.checkpoint is not None and torch.is_grad_enabled()
+        """Context in which the host computes with the update, in this thread; yields the pass."""
+        recomputes = self.checkpoint is not None and torch.is_grad_enabled()
         with self._in(Pass(self.project(task), task, attention_mask)) as current:
-            with self._checkpointed() if twice else nullcontext():
+            with self._checkpointed() if recomputes else nullcontext():
                 yield current
 
     @contextmanager
     def _in(self, current: Pass) -> Iterator[Pass]:
-        """Within it this thread is in a pass."""
+        """Context in which ``current`` is the pass of this thread."""
         thread = _thread()
         before = self._passes.get(thread)
         self._passes[thread] = current
@@ -305,10 +313,10 @@ class Injection:
 
     @contextmanager
     def _checkpointed(self) -> Iterator[None]:
-        """Within it blocks keep their inputs alone, and are computed again on the way back."""
+        """Context in which blocks keep only their inputs and are recomputed in the backward pass."""
         forwards = {block: vars(block).get("forward") for block in self.map.blocks}
         for block in forwards:
-            block.forward = partial(self._compute_twice, block.forward)
+            block.forward = partial(self._recompute, block.forward)
         try:
             yield
         finally:
@@ -317,8 +325,8 @@ class Injection:
                 if forward is not None:
                     block.forward = forward
 
-    def _compute_twice(self, forward: Callable, *args, **kwargs):
-        """A block, which is in the same pass the second time; that may be another thread's time."""
+    def _recompute(self, forward: Callable, *args, **kwargs):
+        """Run a block with checkpointing; the recomputation uses the same pass, maybe in another thread."""
         run = self.current
         if run is None or run.block % self.every:
             return forward(*args, **kwargs)
@@ -334,7 +342,7 @@ class Injection:
     def run(
         self, task: str | MixedTasks, attention_mask: torch.Tensor | None, output_hidden_states, inputs: dict
     ) -> InjectedRun:
-        """The host's own forward with the update of ``task`` in it."""
+        """The host's forward pass with the update of ``task``."""
         if output_hidden_states is not None:
             inputs = inputs | {"output_hidden_states": output_hidden_states}
         with self.running(task, attention_mask) as current:
@@ -373,7 +381,7 @@ class Injection:
         if state.dim() != 3:
             raise HostError(
                 f"Block {block} of the host gets states {tuple(state.shape)}, not (sentences, tokens, width). Load "
-                "the host with attn_implementation='sdpa', which does not pack sentences together."
+                "the host with attn_implementation='sdpa', which does not pack sentences into one row."
             )
         if block in self.knot_layers:
             run.knot_states[block] = state
@@ -393,7 +401,7 @@ class Injection:
         if which is not None:
             return
         own = self.adapter.tasks[run.task]
-        if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not with δθ alone
+        if own.training and own.head_weight.latent.requires_grad and torch.is_grad_enabled():  # not for δθ alone
             mask = run.mask if run.mask is not None else state.new_ones(state.shape[:-1])
             real = nn.functional.pad((mask > 0).float(), (0, state.shape[1] - mask.shape[1]))
             own.track_mean_gate(run.routing, real.flatten())
@@ -409,12 +417,13 @@ class Injection:
         tokens, atoms = self._tokens_last(x), run.atoms
         if run.routing.atoms is not None and tokens.shape[:-1].numel() != len(run.routing.atoms):
             raise HostError(
-                f"In block {site.block} the {site.module_types[0]} layer reads {tokens.shape[:-1].numel()} vectors "
-                f"and the block {len(run.routing.atoms)}: the update needs one for each token. Use pathway='stream'."
+                f"In block {site.block} the {site.module_types[0]} layer reads {tokens.shape[:-1].numel()} vectors, "
+                f"but the block reads {len(run.routing.atoms)}: the update needs one vector per token. Use "
+                "pathway='stream'."
             )
         dots, rows = run.read(x, tokens, atoms.read[read_key]), atoms.write[write_key]
         if not torch.is_grad_enabled() and len(types) == 1 and output.is_contiguous() and output.dtype == dots.dtype:
-            if not self.map.layout.channels_first:  # nobody else has seen the output yet
+            if not self.map.layout.channels_first:  # in place: nothing else uses the output yet
                 add_atoms(output.flatten(0, -2), dots, rows, run.routing, run.weights[types[0]])
                 return output
         update = site.join([write_atoms(dots, rows, run.routing, run.weights[number]) for number in types])
@@ -422,13 +431,13 @@ class Injection:
         return self._tokens_last(own + update.view(own.shape).to(own.dtype))
 
     def _tokens_last(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, d, T) → (B, T, d) and back, on a host whose blocks have it so; any other as it is."""
+        """Swap (B, d, T) and (B, T, d) if the host's blocks have channels first; else return ``x`` unchanged."""
         return x.transpose(1, 2) if self.map.layout.channels_first else x
 
     # ---- merging ----
 
     def delta_weight(self, site: Site, task: str) -> torch.Tensor:
-        """ΔW (out, in) of one site in float64, where it is the same for all tokens."""
+        """ΔW (out, in) of one site in float64; only for the static router, where it is the same for all tokens."""
         atoms = self.project(task)
         _, read_key, _, write_key = self.plans[site]
         read, write = atoms.read[read_key].double(), atoms.write[write_key].double()
@@ -458,8 +467,8 @@ class Injection:
             )
         if not self.map.mergeable():
             raise MergeError(
-                f"The weights of this host ({self.map.family}) cannot take the update in: they are shared between "
-                "depths or with positions, grouped, or quantised. It is computed beside them instead."
+                f"The update cannot be merged into the weights of this host ({self.map.family}): they are shared "
+                "between depths or with positions, grouped, or quantised. Use the adapter without merging."
             )
         Hold.check_alone(self.host)
         updated = {}
@@ -468,7 +477,8 @@ class Injection:
             updated[site] = (weight.double() + self.delta_weight(site, task)).to(weight.dtype)
             if not torch.isfinite(updated[site]).all():
                 raise HostError(
-                    f"Merging would make block {site.block} {'/'.join(site.module_types)} not finite; nothing merged."
+                    f"Merging would make block {site.block} {'/'.join(site.module_types)} not finite, so nothing was "
+                    "merged. Train the adapter again with lower learning rates."
                 )
         for site, weight in updated.items():
             self._originals[site] = site.linear.weight.detach().clone()
@@ -478,7 +488,7 @@ class Injection:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give every site its own weight back, bit for bit."""
+        """Restore the original weight of every site, bit for bit."""
         for site, weight in self._originals.items():
             site.linear.weight.copy_(weight)
         if self.merged:

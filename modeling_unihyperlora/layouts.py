@@ -1,8 +1,8 @@
-"""Where a host keeps its blocks, and which of a block's linear layers play which role.
+"""Layouts of host families: the paths of a host's blocks, and the roles of the linear layers in a block.
 
-A family is one entry in ``LAYOUTS``, by its ``config.model_type``. Paths of layers count from the block; one with
-``{}``, the block's number, counts from the host, for families that keep a block's layers apart. The stream needs none
-of this: it takes any encoder that returns its hidden states.
+A family is one entry in ``LAYOUTS``, keyed by its ``config.model_type``. Paths of layers start at the block. A path
+with ``{}``, the block's number, starts at the host, for families that store a block's layers separately. The stream
+needs no layout: it works with any encoder that returns its hidden states.
 """
 
 import dataclasses
@@ -19,17 +19,18 @@ Paths = str | tuple[str, ...]
 class HostLayout:
     """Attribute paths of the blocks and of the six module types in a block.
 
-    Several paths for a role mean all of them that a block has (a gated FFN has two ways up); the same path for query,
-    key and value means one layer for all three. An empty role is one that the family lacks.
+    A role may have several paths; all that exist in a block are used (a gated FFN has two up-projections). Query, key
+    and value have the same path if one layer computes all three. A role that the family lacks is empty.
 
     Args:
-        block: path of block ``{}``; of several the first that the host has. Its first input is the token's state.
+        block: path of block ``{}``; of several paths, the first that exists in the host. The first input of the block
+            must be the tokens' states.
         query, key, value, attention_output, ffn_up, ffn_down: paths of the layers.
-        fused_by_head: a layer for query, key and value has their outputs head by head, not one after the other.
-        shared_blocks: the host goes through the same blocks again, ``num_hidden_layers`` in all.
-        channels_first: states are (B, d, T) inside the blocks, not (B, T, d).
-        mergeable: whether ΔW folded into a layer's weight computes what the update does; it does not where a layer
-            serves several depths, or more than the tokens (as with relative positions), or is grouped.
+        fused_by_head: a layer for query, key and value orders its outputs by head, not by query, key, value.
+        shared_blocks: the host runs the same blocks repeatedly, ``num_hidden_layers`` times in total.
+        channels_first: states inside the blocks are (B, d, T), not (B, T, d).
+        mergeable: whether merging ΔW into a layer's weight gives the same result as the update. It does not if the
+            layer is grouped, serves several depths, or also reads inputs other than tokens (relative positions).
     """
 
     block: Paths
@@ -50,10 +51,10 @@ class HostLayout:
 
 
 def layout_from(content: HostLayout | Mapping, family: str) -> HostLayout:
-    """A layout as a user gives it or as a configuration holds it.
+    """Make a ``HostLayout`` from a user's layout or from the dict in a configuration.
 
     Raises:
-        ConfigError: a key or a value is none of a layout.
+        ConfigError: a key or a value is not allowed in a layout.
     """
     if isinstance(content, HostLayout):
         content = dataclasses.asdict(content)
@@ -70,7 +71,7 @@ def layout_from(content: HostLayout | Mapping, family: str) -> HostLayout:
             paths = [value] if isinstance(value, str) else value
             good = isinstance(paths, list | tuple) and all(isinstance(path, str) and path for path in paths)
         if not good:
-            raise ConfigError(f"The layout of '{family}' has {name}={value!r}; a path, a list of paths or a bool.")
+            raise ConfigError(f"The layout of '{family}' has {name}={value!r}; give a path, paths or a bool.")
     layout = HostLayout(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
     if not layout.paths("block") or not all("{}" in path for path in layout.paths("block")):
         raise ConfigError(
@@ -189,7 +190,7 @@ LAYOUTS = {
     "qwen3": _GATED,
     "roberta": _BERT,
     "squeezebert": HostLayout(
-        block="encoder.layers.{}.attention",  # the module around it is not called, only its forward
+        block="encoder.layers.{}.attention",  # hooks on the outer module would not run: only its forward is called
         query="query",
         key="key",
         value="value",

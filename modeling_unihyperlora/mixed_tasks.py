@@ -1,6 +1,6 @@
-"""Sentences of several tasks in one batch: the host reads them together, and each has its own δθ, router and head.
+"""Batches with sentences of several tasks: one pass of the host, with each sentence's own δθ, router term and head.
 
-Letters: B sentences, Q different tasks among them, C labels of the task that has most, F inputs of a head.
+Letters: B sentences, Q different tasks in the batch, C labels of the task with the most labels, F inputs of a head.
 """
 
 from functools import cached_property
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class OwnValues(NamedTuple):
-    """What one task has of its own, as its file holds it."""
+    """Values of one task's parameters, as the file holds them."""
 
     delta: torch.Tensor  # (8, M)
     embedding: torch.Tensor  # (D,)
@@ -20,11 +20,11 @@ class OwnValues(NamedTuple):
 
 
 class MixedTasks:
-    """Which task each sentence of a batch is of.
+    """The tasks of the sentences of a batch.
 
     Attributes:
-        names: the Q different tasks.
-        rows: (B,) which of them a sentence is of.
+        names: names of the Q different tasks.
+        rows: (B,) index of each sentence's task in ``names``.
     """
 
     def __init__(self, names: list[str], rows: torch.Tensor):
@@ -36,7 +36,7 @@ class MixedTasks:
 
 
 class StackedTasks:
-    """The parameters of Q tasks side by side, by the names that one task has for them."""
+    """Parameters of Q tasks, stacked; they have the same names as the parameters of one task."""
 
     def __init__(self, tasks: list[nn.Module], rows: torch.Tensor):
         self.rows = rows
@@ -55,11 +55,11 @@ class StackedTasks:
         return torch.stack([own.embedding for own in self._values])
 
     def head_weight(self) -> torch.Tensor:
-        """(Q, C, F), 0 for labels that a task does not have."""
+        """(Q, C, F), 0 for missing labels of a task."""
         return nn.utils.rnn.pad_sequence([own.head_weight for own in self._values], batch_first=True)
 
     def head_bias(self) -> torch.Tensor:
-        """(Q, C), -inf for labels that a task does not have."""
+        """(Q, C), -inf for missing labels of a task."""
         biases = [own.head_bias for own in self._values]
         return nn.utils.rnn.pad_sequence(biases, batch_first=True, padding_value=-torch.inf)
 
@@ -69,18 +69,18 @@ class StackedTasks:
         return torch.stack([task.mean_gate for task in self._tasks])
 
     def linear(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Each sentence by its own task's weights: (B, …, F), (Q, C, F) → (B, …, C)."""
+        """Multiply each sentence by its task's weights: states (B, …, F), weight (Q, C, F) → (B, …, C)."""
         own = weight[self.rows].transpose(1, 2)
         return states @ own if states.dim() == 3 else (states.unsqueeze(1) @ own).squeeze(1)
 
     def of_sentences(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """(Q, C) → (B, …, C), for states (B, …, F)."""
+        """Each sentence's own values: (Q, C) → (B, …, C), with the dimensions of ``like`` (B, …, F)."""
         own = values[self.rows]
         return own.unsqueeze(1) if like.dim() == 3 else own
 
 
 def _values_of(task: nn.Module) -> OwnValues:
-    """Kept with the task between passes that need no gradient, until one of its parameters has changed."""
+    """Values of a task; without gradients they are cached at the task until one of its parameters changes."""
     stored = (task.delta, task.embedding, task.head_weight, task.head_bias)
     latents = [tensor.latent for tensor in stored]
     if torch.is_grad_enabled() or any(latent.is_inference() for latent in latents):

@@ -1,14 +1,13 @@
 """Projectors: the maps between a host's vectors and the canonical space.
 
-One interface for every kind (``DimensionProjector`` here; a calibrated kind shares it):
+The interface of a projector:
 
-- ``sides(module_type)`` says on which side of a linear layer the update reads and writes: its input or its output;
-- ``key(width, depth)`` names the map that serves a state of that width at that relative depth, so that equal maps
-  are computed once; ``site_keys(module_type, widths, depth)`` names those for reading and writing at a linear
-  layer;
-- ``inward(key)`` is P_in, shape (D, width); ``outward(key)`` is P_out, shape (width, D).
+- ``sides(module_type)``: the sides of a linear layer (input or output) where the update reads and where it writes;
+- ``key(width, depth)``: key of the map for a state of a width at a relative depth; equal maps have equal keys, so each
+  is computed once. ``site_keys(module_type, widths, depth)``: keys for reading and for writing at a linear layer;
+- ``inward(key)``: P_in, shape (D, width); ``outward(key)``: P_out, shape (width, D).
 
-A ``DimensionProjector`` is trained and begins as a ``CosineProjector``, which has nothing to train.
+A ``DimensionProjector`` is trained; it starts as a ``CosineProjector``, which has no parameters.
 """
 
 import math
@@ -24,14 +23,14 @@ Side = Literal["input", "output"]
 
 
 class CosineProjector(nn.Module):
-    """The orthogonal DCT-II basis for any width: nothing to train, and nothing to store."""
+    """The orthogonal DCT-II basis for any width; has no parameters."""
 
     def __init__(self, canonical_dim: int):
         super().__init__()
         self.canonical_dim = canonical_dim
 
     def sides(self, module_type: str) -> tuple[Side, Side]:
-        """Read at the layer's input, write at its output, as ΔW x does."""
+        """Read at the layer's input and write at its output, as ΔW x does."""
         return "input", "output"
 
     def key(self, width: int, depth: float) -> Hashable:
@@ -49,15 +48,15 @@ class CosineProjector(nn.Module):
 
 
 class DimensionProjector(CosineProjector):
-    """h_ψ: a map for any width w from a wave network of (log10 w, i/w), 4·D half-precision numbers a direction.
+    """h_ψ: a wave network of (log10 w, i/w) makes the map for any width w; 4·D half-precision values per direction.
 
-    Row i of P(w) is the paper's factored form, a sine network of the width and the relative position times a shared
-    factor, with as many sine features as canonical coordinates and a diagonal factor a:
+    Row i of P(w) has the paper's factored form, a sine network of width and relative position times a shared factor.
+    Here the network has as many sine features as canonical coordinates, and the factor is a diagonal a:
 
         P(w)[i, m] = a_m · sqrt(2/w) · sin(π (m + f_m)(i + ½)/w + p_m + s_m log10 w)
 
-    With f = s = 0 and p = π/2 the columns are the orthogonal DCT-II basis, which is where training starts: a narrow
-    shared factor would limit every update on every host to a subspace of its rank.
+    Training starts at f = s = 0 and p = π/2, where the columns are the orthogonal DCT-II basis. (A shared factor of
+    low rank would limit every update on every host to a subspace of that rank.)
     """
 
     def __init__(self, canonical_dim: int):
@@ -73,7 +72,7 @@ class DimensionProjector(CosineProjector):
 
 
 def cosine_waves(canonical_dim: int) -> torch.Tensor:
-    """Amplitude a, frequency offset f, phase p and width slope s with which waves are cosines: (4, D)."""
+    """Amplitude a, frequency offset f, phase p and width slope s of the DCT-II basis: (4, D)."""
     waves = torch.zeros(4, canonical_dim)
     waves[0] = 1.0
     waves[2] = math.pi / 2
@@ -81,7 +80,7 @@ def cosine_waves(canonical_dim: int) -> torch.Tensor:
 
 
 def columns(waves: torch.Tensor, width: int) -> torch.Tensor:
-    """P(width), (width, D) float32, from the four rows of wave parameters (4, D)."""
+    """P(width): wave parameters (4, D) → (width, D) float32."""
     amplitude, frequency, phase, slope = waves
     position = (torch.arange(width, device=waves.device, dtype=torch.float32) + 0.5) / width
     harmonic = torch.arange(waves.shape[1], device=waves.device, dtype=torch.float32) + frequency

@@ -1,4 +1,4 @@
-"""Which atoms a token uses, and what they read and write: the part of the update that is computed for every token.
+"""Routing, and reading and writing of atoms: the part of the update that is computed for every token.
 
 Letters in shapes: N tokens of a batch, w width of a vector, M atoms, k active atoms of a token, S layers of a block,
 Q tasks.
@@ -10,16 +10,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-AT_ONCE = 2**18  # numbers that are copied or made at a time where fresh memory costs more than the work
+AT_ONCE = 2**18  # numbers per step of ``add_atoms``, so that temporary arrays stay small
 
 
 class Routing(NamedTuple):
     """The atoms that each token uses in one block.
 
-    ``atoms`` (N, k) indices, ``gates`` (N, k) in [0, 1), 0 where the null choice won, and ``probabilities`` (N, k) of
-    beating it; with the static router ``atoms`` is None and ``gates`` (M,) serves every token. ``bags`` is for torch's
-    ``embedding_bag``: where each token's atoms begin (N,), and whose an atom is (N·k,). With Q tasks,
-    ``rows`` (N,) says which one a token is of, and static gates are (Q, M).
+    Attributes:
+        atoms: (N, k) indices of atoms; None with the static router.
+        gates: (N, k) in [0, 1), 0 if the null choice won. Static router: (M,) for all tokens, or (Q, M) for Q tasks.
+        probabilities: (N, k) probabilities of beating the null choice.
+        bags: arguments of torch's ``embedding_bag``: start (N,) of each token's atoms, and token (N·k,) of each atom.
+        rows: (N,) task index of each token, with Q tasks.
     """
 
     atoms: torch.Tensor | None
@@ -29,9 +31,9 @@ class Routing(NamedTuple):
     rows: torch.Tensor | None = None
 
     def weights(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """gate_j · c_j of the routed atoms for each of some places: (S, M) → (S, N, k), or (S, M) if static.
+        """gate_j · c_j of the routed atoms at S places: coefficients (S, M) → (S, N, k), or (S, M) if static.
 
-        Of several tasks: (S, Q, M) → (S, N, k), or (S, N, M) if static.
+        With several tasks: (S, Q, M) → (S, N, k), or (S, N, M) if static.
         """
         if self.atoms is None:
             return self.gates * coefficients if self.rows is None else (self.gates * coefficients)[:, self.rows]
@@ -42,7 +44,7 @@ class Routing(NamedTuple):
 
 
 def make_bags(tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Routing.bags`` for so many tokens."""
+    """``Routing.bags`` for a number of tokens with ``top_k`` atoms each."""
     each = torch.arange(tokens * top_k, device=device)
     return each[::top_k].contiguous(), each // top_k
 
@@ -54,18 +56,18 @@ def route(
     top_k: int,
     bags: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Routing:
-    """Choose at most ``top_k`` atoms a token.
+    """Choose up to ``top_k`` atoms for each token.
 
-    Score s_j of an atom is r_jᵀ P_in x / rms(x) + bias_j; that of the null choice is 0. Under logistic noise on their
-    difference atom j beats the null choice with probability σ(s_j); these sum to E[k] over the ``top_k`` best. The
-    probability is the atom's gate, 0 below the null choice, where its gradient still is that of the probability, so
-    that an atom can come back.
+    The score of atom j is s_j = r_jᵀ P_in x / rms(x) + bias_j; the score of the null choice is 0. With logistic noise
+    on the difference, atom j beats the null choice with probability σ(s_j). The sum of this over the ``top_k`` best
+    atoms is E[k]. The gate of an atom is its probability if s_j > 0, else 0. The gradient of a closed gate is still
+    that of the probability, so the atom can open again.
 
     Args:
         state: (N, w) states at the input of a block.
         rows: (M, w) router rows in host coordinates.
-        bias: (M,) bias and task term, or (N, M) where tokens are of different tasks.
-        bags: ``make_bags`` of as many tokens, if it is there already.
+        bias: (M,) bias with task term, or (N, M) if tokens belong to different tasks.
+        bags: result of ``make_bags`` for the same number of tokens, if known.
     """
     scale = rms(state)
     if state.shape[-1] < len(rows) and bias.dim() == 1:
@@ -79,7 +81,7 @@ def route(
 
 
 def rms(state: torch.Tensor) -> torch.Tensor:
-    """Root of the mean square: (…, w) → (…, 1) float32, at least 1e-6."""
+    """Root mean square: (…, w) → (…, 1) float32, at least 1e-6."""
     norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True, dtype=torch.float32)
     return (norm / math.sqrt(state.shape[-1])).clamp_min(1e-6)
 
@@ -99,9 +101,9 @@ def read_atoms(x: torch.Tensor, rows: torch.Tensor, routing: Routing) -> torch.T
 def _routed_dots(
     x: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor, bags: torch.Tensor
 ) -> torch.Tensor:
-    """(N, w), (M, w), (N, k) → (N, k): the product of each token with its k rows, of which no copy is made.
+    """Dot products of each token with its k rows: (N, w), (M, w), (N, k) → (N, k), without copying the rows.
 
-    It is what torch computes as the gradient of the weights in ``embedding_bag``, whose bags are the tokens.
+    torch computes them as the gradient of the weights in ``embedding_bag``, with the tokens as bags.
     """
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), rows, atoms.reshape(-1), starts, bags, 0
@@ -110,7 +112,7 @@ def _routed_dots(
 
 
 def _sum_atoms(weights: torch.Tensor, rows: torch.Tensor, atoms: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """(N, k), (M, w), (N, k) → (N, w): the sum of each token's rows by their weights."""
+    """Weighted sum of each token's rows: weights (N, k), rows (M, w), atoms (N, k) → (N, w)."""
     flat = weights.reshape(-1)
     return torch.embedding_bag(rows, atoms.reshape(-1), starts, False, 0, False, flat, False)[0]
 
@@ -139,8 +141,8 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weight
 
     Args:
         dots: (N, k) from ``read_atoms``; (N, M) with the static router.
-        rows: (M, w) written atoms in host coordinates.
-        weights: (N, k) of one place from ``Routing.weights``; (M,) or (N, M) with the static router.
+        rows: (M, w) rows P_out u_j in host coordinates.
+        weights: (N, k) weights of one place from ``Routing.weights``; (M,) or (N, M) with the static router.
 
     Returns:
         (N, w) in the dtype of ``dots``.
@@ -154,9 +156,10 @@ def write_atoms(dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weight
 def add_atoms(
     out: torch.Tensor, dots: torch.Tensor, rows: torch.Tensor, routing: Routing, weights: torch.Tensor
 ) -> None:
-    """``out += write_atoms(dots, rows, routing, weights)``, where no gradient is needed.
+    """``out += write_atoms(dots, rows, routing, weights)`` in place, without gradients.
 
-    It goes a few tokens at a time: a second array as large as ``out`` (N, w) costs more in fresh memory than the sum.
+    The sum is computed a few tokens at a time: allocating a second array of the size of ``out`` (N, w) would take
+    longer than the sum itself.
     """
     rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
     if routing.atoms is None:

@@ -1,10 +1,10 @@
-"""SAT-LoRA: the injected update with atoms of one host's own widths, which serve that host alone.
+"""SAT-LoRA: an injected update whose atoms have the widths of one host and work on that host only.
 
-It is what a universal adapter is compared with. Router, mixer, sparse choice and file are those of
-``injected_adapter``; there is no canonical space and no projector. Every shape (in, out) among the host's linear
-layers has M atoms, shared by all layers of that shape, or by those of one block; with P sets of blocks (1 or L) the
-tensors are (P, M, in), (P, M, out) for each shape and (P, M, d) for the router, int8 with a scale an atom. The mixer
-learns the depths of this host. δθ is in the file for the sake of its format, never trained.
+It is the baseline of the universal adapter. Router, mixer, sparse choice of atoms and file are those of
+``injected_adapter``, but there is no canonical space and no projector. Each shape (in, out) of the host's linear
+layers has M atoms, shared by all layers of that shape in the host or in one block. With P sets of atoms (P = 1 or L),
+the tensors are (P, M, in) and (P, M, out) for each shape and (P, M, d) for the router, int8 with one scale per atom.
+The mixer learns the depths of this host. The file holds δθ only because of its format; δθ is never trained.
 """
 
 import math
@@ -32,7 +32,7 @@ from .storage import Half, RowInteger, StoredTensor
 
 
 def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
-    """Note in ``config`` the host that its atoms are made for: family, sizes, weights, shapes of linear layers."""
+    """Record the host of the atoms in ``config``: family, sizes, weights, shapes of linear layers."""
     found = HostMap(host, config.host_layouts)
     shapes = {(s.widths["input"], s.widths["output"]) for s in found.sites}
     config.bound_host = identify_host(host, found.num_layers) | {"shapes": sorted(map(list, shapes))}
@@ -40,7 +40,7 @@ def bind(config: UniHyperLoraConfig, host: nn.Module) -> None:
 
 
 def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
-    """Raise ``HostError`` where an adapter is bound to another host than this one; see ``sites.unlike``."""
+    """Raise ``HostError`` if an adapter is bound to another host than this one; see ``sites.unlike``."""
     bound = config.bound_host
     if bound is None:
         return
@@ -48,9 +48,9 @@ def check_bound(config: UniHyperLoraConfig, host: nn.Module) -> None:
     bind(here, host)
     if differences := unlike(bound, here.bound_host):
         raise HostError(
-            f"This adapter is SAT-LoRA, bound to the host that it was trained on ({_described(bound)}); the host "
-            f"given is another one ({_described(here.bound_host)}): other {', '.join(differences)}. Give its own "
-            "host, train one for this host with --method sat_lora, or use a universal adapter (pathway='stream')."
+            f"This SAT-LoRA adapter is bound to the host that it was trained on ({_described(bound)}). The given host "
+            f"({_described(here.bound_host)}) has another {', '.join(differences)}. Give the adapter's own host, "
+            "train an adapter for this host with --method sat_lora, or use a universal adapter (pathway='stream')."
         )
 
 
@@ -59,9 +59,9 @@ def _described(host: dict) -> str:
 
 
 class HostProjector:
-    """The place of a projector, with nothing to project: its keys name the set of atoms.
+    """Stands in for a projector but projects nothing; its keys select the atoms.
 
-    The key of a block is the number of its set, that of a linear layer its shape and that number.
+    The key of a block is the number of its set of atoms. The key of a linear layer is its shape and that number.
     """
 
     def __init__(self, config: UniHyperLoraConfig):
@@ -84,7 +84,7 @@ def shape_name(inward: int, outward: int) -> str:
 
 
 class HostBoundAdapter(UniHyperLoraAdapter):
-    """Atoms by shape, a mixer and a router of one host, and the parameters of each task in its coordinates."""
+    """Atoms for each shape, mixer, router and the parameters of each task, all for one host."""
 
     def _make_parts(self, config: UniHyperLoraConfig) -> None:
         self.projector = HostProjector(config)
@@ -94,7 +94,7 @@ class HostBoundAdapter(UniHyperLoraAdapter):
         for inward, outward in host["shapes"]:
             name, row = shape_name(inward, outward), RowInteger(DICTIONARY_BITS)
             self.atoms_in[name] = StoredTensor(torch.randn(*sets, inward) / math.sqrt(inward), row)
-            self.atoms_out[name] = StoredTensor(torch.zeros(*sets, outward), row)  # a fresh adapter changes nothing
+            self.atoms_out[name] = StoredTensor(torch.zeros(*sets, outward), row)  # 0: no update at first
         self.mixer = Mixer(config.mixer_hidden, config.atoms, bits=8)
         width = host["hidden_size"]
         self.router_weight = StoredTensor(torch.randn(*sets, width) / math.sqrt(width), RowInteger(ROUTER_BITS))
@@ -116,7 +116,7 @@ class HostBoundAdapter(UniHyperLoraAdapter):
         )
 
     def project_mixed(self, reads, writes, routes, depths, own: StackedTasks) -> ProjectedAtoms:
-        """As it is there; SAT-LoRA's atoms and their weights are the same for all tasks."""
+        """``project`` for several tasks, which share SAT-LoRA's atoms and their weights."""
         shared = self.project(reads, writes, routes, depths, next(iter(self.tasks)))
         bias = self.router_bias() + torch.einsum("smd,qd->qsm", self.router_weight(), own.embedding())
         return shared._replace(
@@ -126,5 +126,5 @@ class HostBoundAdapter(UniHyperLoraAdapter):
         )
 
     def head_weights(self, keys: list[Hashable], task: str | MixedTasks) -> list[torch.Tensor]:
-        """The head is in the host's coordinates already: (C, w) for the state of each knot."""
+        """Weights (C, w) of the head for the state of each knot; they are in the host's coordinates already."""
         return list(self.own(task).head_weight().chunk(len(KNOTS), dim=-1))

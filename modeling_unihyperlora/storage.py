@@ -1,12 +1,12 @@
-"""How an adapter is stored: tensors that are trained in the precision of their file, and the one checked file.
+"""Storage of an adapter: tensors that are trained in the precision of their file, and the checked file itself.
 
-A ``StoredTensor`` keeps a float latent for the optimiser and hands out the value that its file would hold. The
-gradient passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432), so that the saved adapter scores
-what the trained one scored. Every codec is idempotent: encoding a decoded tensor gives the same codes, bit for bit.
+A ``StoredTensor`` has a float latent for the optimiser and returns the value that its file would hold. The gradient
+passes straight through the rounding (Bengio et al. 2013, arXiv:1308.3432), so the saved adapter scores the same as the
+trained one. Every codec is idempotent: encoding a decoded tensor gives the same codes, bit for bit.
 
-The file is safetensors. Tensor names are those of the stored tensors ("tasks.conll2003.delta", …); a quantised tensor
-with row scales has a second entry "<name>.scale". The header carries the format version and a SHA-256 of all contents,
-so that damage is found even where it would still decode. Nothing is taken from a file before all of it was checked.
+The file is safetensors. Its tensors have the names of the stored tensors ("tasks.conll2003.delta", …); a quantised
+tensor with row scales has a second entry "<name>.scale". The header holds the format version and a SHA-256 of all
+contents, which detects damage even if the file still decodes. The whole file is checked before any of it is used.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from .errors import AdapterFileError, first_line
 FORMAT_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 LATENTS_NAME = "training_latents.safetensors"
-READY = Path(__file__).with_name("ready")  # adapters that the package has; there is none where its code alone went
+READY = Path(__file__).with_name("ready")  # adapters of the package; absent beside published code
 MAX_CONFIG_BYTES = 1_000_000
 MAX_HEADER_BYTES = 1_000_000
-MAX_WEIGHTS_BYTES = 64_000_000  # an adapter has less than 1 MB; this leaves room for thousands of tasks
+MAX_WEIGHTS_BYTES = 64_000_000  # an adapter has less than 1 MB; this limit allows thousands of tasks
 
 
 class RowInteger:
-    """Signed integers of ``bits`` bits with one bfloat16 scale a row: value = code * scale.
+    """Signed integers of ``bits`` bits with one bfloat16 scale per row: value = code * scale.
 
-    The scale has 8 significant bits and codes at most 8, so their product is exact in float32, and the largest code
-    of a row is always ``2**(bits-1) - 1``: this is what makes the codec idempotent. A scale so small that it would
-    lose bits (below about 1e-38) counts as zero.
+    The codec is idempotent for two reasons: scales have 8 significant bits and codes at most 8, so their product is
+    exact in float32; and the largest code of a row is always ``2**(bits-1) - 1``. A scale so small that it would lose
+    bits (below about 1e-38) counts as zero.
     """
 
     def __init__(self, bits: int):
@@ -73,7 +73,7 @@ class RowInteger:
 
 
 class Grid:
-    """4-bit integers -8…7 times one fixed ``step``: exactly half a byte a value and nothing else."""
+    """4-bit integers -8…7 times a fixed ``step``: exactly half a byte per value."""
 
     bits = 4
 
@@ -98,7 +98,7 @@ class Grid:
 
 
 class TwoBit:
-    """Integers -2…1 at (code + ½)·``step``, four to a byte; of unit variance, step 1 is about the best."""
+    """2-bit codes -2…1 with value (code + ½)·``step``, four per byte; for unit variance, step 1 is nearly optimal."""
 
     bits = 2
 
@@ -123,7 +123,7 @@ class TwoBit:
 
 
 class Half:
-    """IEEE half precision, for small tensors of mixed range (biases, waves, embeddings)."""
+    """IEEE half precision, for small tensors with values of mixed size (biases, waves, embeddings)."""
 
     bits = 16
 
@@ -145,10 +145,10 @@ Codec = RowInteger | Grid | TwoBit | Half
 CODECS = {codec.__name__: codec for codec in (RowInteger, Grid, TwoBit, Half)}
 
 
-# The name is that of the module, since a copy of it may be loaded from a Hub beside the package.
+# The operation is named after the module, since a copy of the module from the Hub may be loaded beside the package.
 @torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::rounded", mutates_args=())
 def _rounded(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
-    """``round`` of a codec as one operation, into which no compiler looks."""
+    """``round`` of a codec as one operation that compilers treat as opaque."""
     return CODECS[codec](*settings).round(value)
 
 
@@ -158,17 +158,17 @@ def _(value: torch.Tensor, codec: str, settings: list[float]) -> torch.Tensor:
 
 
 def as_stored(value: torch.Tensor, codec: Codec) -> torch.Tensor:
-    """The value as a file of this codec holds it, without a gradient; under a compiler as well."""
+    """The value as a file with this codec holds it, without a gradient; also exact in compiled code."""
     value = value.detach().float()
-    if torch.compiler.is_compiling():  # one that fuses casts would keep the very digits that rounding drops
+    if torch.compiler.is_compiling():  # a compiler that fuses casts would keep the digits that rounding removes
         return _rounded(value, type(codec).__name__, codec.settings())
     return codec.round(value)
 
 
 class StoredTensor(nn.Module):
-    """One tensor of the adapter: a trainable float32 ``latent`` and the codec of its file.
+    """A tensor of the adapter: a trainable float32 ``latent`` and the codec of its file.
 
-    Calling it returns the value as the file holds it, in float32, with the shape of the latent.
+    Calling it returns the value that the file holds, in float32, with the shape of the latent.
     """
 
     def __init__(self, initial: torch.Tensor, codec: Codec):
@@ -184,13 +184,13 @@ class StoredTensor(nn.Module):
         return {k: v.contiguous() for k, v in self.codec.encode(self.latent.detach().float().cpu()).items()}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> None:
-        """Take over what ``encode`` gave; the caller has checked dtypes and shapes."""
+        """Set the latent from tensors as ``encode`` returns them; the caller has checked dtypes and shapes."""
         with torch.no_grad():
             self.latent.copy_(self.codec.decode(stored, self.latent.shape))
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the rounded value. Backward: the gradient of the latent is that of the rounded value."""
+    """Forward: returns the rounded value. Backward: passes its gradient to the latent unchanged."""
 
     @staticmethod
     def forward(ctx, latent: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes of 2 or 4 ``bits`` and any shape → uint8, 8/bits of them in a byte, the first one lowest."""
+    """Pack signed codes of 2 or 4 ``bits``, of any shape, into uint8: 8/bits codes per byte, the first one lowest."""
     flat, each = codes.reshape(-1).to(torch.int16), 8 // bits
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each) + 2 ** (bits - 1)
     return (flat << torch.arange(0, 8, bits, device=flat.device)).sum(dim=1).to(torch.uint8)
@@ -218,7 +218,7 @@ def unpack(packed: torch.Tensor, shape: torch.Size, bits: int) -> torch.Tensor:
 
 
 def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the file by its name; no tensor of a host is among them."""
+    """Tensor name → tensor, for all tensors of the file; includes no tensor of a host."""
     tensors = {}
     for name, module in _stored(adapter).items():
         tensors.update({name + suffix: tensor for suffix, tensor in module.encode().items()})
@@ -229,10 +229,10 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -> Path:
-    """A file of an adapter: in its folder, of a ready adapter of the package, or from the Hub.
+    """Path of an adapter's file: in a folder, of a ready adapter of the package, or downloaded from the Hub.
 
     Raises:
-        AdapterFileError: there is none, or its name or a link leads out of the folder.
+        AdapterFileError: the file does not exist, or its name or a link leads out of the folder.
     """
     folder, ready = Path(name), ready_adapters()
     if not folder.is_dir() and str(name) in ready:
@@ -244,20 +244,20 @@ def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -
         return path
     try:
         return Path(cached_file(str(name), file, revision=revision, **hub))
-    except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
+    except Exception as error:  # versions of the client use HTTP libraries with different errors
         raise AdapterFileError(
-            f"No adapter '{name}': it is no folder, {'none of ' + ', '.join(ready) + ', ' if ready else ''}and on the "
-            f"Hub {file} cannot be had ({first_line(error)})."
+            f"No adapter '{name}': it is not a folder{' or one of ' + ', '.join(ready) if ready else ''}, and its "
+            f"{file} cannot be loaded from the Hub ({first_line(error)})."
         ) from error
 
 
 def ready_adapters() -> list[str]:
-    """Names of the adapters that the package brings along."""
+    """Names of the adapters that the package includes."""
     return sorted(path.parent.name for path in READY.glob(f"*/{WEIGHTS_NAME}"))
 
 
 def save_adapter(adapter: nn.Module, config: dict[str, object], folder: Path) -> None:
-    """Write the weights and ``config.json``, or leave what was there before.
+    """Write the weights and ``config.json``; if writing fails, earlier files stay.
 
     Raises:
         AdapterFileError: a value is NaN or infinite, or the folder cannot be written.
@@ -266,14 +266,14 @@ def save_adapter(adapter: nn.Module, config: dict[str, object], folder: Path) ->
         if not torch.isfinite(value).all():
             raise AdapterFileError(
                 f"'{name}' holds NaN or infinite values, so nothing was written to {folder}. The training diverged: "
-                "lower the learning rates, or go back to the last checkpoint."
+                "lower the learning rates, or resume from the last checkpoint."
             )
     tensors = adapter_tensors(adapter)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(
-                f"'{name}' holds values beyond {tensor.dtype}, in which it is stored, so nothing was written to "
-                f"{folder}. The training diverged: lower the learning rates, or go back to the last checkpoint."
+                f"'{name}' holds values too large for {tensor.dtype}, its type in the file, so nothing was written to "
+                f"{folder}. The training diverged: lower the learning rates, or resume from the last checkpoint."
             )
     with replacing(folder / "config.json") as text, replacing(folder / WEIGHTS_NAME) as weights:
         Path(text).write_text(_json(config), encoding="utf-8")
@@ -281,40 +281,39 @@ def save_adapter(adapter: nn.Module, config: dict[str, object], folder: Path) ->
 
 
 def load_adapter(adapter: nn.Module, path: Path) -> None:
-    """Read the file into an adapter that was built from the file's configuration.
+    """Load a weights file into an adapter that was built from the same configuration.
 
     Raises:
         AdapterFileError: the file is missing, damaged, of another shape, or holds values that are not finite; the
-            adapter is then as it was.
+            adapter is unchanged.
     """
     if path.is_file() and path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise AdapterFileError(
-            f"{path} has {path.stat().st_size} bytes; no adapter has more than {MAX_WEIGHTS_BYTES}."
-        )
+        raise AdapterFileError(f"{path} has {path.stat().st_size} bytes; an adapter has at most {MAX_WEIGHTS_BYTES}.")
     take_over(adapter, read_checked(path), str(path))
 
 
 def take_over(adapter: nn.Module, tensors: dict[str, torch.Tensor], origin: str) -> None:
-    """Decode the tensors of a file into an adapter that was built from the file's configuration.
+    """Decode the tensors of a file into an adapter that was built from the same configuration.
 
     Args:
-        tensors: as ``adapter_tensors`` names them.
-        origin: what an error calls them.
+        tensors: tensors with the names of ``adapter_tensors``.
+        origin: name of their source, for error messages.
 
     Raises:
-        AdapterFileError: they do not fit, or hold values that are not finite; the adapter is then as it was.
+        AdapterFileError: the tensors do not fit the adapter, or hold values that are not finite; the adapter is
+            unchanged.
     """
     expected = adapter_tensors(adapter)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise AdapterFileError(
             f"{origin} does not fit its configuration: missing tensors {missing[:4]}, unknown tensors {unknown[:4]}. "
-            "Use the config.json and model.safetensors of one and the same adapter."
+            "Use config.json and model.safetensors of the same adapter."
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise AdapterFileError(
-                f"{origin}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, the configuration asks for "
+                f"{origin}: '{name}' is {tensor.dtype} {tuple(tensor.shape)}, but the configuration requires "
                 f"{expected[name].dtype} {tuple(expected[name].shape)}."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -327,10 +326,10 @@ def take_over(adapter: nn.Module, tensors: dict[str, torch.Tensor], origin: str)
 
 
 def read_checked(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file whose digest holds.
+    """Read all tensors of a file after checking its header, format version and digest.
 
     Raises:
-        AdapterFileError: the file cannot be read, or its contents are not what was written.
+        AdapterFileError: the file cannot be read, has another format, or does not match its digest.
     """
     if not Path(path).is_file():
         raise AdapterFileError(f"No adapter file {path}. Give a folder that holds {WEIGHTS_NAME}.")
@@ -344,14 +343,16 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
         raise AdapterFileError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
     version = metadata.get("unihyperlora_format", "")
     if not (version.isascii() and version.isdigit()):
-        raise AdapterFileError(f"{path} is no UniHyperLoRA adapter: its header does not say so.")
+        raise AdapterFileError(f"{path} is not a UniHyperLoRA adapter: its header names no format version.")
     if int(version) < FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path} has format {version}, of the package's version 0.1, whose adapters had coordinates of their own. "
-            f"This package reads format {FORMAT_VERSION}: train the adapter again, or install 'unihyperlora<0.2'."
+            f"{path} has format {version}, from version 0.1 of the package. This package reads format "
+            f"{FORMAT_VERSION}: train the adapter again, or install 'unihyperlora<0.2'."
         )
     if int(version) > FORMAT_VERSION:
-        raise AdapterFileError(f"{path} has format {version}, this package reads up to {FORMAT_VERSION}; update it.")
+        raise AdapterFileError(
+            f"{path} has format {version}, but this package reads up to {FORMAT_VERSION}. Update the package."
+        )
     if metadata.get("sha256") != digest:
         raise AdapterFileError(
             f"{path} is damaged: its contents do not match their SHA-256. Download it again, "
@@ -361,26 +362,26 @@ def read_checked(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What the header of a file says beside the tensors; the caller has checked the file."""
+    """Metadata in the header of a file; the caller has checked the file."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def write_checked(path: Path, tensors: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> None:
-    """Write tensors as ``read_checked`` wants them, whole or not at all; ``more`` goes into the header."""
+    """Write a file for ``read_checked``, atomically; ``more`` is added to the header's metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=signed_metadata(tensors, more))
 
 
 def signed_metadata(tensors: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> dict[str, str]:
-    """What the header says beside the tensors: the format, and the digest of everything in the file."""
+    """Metadata for the header: the format version, ``more``, and the digest of everything in the file."""
     metadata = {"format": "pt", "unihyperlora_format": str(FORMAT_VERSION), **(more or {})}
     return metadata | {"sha256": content_digest(tensors, metadata)}
 
 
 def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over the metadata and over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over the metadata and over the tensors' names, dtypes, shapes and bytes, ordered by name."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -389,30 +390,33 @@ def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -
 
 
 def file_bytes(adapter: nn.Module) -> int:
-    """Size of the weights file that ``save_adapter`` would write now, header and all."""
+    """Size in bytes of the weights file that ``save_adapter`` would write now, including its header."""
     tensors = adapter_tensors(adapter)
     return len(serialize(tensors, metadata=signed_metadata(tensors)))
 
 
-# ---- training state: the float latents, which a resumed run continues from ----
+# ---- training state: the float latents, which a resumed run needs ----
 
 
 def save_latents(adapter: nn.Module, path: Path) -> None:
-    """Float32 latents and buffers, bit for bit, for resuming; a deployed adapter does not need them."""
+    """Write float32 latents and buffers, bit for bit, to resume training; a deployed adapter does not need them."""
     write_checked(path, adapter.state_dict())
 
 
 def load_latents(adapter: nn.Module, path: Path) -> None:
-    """Take over what ``save_latents`` wrote.
+    """Load a file of ``save_latents`` into an adapter.
 
     Raises:
-        AdapterFileError: the file is damaged or of another adapter; this one is then as it was.
+        AdapterFileError: the file is damaged or belongs to another adapter; the adapter is unchanged.
     """
     state, own = read_checked(path), adapter.state_dict()
     shapes, expected = ({name: value.shape for name, value in x.items()} for x in (state, own))
     unlike = sorted(name for name, _ in shapes.items() ^ expected.items())
     if unlike:
-        raise AdapterFileError(f"{path} is of another adapter: missing, unknown or of another shape {unlike[:4]}.")
+        raise AdapterFileError(
+            f"{path} belongs to another adapter; missing, unknown or differently shaped tensors: {unlike[:4]}. Give "
+            "the latents that this run saved."
+        )
     adapter.load_state_dict(state)
 
 
@@ -421,10 +425,10 @@ def load_latents(adapter: nn.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary name in the folder of ``path`` that takes its place when the block ends without an error.
+    """Yield a temporary file name beside ``path``; it replaces ``path`` if the block ends without an error.
 
     Raises:
-        AdapterFileError: the folder or the file cannot be written; what was there before is still there.
+        AdapterFileError: the folder or the file cannot be written; an earlier file stays.
     """
     path = Path(path)
     temporary = None
@@ -439,8 +443,7 @@ def replacing(path: Path):
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(
-            f"{path} cannot be written ({error}). Nothing was changed there; choose a folder that can be written and "
-            "has space."
+            f"{path} cannot be written ({error}). Nothing was changed; choose a folder that is writable and has space."
         ) from error
     finally:
         if temporary and os.path.exists(temporary):
@@ -453,7 +456,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _json(content: dict) -> str:
-    return json.dumps(dict(sorted(content.items())), indent=2) + "\n"  # tasks keep their order, which numbers them
+    return json.dumps(dict(sorted(content.items())), indent=2) + "\n"  # only outer keys: the order of tasks matters
 
 
 def _umask() -> int:
@@ -466,19 +469,19 @@ def _stored(adapter: nn.Module) -> dict[str, StoredTensor]:
     return {name: module for name, module in adapter.named_modules() if isinstance(module, StoredTensor)}
 
 
-# ---- files that others wrote ----
+# ---- files from others ----
 
 
 def read_json_object(path: Path) -> dict:
-    """The object in a small JSON file in which no key is written twice.
+    """Read the object in a small JSON file; refuses repeated keys.
 
     Raises:
-        AdapterFileError: it is too large, not readable, no JSON object, or names a key twice.
+        AdapterFileError: the file is too large or not readable, holds no JSON object, or has a key twice.
     """
     try:
         if os.path.getsize(path) > MAX_CONFIG_BYTES:
             raise AdapterFileError(
-                f"{path} has more than {MAX_CONFIG_BYTES} bytes, so it is no adapter's config.json."
+                f"{path} has more than {MAX_CONFIG_BYTES} bytes, so it is not an adapter's config.json."
             )
         content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
@@ -489,25 +492,25 @@ def read_json_object(path: Path) -> dict:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header is oversized or names a tensor twice.
+    """Check the header of a safetensors file.
 
     Raises:
-        AdapterFileError
+        AdapterFileError: the header is too large, is not readable, or names a tensor twice.
     """
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER_BYTES:
-                raise ValueError(f"it announces a header of {size} bytes, at most {MAX_HEADER_BYTES} are read")
+                raise ValueError(f"it announces a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
             json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a readable safetensors file ({error}). Download it again.") from error
 
 
 def check_inside(folder: Path, file: str) -> Path:
-    """The path of ``file`` in ``folder``, if that is where it really is.
+    """Path of ``file`` in ``folder``, after checking that it really lies there.
 
-    A link may lead to the store of the Hub's cache, whose snapshots consist of such links; no other link may leave.
+    Links may lead into the blob store of the Hub's cache, whose snapshots consist of such links, but not elsewhere.
 
     Raises:
         AdapterFileError: the name or a link leads out of the folder.
@@ -525,5 +528,5 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} appears twice")
     return found

@@ -1,4 +1,4 @@
-"""The command line of the scripts: its flags, the run config in front of them, and what can be refused at once."""
+"""The scripts' command line: its flags, the run config that they override, and checks that need nothing loaded."""
 
 import argparse
 import difflib
@@ -18,37 +18,35 @@ from .training_args import UniHyperLoraTrainingArguments
 from .unusable import check_reports
 
 METHODS = ("unihyperlora", "sat_lora", *BASELINES)
-SAT_LORA_FLAGS = ("lora_alpha", "share_across_layers", "target_modules")  # of no other method
-SPACE_FLAGS = ("space", "anchor_file")  # of a new adapter
+SAT_LORA_FLAGS = ("lora_alpha", "share_across_layers", "target_modules")  # for no other method
+SPACE_FLAGS = ("space", "anchor_file")  # for a new adapter
 STREAM_FLAGS = (*SPACE_FLAGS, "reader", "reader_bits")
-INJECTED_FLAGS = ("projector", "router", "router_top_k", "atoms", "anchor_dim")  # of an injected update
-UNIVERSAL_FLAGS = ("pathway", *(flag for flag in INJECTED_FLAGS if flag != "router_top_k"))  # which SAT-LoRA has not
-TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # as PEFT says it
-METHOD_LEARNING_RATES = {
-    "lora": 1e-3,
-    "full": 5e-5,
-}  # where --learning_rate is not given; the others have the adapter's
+INJECTED_FLAGS = ("projector", "router", "router_top_k", "atoms", "anchor_dim")  # for an injected update
+UNIVERSAL_FLAGS = ("pathway", *(flag for flag in INJECTED_FLAGS if flag != "router_top_k"))  # not for SAT-LoRA
+TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # PEFT's name → ours
+METHOD_LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}  # defaults; the other methods use the adapter's default
 
-FOREIGN_FLAGS = {  # of transformers' run_ner.py, run_classification.py and run_glue.py: why each has no place here
-    "config_name": "a host is frozen, and is read by the config.json that was saved with it. For another one save the "
-    "host with it, and give that folder as --model_name_or_path",
-    "preprocessing_num_workers": "the tokenizer itself works on all cores, in one process; RAYON_NUM_THREADS in the "
-    "environment sets on how many",
-    "overwrite_cache": "texts are encoded anew in every run; nothing is kept that could be overwritten",
-    "ignore_mismatched_sizes": "a host is loaded whole or not at all, and a task gets a head of its own (--task_name)",
-    "use_fast_tokenizer": "only fast tokenizers can say to which word a sub-token belongs",
+# Flags of transformers' run_ner.py, run_classification.py and run_glue.py that the scripts refuse, and the reason.
+FOREIGN_FLAGS = {
+    "config_name": "a host is frozen and uses the config.json that was saved with it. To use another config, save the "
+    "host with it and give that folder as --model_name_or_path",
+    "preprocessing_num_workers": "the tokenizer uses all cores in one process; the environment variable "
+    "RAYON_NUM_THREADS sets how many",
+    "overwrite_cache": "every run encodes its texts anew, so there is no cache to overwrite",
+    "ignore_mismatched_sizes": "a host is always loaded whole, and each task gets its own head (--task_name)",
+    "use_fast_tokenizer": "only fast tokenizers can tell which word a sub-token belongs to",
     "use_auth_token": "its name is --token now",
     "do_regression": "labels are classes here, not numbers",
-    "text_column_names": "the columns are named by --text_column_name and, for pairs, --text_pair_column_name",
-    "text_column_delimiter": "a pair of texts is read as a pair: --text_column_name and --text_pair_column_name",
+    "text_column_names": "--text_column_name names the column and, for pairs, --text_pair_column_name the second one",
+    "text_column_delimiter": "pairs of texts stay pairs: give --text_column_name and --text_pair_column_name",
     "train_split_name": "its name is --train_split here",
     "validation_split_name": "its name is --validation_split here",
     "test_split_name": "its name is --test_split here",
-    "remove_splits": "only the splits that are named are read",
-    "remove_columns": "only the columns that are named are read",
-    "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first ones",
-    "shuffle_seed": "training shuffles by --data_seed, or else by --seed",
-    "metric_name": "the figures are accuracy and macro F1",
+    "remove_splits": "the scripts read only the splits that you name",
+    "remove_columns": "the scripts read only the columns that you name",
+    "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first sentences",
+    "shuffle_seed": "--data_seed sets the order of training, or else --seed",
+    "metric_name": "the metrics are always accuracy and macro F1",
 }
 
 
@@ -76,7 +74,7 @@ COMMON_FLAGS = {  # what --help shows; %(reads)s is what a file may be
 
 @dataclass
 class ModelArguments:
-    """The host, the adapter on it, and the method."""
+    """Flags for the host, the adapter and the method."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Host: Hub id or folder. With --adapter, the adapter's own host by default."}
@@ -86,114 +84,124 @@ class ModelArguments:
     lora_r: int = field(
         default=8,
         metadata={
-            "help": "Rank of --method lora, whose alpha is twice the rank; of sat_lora the atoms for each shape of "
-            "linear layer (and block, unless shared)."
+            "help": "Rank of --method lora (alpha is twice the rank). With --method sat_lora, the number of atoms for "
+            "each shape of linear layer (and for each block, if blocks do not share them)."
         },
     )
     lora_alpha: float | None = field(
         default=None,
-        metadata={"help": "Of --method sat_lora: its update is scaled by lora_alpha / lora_r; 2 if none."},
+        metadata={"help": "For --method sat_lora: the scale of the update is lora_alpha / lora_r; default: 2."},
     )
     share_across_layers: bool | None = field(
         default=None,
-        metadata={"help": "Of --method sat_lora: all blocks use the same atoms (default) or each its own."},
+        metadata={
+            "help": "For --method sat_lora: blocks share their atoms (true, the default) or each block has its own."
+        },
     )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Of --method sat_lora: some of q_proj k_proj v_proj o_proj ffn_up ffn_down; all if none."},
+        metadata={
+            "help": "For --method sat_lora: linear layers to update, some of q_proj k_proj v_proj o_proj ffn_up "
+            "ffn_down; default: all."
+        },
     )
     pathway: str | None = field(
         default=None,
         metadata={
-            "help": "stream (default): works on hosts that it has not seen; inject: an update inside the host that it "
-            "is trained on, which does not carry over."
+            "help": "stream (default): the adapter works on unseen hosts; inject: the adapter updates the layers of "
+            "the host that it is trained on, and does not transfer to other hosts."
         },
     )
-    projector: str | None = field(default=None, metadata={"help": "Of --pathway inject: kind of projector."})
-    router: str | None = field(default=None, metadata={"help": "Of --pathway inject: token or static."})
+    projector: str | None = field(default=None, metadata={"help": "For --pathway inject: kind of projector."})
+    router: str | None = field(default=None, metadata={"help": "For --pathway inject: token or static."})
     router_top_k: int | None = field(
-        default=None, metadata={"help": "Of --pathway inject: atoms a token may use, 1 to 3."}
+        default=None, metadata={"help": "For --pathway inject: maximum number of atoms per token, 1 to 3."}
     )
-    atoms: int | None = field(default=None, metadata={"help": "Of --pathway inject: number of atoms, M."})
+    atoms: int | None = field(default=None, metadata={"help": "For --pathway inject: number of atoms, M."})
     anchor_dim: int | None = field(
-        default=None, metadata={"help": "Of --pathway inject: width of its canonical space, d0."}
+        default=None, metadata={"help": "For --pathway inject: width of the canonical space, d0."}
     )
     reader: str | None = field(
         default=None, metadata={"help": "Size of a new task's reader: small, medium or large (default)."}
     )
-    reader_bits: int | None = field(default=None, metadata={"help": "Bits of its matrices: 8 (default) or 4."})
+    reader_bits: int | None = field(
+        default=None, metadata={"help": "Bits of the matrices of a new task's reader: 8 (default) or 4."}
+    )
     space: str | None = field(
-        default=None, metadata={"help": "File of the canonical space of a new stream; the package's own if none."}
+        default=None, metadata={"help": "File with the canonical space of a new stream; default: the package's space."}
     )
     source_hosts: list[str] | None = field(
         default=None,
-        metadata={"help": "More hosts, beside --model_name_or_path, to train a task of a stream on."},
+        metadata={"help": "Further hosts, beside --model_name_or_path, to train a task of a stream on."},
     )
     anchor_file: str | None = field(
         default=None,
-        metadata={"help": "In place of --space: text, one sentence a line, from which a space is made on this host."},
+        metadata={
+            "help": "Instead of --space: text with one sentence per line, from which this host makes a new space."
+        },
     )
     refine_file: str | None = field(
         default=None,
         metadata={
-            "help": "The text for --refine_host, one sentence a line, words between blanks; that of the training "
-            "split, without its labels, if none. Of the kind that is to be read."
+            "help": "Text for --refine_host, one sentence per line, words separated by blanks. Use text similar to "
+            "the text that the adapter will read. Default: the training split without its labels."
         },
     )
     refine_host: str | None = field(
         default=None,
         metadata={
-            "help": "A host that --adapter was trained on: as it reads unlabelled text, the host of "
-            "--model_name_or_path is lined up on that text as well."
+            "help": "A host that --adapter was trained on. It reads unlabelled text, and the host of "
+            "--model_name_or_path is aligned with its states on that text too."
         },
     )
-    hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host that is not this wide."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Refuse a host with another hidden size."})
     num_layers: int | None = field(default=None, metadata={"help": "Refuse a host with another number of blocks."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the host."})
     adapter_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the adapter."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the host's."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; default: the host's own."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let the tokenizer's repository run its own code; a host never may."}
+        default=False, metadata={"help": "Allow code from the tokenizer's repository; never allowed for a host."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    token: str | None = field(default=None, metadata={"help": "Token for the Hub, if not the one logged in with."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Token for the Hub; default: that of the Hub login."})
     run_config: str | None = field(
-        default=None, metadata={"help": "YAML file with a whole run; flags given on the command line win."}
+        default=None, metadata={"help": "YAML file with the settings of a run; command-line flags override them."}
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Train into an --output_dir that holds the result or the checkpoints of another training; those "
-            "checkpoints are deleted."
+            "help": "Allow an --output_dir with the result or checkpoints of another training run; deletes those "
+            "checkpoints."
         },
     )
     do_search: bool = field(
         default=False,
         metadata={
-            "help": "Search the run config's optuna space, or a default one, then train the best trial into "
-            "--output_dir. The same command again goes on where it stopped; started twice, both share the work."
+            "help": "Search hyperparameters in the run config's optuna space or a default one, then train with the "
+            "best values into --output_dir. The same command resumes a stopped search, or shares the trials of a "
+            "running one."
         },
     )
     n_trials: int | None = field(
         default=None,
-        metadata={"help": "Trials of the search in all, those of earlier calls included; 25 if nothing says."},
+        metadata={"help": "Total number of trials, including those of earlier calls; default: 25."},
     )
 
     def shape(self) -> dict[str, object]:
-        """The adapter's choices that were given."""
+        """Settings of the adapter's shape that were given."""
         names = ("pathway", "projector", "router", "router_top_k", "atoms", "anchor_dim")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | self.sat_lora_shape() if self.method == "sat_lora" else given
 
     def new_reader(self, named: bool = True) -> dict[str, object]:
-        """The reader of a new task as ``add_task`` takes it, or with ``named`` false ``from_host``; what was given."""
+        """Given settings of a new task's reader: arguments of ``add_task``, or of ``from_host`` if not ``named``."""
         bits = {} if self.reader_bits is None else {"bits": self.reader_bits}
         if named or not bits:
             return bits | ({} if self.reader is None else {"reader": self.reader})
         return {"reader": reader_shape(self.reader or "large", self.reader_bits)}
 
     def sat_lora_shape(self) -> dict[str, object]:
-        """The same for SAT-LoRA, in the words of ``UniHyperLoraConfig``."""
+        """Settings of SAT-LoRA's shape, as arguments of ``UniHyperLoraConfig``."""
         targets = self.target_modules and [TARGETS.get(name, name) for name in self.target_modules]
         return {
             "pathway": "inject",
@@ -207,61 +215,65 @@ class ModelArguments:
 
     @property
     def makes_stream(self) -> bool:
-        """Whether the run is to make a new stream."""
+        """Whether the run makes a new stream."""
         return self.adapter is None and self.method == "unihyperlora" and self.pathway in (None, "stream")
 
     def hub(self) -> dict[str, str]:
-        """Arguments for whatever is loaded from the Hub."""
+        """Arguments for loading from the Hub."""
         return {name: getattr(self, name) for name in ("cache_dir", "token") if getattr(self, name) is not None}
 
     def __post_init__(self):
         if self.lora_r < 1:
-            raise ConfigError(f"--lora_r {self.lora_r} is no rank; give 1 or more.")
+            raise ConfigError(f"--lora_r {self.lora_r} is not a rank; give 1 or more.")
 
 
 @dataclass
 class DataArguments:
-    """The data, from files or from the Hub; each script has its own sub-class."""
+    """Flags for the data, from files or from the Hub; each script has its own subclass."""
 
     task_name: str | None = field(
         default=None,
         metadata={
-            "help": "Name under which the adapter keeps this task's head and δθ. By default the active task of "
-            "--adapter, else 'ner' or 'classification'. A name that the adapter does not have is added to it."
+            "help": "Name of the task in the adapter; a new name adds a task. Default: the active task of --adapter, "
+            "else 'ner' or 'classification'."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set: Hub id or folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_file: str | None = field(default=None, metadata={"help": "File to train on; the README has the formats."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
-    train_split: str = field(default="train", metadata={"help": "Split of --dataset_name, such as 'train[:90%%]'."})
-    validation_split: str = field(default="validation", metadata={"help": "Split of --dataset_name."})
-    test_split: str = field(default="test", metadata={"help": "Split of --dataset_name."})
-    max_seq_length: int = field(default=128, metadata={"help": "Most sub-tokens that the host reads at once."})
+    train_file: str | None = field(default=None, metadata={"help": "File to train on; the README lists the formats."})
+    validation_file: str | None = field(default=None, metadata={"help": "File for --do_eval."})
+    test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split of --dataset_name to train on, such as 'train[:90%%]'."}
+    )
+    validation_split: str = field(default="validation", metadata={"help": "Split of --dataset_name for --do_eval."})
+    test_split: str = field(default="test", metadata={"help": "Split of --dataset_name for --do_predict."})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Maximum number of sub-tokens that the host reads at once."}
+    )
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every batch to --max_seq_length."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first sentences only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N sentences only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first N sentences only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N sentences only."})
     cache_eval_states: bool = field(
         default=False,
         metadata={
-            "help": "Score a stream on the host's states of --validation_file kept on disk (in $UNIHYPERLORA_CACHE), "
-            "as training does with the training data; worth it when it is scored more than once."
+            "help": "Cache the host's states of the validation data on disk (in $UNIHYPERLORA_CACHE), as training "
+            "does with the training data. Use this if a stream is scored more than once."
         },
     )
 
     COMMAND: ClassVar[str]  # of ``unihyperlora``
     READS: ClassVar[str]  # what a file may be
     NAMES_FLAG: ClassVar[str]  # the flag that names the ids 0, 1, …
-    METRICS: ClassVar[tuple[str, ...]]  # what an evaluation reports, less "eval_"
+    METRICS: ClassVar[tuple[str, ...]]  # metrics that an evaluation reports, without "eval_"
 
     def id_names(self) -> list[str] | None:
-        """Names of the ids 0, 1, …, if they were given."""
+        """Given names of the ids 0, 1, …, or None."""
         return getattr(self, self.NAMES_FLAG.removeprefix("--"))
 
     def reading(self, split: str) -> dict[str, object]:
-        """How "train", "validation" or "test" is to be read: arguments of the reader of this kind of data."""
+        """Arguments for the reader of this kind of data; ``split`` is "train", "validation" or "test"."""
         raise NotImplementedError
 
     def reports(self, metric: str) -> bool:
@@ -269,7 +281,7 @@ class DataArguments:
         return metric in self.METRICS
 
     def name(self) -> str:
-        """What results call this data: the data set's id, or the folder of the files."""
+        """Name of the data in results: the id of the data set, or the folder of the files."""
         files = (self.train_file, self.validation_file, self.test_file)
         return self.dataset_name or next((Path(file).absolute().parent.name for file in files if file), "")
 
@@ -278,11 +290,11 @@ class DataArguments:
         return getattr(self, f"{split}_file")
 
     def split_of(self, split: str) -> str:
-        """What that part is called in the data set."""
+        """Name that the data set has for "train", "validation" or "test"."""
         return getattr(self, f"{split}_split")
 
     def limit_of(self, split: str) -> int | None:
-        """How many of its sentences are used; None for all."""
+        """Largest number of sentences to use of "train", "validation" or "test"; None for all."""
         return {
             "train": self.max_train_samples,
             "validation": self.max_eval_samples,
@@ -292,30 +304,31 @@ class DataArguments:
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} leaves no sentence; give 1 or more.")
+                raise ConfigError(f"--{name} {getattr(self, name)} leaves no sentences; give 1 or more.")
 
 
 @dataclass
 class NerArguments(DataArguments):
-    """Tagged text: JSON lines, or word and tag in columns. A sentence that is too long is read in several windows."""
+    """Flags for tagged text: JSON lines, or columns of words and tags. Long sentences are read in several windows."""
 
     text_column_name: str = field(default="tokens", metadata={"help": "Column with the list of words."})
     label_column_name: str = field(default="ner_tags", metadata={"help": "Column with the list of tags."})
     tag_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the ids 0, 1, …; needed where files hold ids and no --adapter."}
+        default=None,
+        metadata={"help": "Names of the ids 0, 1, …; needed if files hold ids and there is no --adapter."},
     )
     tag_scheme: str | None = field(
         default=None,
         metadata={
-            "help": f"Scheme of the tags, one of {', '.join(TAG_SCHEMES)}; by default that of --adapter, else "
-            "what the training tags keep to."
+            "help": f"Scheme of the tags, one of {', '.join(TAG_SCHEMES)}. Default: the scheme of --adapter, else "
+            "inferred from the training tags."
         },
     )
     label_all_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Train on every sub-token of a word, with B- as I- on the further ones; for --pathway inject and "
-            "the baselines. Words are scored at their first one all the same."
+            "help": "Train on every sub-token of a word; after the first, B- becomes I-. For --pathway inject and the "
+            "baselines. Words are still scored at their first sub-token."
         },
     )
     return_entity_level_metrics: bool = field(default=False, metadata={"help": "Also score every entity type."})
@@ -344,23 +357,23 @@ class NerArguments(DataArguments):
 
 @dataclass
 class ClassificationArguments(DataArguments):
-    """Texts or pairs of texts with one label each: JSON lines or CSV. What is too long is cut at the end."""
+    """Flags for texts or pairs of texts with one label each: JSON lines or CSV. Long texts are cut at the end."""
 
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the text; by default a known one, such as sentence or text."}
+        default=None, metadata={"help": "Column with the text; default: a known name, such as sentence or text."}
     )
     text_pair_column_name: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the second text of a pair. By default known pairs are found (sentence1 and "
-            "sentence2, question and passage, premise and hypothesis …), unless --text_column_name is given."
+            "help": "Column with the second text of a pair. Default: known pairs of names (sentence1 and sentence2, "
+            "question and passage, premise and hypothesis …), unless --text_column_name is given."
         },
     )
     label_column_name: str | None = field(
-        default=None, metadata={"help": "Column with the label; by default label, labels or answer."}
+        default=None, metadata={"help": "Column with the label; default: label, labels or answer."}
     )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the ids 0, 1, …; by default those of --adapter, else the numbers."}
+        default=None, metadata={"help": "Names of the ids 0, 1, …; default: the names in --adapter, else the numbers."}
     )
 
     COMMAND = "classification"
@@ -380,14 +393,14 @@ class ClassificationArguments(DataArguments):
 def parse(
     command_line: list[str], data_class: type[DataArguments]
 ) -> tuple[ModelArguments, DataArguments, UniHyperLoraTrainingArguments]:
-    """Flags, with those of --run_config in front so that the ones typed win.
+    """Parse a command line. The arguments of --run_config come first, so the command line overrides them.
 
     Args:
-        command_line: what was typed.
-        data_class: the flags of the kind of data.
+        command_line: arguments of the command line.
+        data_class: flags of this kind of data.
 
     Raises:
-        ConfigError: an unknown flag or a value that is not usable.
+        ConfigError: a flag is unknown, or a value is not usable.
     """
     parser = HfArgumentParser(
         (ModelArguments, data_class, UniHyperLoraTrainingArguments), allow_abbrev=False, add_help=False
@@ -400,13 +413,13 @@ def parse(
     if typed.run_config is not None:
         run = read_run_config(typed.run_config)
         if typed.train_file or typed.validation_file or typed.test_file:
-            run.arguments.pop("dataset_name", None)  # files that were typed take the place of the file's data set
+            run.arguments.pop("dataset_name", None)  # files on the command line replace the run config's data set
         command_line = run.to_command_line() + command_line
         typed, _ = parser.parse_known_args(command_line)
     if typed.method in METHOD_LEARNING_RATES:
         parser.set_defaults(learning_rate=METHOD_LEARNING_RATES[typed.method])
     if typed.method in BASELINES:
-        parser.set_defaults(max_adapter_bytes=None, max_flops_overhead_pct=None)  # the package's are for its adapter
+        parser.set_defaults(max_adapter_bytes=None, max_flops_overhead_pct=None)  # the default budget is for adapters
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             command_line, return_remaining_strings=True, look_for_args_file=False
@@ -418,7 +431,7 @@ def parse(
     if unknown:
         foreign = unknown[0].split("=")[0].removeprefix("--")
         if foreign in FOREIGN_FLAGS:
-            raise ConfigError(f"--{foreign} has no place here: {FOREIGN_FLAGS[foreign]}. Leave it out.")
+            raise ConfigError(f"--{foreign} is not supported: {FOREIGN_FLAGS[foreign]}. Leave it out.")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0)[0]
         raise ConfigError(f"Unknown argument {unknown[0]}. The nearest flag is {nearest}; --help-all lists all.")
@@ -450,10 +463,10 @@ def short_help(data_class: type[DataArguments]) -> str:
 def check_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: UniHyperLoraTrainingArguments
 ) -> None:
-    """What can be refused before anything is loaded.
+    """Check arguments before anything is loaded.
 
     Raises:
-        ConfigError, DataError
+        ConfigError, DataError: an argument is not allowed, or two arguments contradict each other.
     """
     if model_args.method not in METHODS:
         raise ConfigError(f"--method {model_args.method} is unknown. Choose: {', '.join(METHODS)}.")
@@ -471,8 +484,8 @@ def check_arguments(
         raise ConfigError(f"--method {model_args.method} has no adapter to start from; leave --adapter out.")
     if model_args.method in METHOD_LEARNING_RATES and (parts := training_args.learning_rates_given()):
         raise ConfigError(
-            f"--method {model_args.method} trains everything at --learning_rate; leave --{parts[0]} out, which is for "
-            "a part of the adapter."
+            f"--method {model_args.method} trains everything at --learning_rate; leave --{parts[0]} out. It is for a "
+            "part of an adapter."
         )
     if model_args.method == "lora":
         require_peft()
@@ -482,49 +495,48 @@ def check_arguments(
         **dict.fromkeys(BASELINES, (*SAT_LORA_FLAGS, *UNIVERSAL_FLAGS, "router_top_k", *STREAM_FLAGS)),
     }[model_args.method]
     if given := [name for name in foreign if getattr(model_args, name) is not None]:
-        raise ConfigError(f"--{given[0]} means nothing to --method {model_args.method}; leave it out.")
+        raise ConfigError(f"--method {model_args.method} does not use --{given[0]}; leave it out.")
     if model_args.method != "unihyperlora" and training_args.train_scope == "delta":
         raise ConfigError(
-            f"--method {model_args.method} has no δθ: it is trained whole for each host. Leave --train_scope out."
+            f"--method {model_args.method} has no δθ: all of it is trained on each host. Leave --train_scope out."
         )
     unread = STREAM_FLAGS if model_args.pathway == "inject" else SPACE_FLAGS if model_args.adapter else ()
     if given := [name for name in unread if getattr(model_args, name) is not None]:
-        raise ConfigError(f"--{given[0]} is for a new stream, which this run does not make; leave it out.")
+        raise ConfigError(f"--{given[0]} is for a new stream, but this run does not make one; leave it out.")
     if model_args.makes_stream and (given := [n for n in INJECTED_FLAGS if getattr(model_args, n) is not None]):
-        raise ConfigError(f"--{given[0]} is of an injected update: give --pathway inject with it, or leave it out.")
+        raise ConfigError(f"--{given[0]} is for an injected update: add --pathway inject, or leave it out.")
     reader_shape(**{"reader": "large"} | model_args.new_reader())
     if model_args.model_name_or_path is None and model_args.adapter is None:
-        raise ConfigError("No host: give --model_name_or_path, or --adapter, which names its own.")
+        raise ConfigError("No host: give --model_name_or_path, or an --adapter, which names its host.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
         raise ConfigError(
-            "--train_scope delta tunes an adapter that exists: give --adapter FOLDER_OR_HUB_ID, or train one first "
-            "with --train_scope task."
+            "--train_scope delta tunes an existing adapter: give --adapter FOLDER_OR_HUB_ID, or first train one with "
+            "--train_scope task."
         )
     is_stream = model_args.pathway in (None, "stream") and model_args.method == "unihyperlora"
     if model_args.source_hosts and (not is_stream or training_args.train_scope == "delta"):
         raise ConfigError(
-            "--source_hosts names further hosts to train a task of a stream on. Give it with --train_scope task, or "
+            "--source_hosts names further hosts to train a task of a stream on. Use it with --train_scope task, or "
             "leave it out: an injected update, δθ and the baselines are trained on one host."
         )
     if model_args.space is not None and model_args.anchor_file is not None:
-        raise ConfigError("Give --space or --anchor_file, from which a space is made; not both.")
+        raise ConfigError("Give --space, or --anchor_file to make a new space; not both.")
     if model_args.refine_host is None and model_args.refine_file is not None:
-        raise ConfigError("--refine_file is read by --refine_host: give a host that the adapter was trained on.")
+        raise ConfigError("--refine_file needs --refine_host: give a host that the adapter was trained on.")
     if model_args.refine_host is not None and model_args.refine_file is None and not training_args.do_train:
         raise ConfigError(
-            "--refine_host reads unlabelled text: give it with --refine_file TEXT, or with --do_train, whose text it "
-            "then reads."
+            "--refine_host needs text without labels: add --refine_file TEXT, or --do_train to use the training text."
         )
     trained_anew = training_args.do_train and training_args.train_scope != "delta"
     if model_args.refine_host is not None and (model_args.adapter is None or trained_anew):
         raise ConfigError(
-            "--refine_host lines one more host up with a trained stream: give --adapter FOLDER_OR_HUB_ID with it, and "
-            "no training but that of --train_scope delta."
+            "--refine_host aligns one more host with a trained stream: add --adapter FOLDER_OR_HUB_ID, and train with "
+            "--train_scope delta or not at all."
         )
     scored = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
     if scored and training_args.train_sampling_strategy == "group_by_length":
         raise ConfigError(
-            "--train_sampling_strategy group_by_length also reorders what is evaluated, so that labels would go to "
+            "--train_sampling_strategy group_by_length also reorders the evaluation data, so predictions would go to "
             "the wrong sentences. Leave it out, or train and evaluate in two runs."
         )
     check_evaluation(model_args, data_args, training_args)
@@ -538,19 +550,19 @@ def check_arguments(
 def check_evaluation(
     model_args: ModelArguments, data_args: DataArguments, training_args: UniHyperLoraTrainingArguments
 ) -> None:
-    """What the evaluation of a script cannot do; a mistyped metric would be found at the first one only.
+    """Check the arguments of the evaluation; without this check a misspelt metric would fail only after training.
 
     Raises:
-        ConfigError
+        ConfigError: the evaluation does not support an argument, or does not report the metric.
     """
     if training_args.batch_eval_metrics:
-        raise ConfigError("--batch_eval_metrics: F1 is of a whole split, not of a batch. Leave it out.")
+        raise ConfigError("--batch_eval_metrics: F1 is computed on a whole split, not on a batch. Leave it out.")
     if not training_args.eval_do_concat_batches:
-        raise ConfigError("--eval_do_concat_batches false: F1 is of a whole split. Leave it out.")
+        raise ConfigError("--eval_do_concat_batches false: F1 is computed on a whole split. Leave it out.")
     if training_args.include_for_metrics:
-        raise ConfigError("--include_for_metrics is read by no metric of this script. Leave it out.")
+        raise ConfigError("--include_for_metrics: no metric of this script reads it. Leave it out.")
     if training_args.prediction_loss_only and training_args.do_predict:
-        raise ConfigError("--prediction_loss_only leaves nothing for --do_predict to write. Leave one of the two out.")
+        raise ConfigError("--prediction_loss_only leaves nothing for --do_predict to write. Leave out one of the two.")
     metric = training_args.metric_for_best_model
     if metric is None:
         return
@@ -561,6 +573,6 @@ def check_evaluation(
     if metric not in others and not scored:
         known = others if training_args.prediction_loss_only else [*data_args.METRICS, *others]
         raise ConfigError(
-            f"--metric_for_best_model {training_args.metric_for_best_model} is not what an evaluation reports. Give "
+            f"The evaluation does not report --metric_for_best_model {training_args.metric_for_best_model}. Choose "
             f"one of: {', '.join(known)}."
         )

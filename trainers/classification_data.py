@@ -1,11 +1,13 @@
-"""Reading texts, or pairs of texts, with one label each: JSON lines, CSV and data sets of the Hub.
+"""Reads texts, or pairs of texts, with one label each: JSON lines, CSV and data sets of the Hub.
 
-Whatever the source, a label ends up as a *name*. A string is a name already; true and false are named True and False.
-A whole number is one of the given names where those are numbers themselves (1 … 5 stars), else the place of its name
-among them (0 of "negative", "positive"), and its own name where no names are given. A CSV file has strings only: 7 and
--1 are whole numbers there, 007, +1 and 1.0 are names like any other.
+Every reader returns label *names*:
 
-Columns that are not named are guessed: the first entry of ``TEXT_COLUMNS`` and of ``LABEL_COLUMNS`` that is there.
+- A string is a name. true and false have the names True and False.
+- A whole number is its own name if no names are given, or if the given names are numbers too (1 … 5 stars). Otherwise
+  it is an index into the given names (0 is "negative" of "negative", "positive").
+- CSV values are strings: 7 and -1 count as whole numbers; 007, +1 and 1.0 are names.
+
+If a column is not named, the first existing entry of ``TEXT_COLUMNS`` or ``LABEL_COLUMNS`` is used.
 """
 
 import csv
@@ -33,7 +35,7 @@ from .reading import (
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = (  # pairs first: a question without its passage is no example
+TEXT_COLUMNS = (  # pairs first: a question without its passage is not an example
     ("sentence1", "sentence2"),
     ("question1", "question2"),
     ("premise", "hypothesis"),
@@ -51,7 +53,7 @@ _DIGITS = re.compile(r"[+-]?\d+")
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its pair if there is one, its label unless unknown, and where it was read: "train.csv, line 3"."""
+    """A text, the second text of a pair or None, the label (None if unknown), the origin ("train.csv, line 3")."""
 
     text: str
     pair: str | None
@@ -61,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read; None for what there is none of."""
+    """Names of the columns to read; None for a column that does not exist."""
 
     text: str
     pair: str | None
@@ -79,13 +81,13 @@ def read_file(
     """Read every example of a JSON-lines or CSV file.
 
     Args:
-        path: ``.jsonl``/``.json`` with one object a line, or ``.csv`` with a line of column names.
-        text_column, pair_column, label_column: names of the columns; guessed where None.
-        needs_label: refuse a file without a column of labels.
-        label_names: what whole numbers stand for.
+        path: ``.jsonl``/``.json`` with one object per line, or ``.csv`` with column names in its first line.
+        text_column, pair_column, label_column: names of the columns; guessed if None.
+        needs_label: refuse a file without a label column.
+        label_names: names of whole numbers, see above.
 
     Raises:
-        DataError: with the file, the line and what to do.
+        DataError: names the file and the line, and says what to do.
     """
     path = Path(path)
     is_csv = path.suffix.lower() == ".csv"
@@ -107,7 +109,7 @@ def read_file(
             row[columns.label] = _typed(row[columns.label])
         examples.append(_example(row, columns, label_names, origin))
     if not examples:
-        raise DataError(f"{path} has no example in it. Give a file with at least one.")
+        raise DataError(f"{path} has no example in it. Give a file with at least one example.")
     return examples
 
 
@@ -127,16 +129,16 @@ def read_hub_dataset(
     Args:
         name: Hub id or folder.
         split: "train", or a slice such as "train[:90%]".
-        config_name: configuration of the data set, where it has several.
-        text_column, pair_column, label_column, needs_label, label_names: as for ``read_file``; names that the data
-            set declares come first, and its -1 is an unknown label.
-        **load_kwargs: passed on, such as ``cache_dir`` and ``token``.
+        config_name: configuration of the data set, if it has several.
+        text_column, pair_column, label_column, needs_label, label_names: as for ``read_file``; label names that the
+            data set declares take precedence, and its id -1 is an unknown label.
+        **load_kwargs: passed to ``datasets.load_dataset``, such as ``cache_dir`` and ``token``.
 
     Returns:
-        The examples, and the label names of the data set where it has them (a ``ClassLabel`` feature).
+        The examples, and the label names that the data set declares (a ``ClassLabel`` feature), or None.
 
     Raises:
-        DataError: it cannot be loaded, or its columns are not those asked for.
+        DataError: the split cannot be loaded, or a column is missing.
     """
     rows = load_split(name, split, config_name, **load_kwargs)
     where = f"{name} ({split})"
@@ -163,24 +165,26 @@ def choose_columns(
     label: str | None = None,
     needs_label: bool = True,
 ) -> Columns:
-    """The columns to read: those that were named, the others guessed.
+    """Choose the columns to read: the named ones, and known names for the others.
 
     Raises:
-        DataError: a named column is not there, or nothing can be guessed.
+        DataError: a named column does not exist, or no known name does.
     """
     present = list(present)
     if text is not None:
         named = {"--text_column_name": text} | ({} if pair is None else {"--text_pair_column_name": pair})
         require_columns(origin, present, named)
     elif pair is not None:
-        raise DataError(f"--text_pair_column_name {pair} needs --text_column_name, for the first text of the pair.")
+        raise DataError(
+            f"--text_pair_column_name {pair} needs --text_column_name: give the column of the pair's first text."
+        )
     else:
         known = [names for names in TEXT_COLUMNS if {*names} - {None} <= {*present}]
         if not known:
             halves = [names for names in TEXT_COLUMNS if len({*names} & {*present}) == 1]
             lone = "".join(f" ({a} without {b})" if a in present else f" ({b} without {a})" for a, b in halves[:1])
             raise DataError(
-                f"{origin} has no column that is known to hold text{lone}; it has {listed(present)}. Name it: "
+                f"{origin} has no column that is known to hold text{lone}; it has {listed(present)}. Name it with "
                 "--text_column_name, and --text_pair_column_name for pairs."
             )
         text, pair = known[0]
@@ -188,7 +192,7 @@ def choose_columns(
         label = next((name for name in LABEL_COLUMNS if name in present), None)
         if label is None and needs_label:
             raise DataError(
-                f"{origin} has no column that is known to hold labels; it has {listed(present)}. Name it: "
+                f"{origin} has no column that is known to hold labels; it has {listed(present)}. Name it with "
                 "--label_column_name."
             )
     elif needs_label:
@@ -200,18 +204,18 @@ def choose_columns(
 
 
 def collect_labels(examples: Iterable[Example]) -> list[str]:
-    """The labels that occur, in an order that depends on nothing else: by number where all are, else by name."""
+    """All labels of the examples, in a fixed order: numerical if all are numbers, else alphabetical."""
     found = {example.label for example in examples} - {None}
     return sorted(found, key=int) if all(map(_NUMBER.fullmatch, found)) else sorted(found)
 
 
 def check_splits(splits: Mapping[str, list[Example]], labels: list[str], whose: str) -> None:
-    """Check what only all splits together show; ``whose`` says where ``labels`` come from.
+    """Check all splits against ``labels``; error messages say with ``whose`` where the labels come from.
 
-    A class that the training split has no example of is worth a warning only: the data may be a small part.
+    A class without training examples only causes a warning, since the data may be a small sample.
 
     Raises:
-        DataError: a label that is not one of ``labels``, a missing one outside "test", pairs in one split only.
+        DataError: a label is not one of ``labels``, a label is missing outside "test", or only some splits have pairs.
     """
     check_class_names(labels, whose)
     known = set(labels)
@@ -221,31 +225,29 @@ def check_splits(splits: Mapping[str, list[Example]], labels: list[str], whose: 
         if unknown and (split != "test" or unknown < len(examples)):
             example = next(example for example in examples if example.label is None)
             raise DataError(
-                f"{example.origin} has no label. Label every example; only a whole test set may have none."
+                f"{example.origin} has no label. Label every example; only a whole test set may have no labels."
             )
         for example in examples:
             if example.label is not None and example.label not in known:
                 raise DataError(
                     f"{example.origin}: label '{example.label}' is not in the label set of {whose}: {listed(labels)}. "
-                    "Correct the label, or start a task of its own for these labels."
+                    "Correct the label, or name a new task for these labels."
                 )
         if (examples[0].pair is None) != (splits[first][0].pair is None):
             raise DataError(
-                f"Of {first} and {split} one has pairs of texts and the other single texts. Name the columns: "
+                f"One of {first} and {split} has pairs of texts, the other has single texts. Name the columns with "
                 "--text_column_name, and --text_pair_column_name for pairs."
             )
     absent = known - {example.label for example in splits.get("train", [])}
     if absent and "train" in splits:
-        logger.warning(
-            "No example to train on has label %s: it will hardly ever be predicted.", listed(sorted(absent))
-        )
+        logger.warning("No training example has label %s: it will hardly ever be predicted.", listed(sorted(absent)))
 
 
 def check_class_names(labels: list[str], whose: str) -> None:
-    """Check labels wherever they come from; warn of two that hardly differ.
+    """Check the names of labels; warn of two that differ only in blanks or capitals.
 
     Raises:
-        DataError: one is empty or has a line break in it, so that predictions.txt could not be read.
+        DataError: a label is empty or has a line break, which predictions.txt cannot hold.
     """
     for label in labels:
         _label_name(label, None, f"The labels of {whose}")
@@ -253,15 +255,14 @@ def check_class_names(labels: list[str], whose: str) -> None:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a CSV file by column, each with the line that it ends on; every value is a string."""
+    """Yield (origin, row) for each row of a CSV file; the origin names the row's last line, and values are strings."""
     text = read_text(path)
-    usual = csv.field_size_limit(
-        max(len(text), csv.field_size_limit())
-    )  # a text may be longer than 131,072 characters
+    # A text may be longer than the default limit of 131,072 characters.
+    default_limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         yield from _csv_rows_of(text, path)
     finally:
-        csv.field_size_limit(usual)
+        csv.field_size_limit(default_limit)
 
 
 def _csv_rows_of(text: str, path: Path) -> Iterator[tuple[str, dict]]:
@@ -272,7 +273,7 @@ def _csv_rows_of(text: str, path: Path) -> Iterator[tuple[str, dict]]:
         if twice:
             raise DataError(
                 f"{path}, line {reader.line_num} names the column {listed(map(repr, twice))} twice. Give every column "
-                "a name of its own; nothing says which of the two is meant."
+                "a different name; it is unclear which of the two is meant."
             )
         for row in reader:
             origin = f"{path}, line {reader.line_num}"
@@ -289,14 +290,14 @@ def _csv_rows_of(text: str, path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _typed(label: str) -> str | int | None:
-    """A label of a CSV file, which has strings only, as JSON would have it."""
+    """Convert a CSV label to what JSON would hold: None if empty, an int for a whole number, else the string."""
     if label == "":
         return None
     return int(label) if _NUMBER.fullmatch(label) else label
 
 
 def _example(row: Mapping[str, object], columns: Columns, label_names: list[str] | None, origin: str) -> Example:
-    """Check one row and name its label."""
+    """Check one row and turn its label into a name."""
     named = {"--text_column_name": columns.text}
     named |= {"--text_pair_column_name": columns.pair} if columns.pair is not None else {}
     named |= {"--label_column_name": columns.label} if columns.label is not None else {}
@@ -315,13 +316,13 @@ def _label_name(label: object, names: list[str] | None, origin: str) -> str | No
         return None
     if isinstance(label, str):
         if not label.strip() or label.splitlines() != [label]:
-            raise DataError(f"{origin}: the label {label!r} is empty or has a line break in it.")
+            raise DataError(f"{origin}: the label {label!r} is empty or has a line break in it. Rename it.")
         check_text(label, "the label", origin)
         return label
     if not isinstance(label, int):
         raise DataError(
             f"{origin}: a label is a string, a whole number or true/false, not {str(label)[:80]!r}. "
-            "Name another column: --label_column_name."
+            "Name another column with --label_column_name."
         )
     own_name = str(label)
     if names is None or own_name in names or all(map(_DIGITS.fullmatch, names)):

@@ -1,4 +1,4 @@
-"""From examples to model inputs and back: token ids of a text or a pair, accuracy and macro F1, one label a line."""
+"""Examples as model inputs, and predictions as labels: token ids, accuracy and macro F1, one label per line."""
 
 import logging
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class EncodedTexts(Dataset):
-    """Examples as the host's tokenizer encodes them, ready for ``DataCollatorWithPadding``.
+    """Examples encoded by the host's tokenizer, ready for ``DataCollatorWithPadding``.
 
-    What does not fit is cut off at the end, of a pair always from the text that is longer by then.
+    A text that is too long is cut at the end. Of a pair, tokens are always removed from the longer text.
 
     Args:
-        examples: texts or pairs, alike in that and in whether they have labels.
+        examples: all texts or all pairs, and all with labels or all without.
         tokenizer: a fast tokenizer.
         labels: names of the ids 0 … C-1; every label must be one of them.
-        max_seq_length: sub-tokens an example may have, special ones included.
+        max_seq_length: maximum number of sub-tokens of an example, including special tokens.
 
     Raises:
         ConfigError: ``max_seq_length`` leaves no room for the text.
@@ -39,7 +39,7 @@ class EncodedTexts(Dataset):
         if max_seq_length - special < (1 if pairs is None else 2):
             raise ConfigError(
                 f"max_seq_length={max_seq_length} leaves no room for a text beside {special} special tokens. Choose a "
-                "larger one, such as 128."
+                "larger value, such as 128."
             )
         encoded = tokenizer(
             [example.text for example in examples], pairs, truncation="longest_first", max_length=max_seq_length
@@ -47,8 +47,8 @@ class EncodedTexts(Dataset):
         cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         if cut:
             logger.warning(
-                "%d of %d texts are longer than %d sub-tokens and are cut at the end: what stands there is not read. "
-                "Give a larger --max_seq_length where the host reads more, or shorter texts.",
+                "%d of %d texts are longer than %d sub-tokens and are cut at the end: the host does not read the "
+                "rest. Give a larger --max_seq_length if the host can read more, or shorter texts.",
                 cut,
                 len(examples),
                 max_seq_length,
@@ -62,7 +62,7 @@ class EncodedTexts(Dataset):
         return len(self._inputs["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, list[int] | int]:
-        """``input_ids``, ``attention_mask`` and what else the host's tokenizer gives: (T,); ``labels`` if known."""
+        """``input_ids``, ``attention_mask`` and all else that the tokenizer returns, each (T,); known ``labels``."""
         return {name: values[index] for name, values in self._inputs.items()}
 
     def rows_of(self, label_ids: np.ndarray) -> list[dict[str, str]]:
@@ -76,7 +76,7 @@ class EncodedTexts(Dataset):
 
 
 def best_class(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """``preprocess_logits_for_metrics``: logits (B, C) → the best id of each (B,)."""
+    """``preprocess_logits_for_metrics``: logits (B, C) → id of the highest logit (B,)."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 

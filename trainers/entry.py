@@ -1,4 +1,4 @@
-"""Where a command line becomes a run or, with --do_search, a search over runs."""
+"""Entry point of the scripts: starts a run or, with --do_search, a search over runs."""
 
 import sys
 
@@ -7,22 +7,22 @@ from .running import Task, run_parsed
 
 
 def main(task: Task, command_line: list[str] | None = None) -> dict[str, object]:
-    """Do what the command line asks for.
+    """Start the run or the search that the command line asks for.
 
     Args:
-        task: the kind of task.
-        command_line: what was typed; that of the process if None.
+        task: kind of task.
+        command_line: command-line arguments; by default those of this process.
 
     Returns:
         The content of ``all_results.json``.
 
     Raises:
-        UniHyperLoraError: bad input, with what was given, what is allowed and what to do.
+        UniHyperLoraError: bad input; the message says what was given, what is allowed and what to do.
     """
-    typed = sys.argv[1:] if command_line is None else command_line
-    arguments = parse(typed, task.arguments)
+    command_line = sys.argv[1:] if command_line is None else command_line
+    arguments = parse(command_line, task.arguments)
     if not arguments[0].do_search:
         return run_parsed(task, *arguments)
-    from .search import search  # needs Optuna, which only a search does
+    from .search import search  # only a search needs Optuna
 
-    return search(task, typed)
+    return search(task, command_line)

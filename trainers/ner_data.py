@@ -1,10 +1,10 @@
-"""Reading text with one tag a word: JSON lines, column files and data sets of the Hub.
+"""Reads text with one tag per word: JSON lines, column files and data sets of the Hub.
 
-Whatever the source, a sentence ends up as words and tag *names*: ids are turned into names at once, so that the order
-in which a file or a data set numbers its labels never matters.
+Every reader returns words and tag *names*. Ids become names at once, so the order in which a file or data set numbers
+its labels does not matter.
 
-Tags stay in the scheme of the data (see ``tag_schemes``). Every reader accepts the same words and the same tags. A
-test set may be without tags.
+Tags keep the scheme of the data (see ``tag_schemes``). All readers accept the same words and the same tags. A test set
+may have no tags.
 """
 
 import logging
@@ -33,17 +33,17 @@ from .tag_schemes import split_tag
 logger = logging.getLogger(__name__)
 
 COLUMN_SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2", ".conllu", ".conllup")
-ID, FORM = "ID", "FORM"  # what CoNLL-U calls the columns of the words' numbers and of the words
+ID, FORM = "ID", "FORM"  # CoNLL-U's names for the column of word numbers and the column of words
 
 _COLUMN_NAMES = re.compile(r"# *global\.columns *= *(.*\S)")
-_NOT_A_WORD = re.compile(r"[0-9]+[-.][0-9]+")  # the id of a CoNLL-U line for several words (1-2) or for none (8.1)
+_NOT_A_WORD = re.compile(r"[0-9]+[-.][0-9]+")  # id of a CoNLL-U line for several words (1-2) or for no word (8.1)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and their tags, in equal number (both may be none), and where they were read: "train.jsonl, line 3".
+    """The words of a sentence, one tag per word (None if the tags are unknown), and its origin.
 
-    ``tags`` is None where they are unknown.
+    A sentence may be empty. The origin is text such as "train.jsonl, line 3".
     """
 
     tokens: list[str]
@@ -61,17 +61,18 @@ def read_file(
     """Read every sentence of a JSON-lines or column file.
 
     Args:
-        path: ``.jsonl``/``.json`` with one object a line, or ``.txt``/``.conll``/``.tsv``/``.bio``/``.iob`` columns:
-            word first, tag last, a blank line after each sentence. A first line "# global.columns = ID FORM …" names
-            the columns of a CoNLL-U Plus file.
-        text_column: name of the list of words, or of the column of the words where columns have names (else FORM).
-        label_column: name of the list of tags, strings or ids, or of the column of the tags.
-        label_names: the name of id 0, 1, …; needed only where the tags are ids.
-        needs_tags: refuse a file without tags. A column file without them has one column; elsewhere the tags are
+        path: ``.jsonl``/``.json`` with one object per line, or ``.txt``/``.conll``/``.tsv``/``.bio``/``.iob`` with
+            columns: word first, tag last, a blank line after each sentence. A first line "# global.columns = ID FORM
+            …" names the columns of a CoNLL-U Plus file.
+        text_column: name of the list of words; in a file with named columns, the column of words (FORM if there is no
+            such column).
+        label_column: name of the list of tags (strings or ids), or of the column of tags.
+        label_names: names of the ids 0, 1, …; needed only if the tags are ids.
+        needs_tags: refuse a file without tags. A column file without tags has one column; in other files the tags are
             missing, null or all -1.
 
     Raises:
-        DataError: with the file, the line and what to do.
+        DataError: names the file and the line, and says what to do.
     """
     path = Path(path)
     if path.suffix.lower() in JSON_SUFFIXES:
@@ -84,8 +85,8 @@ def read_file(
             f"or columns ({', '.join(COLUMN_SUFFIXES)})."
         )
     if not sentences:
-        raise DataError(f"{path} has no sentence in it. Give a file with at least one.")
-    return _noted(sentences, str(path))
+        raise DataError(f"{path} has no sentence in it. Give a file with at least one sentence.")
+    return _warn_of_blank_words(sentences, str(path))
 
 
 def read_hub_dataset(
@@ -103,16 +104,16 @@ def read_hub_dataset(
     Args:
         name: Hub id or folder.
         split: "train", or a slice such as "train[:90%]".
-        config_name: configuration of the data set, where it has several.
-        text_column, label_column, label_names, needs_tags: as for ``read_file``; names that the data set declares come
-            first.
-        **load_kwargs: passed on, such as ``cache_dir`` and ``token``.
+        config_name: configuration of the data set, if it has several.
+        text_column, label_column, label_names, needs_tags: as for ``read_file``; label names that the data set
+            declares take precedence.
+        **load_kwargs: passed to ``datasets.load_dataset``, such as ``cache_dir`` and ``token``.
 
     Returns:
-        The sentences, and the label names of the data set where it has them (a ``ClassLabel`` feature).
+        The sentences, and the label names that the data set declares (a ``ClassLabel`` feature), or None.
 
     Raises:
-        DataError: it cannot be loaded, or its columns are not those asked for.
+        DataError: the split cannot be loaded, or a column is missing.
     """
     rows = load_split(name, split, config_name, **load_kwargs)
     has_tags = needs_tags or label_column in rows.column_names
@@ -126,19 +127,19 @@ def read_hub_dataset(
     ]
     if not sentences:
         raise DataError(f"{name} ({split}) has no sentence in it. Choose another split.")
-    return _noted(sentences, f"{name} ({split})"), own_names
+    return _warn_of_blank_words(sentences, f"{name} ({split})"), own_names
 
 
 def collect_labels(sentences: Iterable[Sentence]) -> list[str]:
-    """The tags that occur, in an order that depends on nothing else: O, then by type, B- before I-."""
+    """All tags of the sentences, in a fixed order: O first, then by type, B- before I-."""
     return sorted({tag for sentence in sentences for tag in sentence.tags or []}, key=_label_order)
 
 
 def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose: str) -> None:
-    """Check what only all splits together show; ``whose`` says where ``labels`` come from.
+    """Check all splits against ``labels``; error messages say with ``whose`` where the labels come from.
 
     Raises:
-        DataError: a tag that is not one of ``labels``, missing tags outside "test", a label that is no tag.
+        DataError: a tag is not one of ``labels``, tags are missing outside "test", or a label cannot be a tag.
     """
     for label in labels:
         check_tag(label, f"The labels of {whose}")
@@ -147,7 +148,7 @@ def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose:
         untagged = [sentence for sentence in sentences if sentence.tags is None]
         if untagged and (split != "test" or any(sentence.tags for sentence in sentences)):
             raise DataError(
-                f"{untagged[0].origin} has no tags. Tag every sentence; only a whole test set may have none."
+                f"{untagged[0].origin} has no tags. Tag every sentence; only a whole test set may have no tags."
             )
         check_labels(sentences, labels, whose)
 
@@ -155,24 +156,24 @@ def check_splits(splits: Mapping[str, list[Sentence]], labels: list[str], whose:
 def scheme_of_splits(
     splits: Mapping[str, list[Sentence]], labels: list[str], known: str | None, stated: str | None
 ) -> str | None:
-    """The scheme of a task's tags.
+    """Determine the scheme of a task's tags.
 
     Args:
-        splits: the sentences of "train", "validation", "test", as far as they are there.
+        splits: sentences of "train", "validation" and "test"; splits may be missing.
         labels: all labels of the task.
-        known: the scheme that the task has by now, None for a new one or an old adapter's.
-        stated: the scheme that the user says it is.
+        known: scheme saved with the task; None for a new task or an old adapter.
+        stated: scheme given by the user, or None.
 
     Returns:
-        The known one, the stated one, or what the training tags keep to; None where there is none of these.
+        The known scheme, else the stated one, else the one inferred from the training tags; None without any of these.
 
     Raises:
-        DataError: they contradict each other, or the tags are of no scheme.
+        DataError: the schemes contradict each other, or the tags fit no scheme.
     """
     if known is not None and stated not in (None, known):
         raise DataError(
-            f"--tag_scheme {stated}: the task of the adapter is {known}. Leave the flag out, or give the task a name "
-            "of its own with --task_name."
+            f"--tag_scheme {stated}: the task of the adapter is {known}. Leave the flag out, or name a new task with "
+            "--task_name."
         )
     scheme = known or stated
     tagged = {
@@ -182,16 +183,16 @@ def scheme_of_splits(
         found = infer_scheme(tagged["train"], labels, stated if known is None else None)
         if known is not None and found != known and count_broken(tagged["train"], labels, known)[0]:
             raise DataError(
-                f"The training tags are {found}, the task of the adapter is {known}. Write them in {known}, or give "
-                "the task a name of its own with --task_name."
+                f"The training tags are {found}, but the task of the adapter is {known}. Convert the tags to {known}, "
+                "or name a new task with --task_name."
             )
         scheme = known or found
     for split in tagged.keys() - {"train"} if scheme else ():
         count, where = count_broken(tagged[split], labels, scheme)
         if count:
             logger.warning(
-                "The tags of %s break the rules of %s, the task's scheme, %d times, first in %s. Entities are counted "
-                "as seqeval reads them.",
+                "The tags of %s break the rules of %s, the task's scheme, %d times, first in %s. seqeval decides "
+                "what counts as an entity there.",
                 split,
                 scheme,
                 count,
@@ -201,33 +202,33 @@ def scheme_of_splits(
 
 
 def check_labels(sentences: Iterable[Sentence], labels: list[str], whose: str) -> None:
-    """Raise ``DataError`` at the first tag that is not one of ``labels``; ``whose`` says where those come from."""
+    """Raise ``DataError`` for the first tag that is not one of ``labels``; ``whose`` names the labels' owner."""
     known = set(labels)
     for sentence in sentences:
         for position, tag in enumerate(sentence.tags or []):
             if tag not in known:
                 raise DataError(
                     f"{sentence.origin}: tag '{tag}' of word {position} is not in the label set of {whose}: "
-                    f"{listed(labels)}. Correct the tag, or start a task of its own for these labels."
+                    f"{listed(labels)}. Correct the tag, or name a new task for these labels."
                 )
 
 
 def check_tag(tag: str, origin: str) -> None:
-    """Raise ``DataError`` unless a tag can be told from its neighbours in a line of predictions.txt."""
+    """Raise ``DataError`` for a tag that is empty or has a space: predictions.txt separates tags by spaces."""
     if tag.split() != [tag]:
         raise DataError(
-            f"{origin}: the tag {tag!r} is empty or has a space in it. Write O where there is none, and a hyphen or "
-            "an underscore instead of a space."
+            f"{origin}: the tag {tag!r} is empty or has a space in it. Write O for a word outside entities, and a "
+            "hyphen or an underscore instead of a space."
         )
     check_text(tag, "the tag", origin)
 
 
 def check_word(word: str, origin: str) -> None:
-    """Raise ``DataError`` where a word cannot be one; an empty or a blank one is read as an unknown word."""
+    """Raise ``DataError`` for text that cannot be a word; an empty or blank word is allowed and read as unknown."""
     if not word.isascii() or "\n" in word or "\r" in word:
         check_text(word, "the word", origin)
         if word.strip() and not {"\n", "\r"}.isdisjoint(word):
-            raise DataError(f"{origin}: the word {word[:80]!r} has a line break in it. Make two words of it.")
+            raise DataError(f"{origin}: the word {word[:80]!r} has a line break in it. Split it into two words.")
 
 
 def _label_order(tag: str) -> tuple[bool, str, int]:
@@ -247,7 +248,7 @@ def _json_lines(
 
 @dataclass
 class _Line:
-    """A line of a column file that is not blank and no comment."""
+    """A line of a column file that is neither blank nor a comment."""
 
     number: int
     fields: list[str]
@@ -255,7 +256,7 @@ class _Line:
 
 
 def _column_sentences(path: Path, text_column: str, label_column: str, needs_tags: bool) -> list[Sentence]:
-    """Sentences of a column file; tabs separate where the first line has one, else spaces."""
+    """Sentences of a column file; tabs separate the columns if the first line has a tab, else spaces do."""
     names, blocks = _column_blocks(path)
     lines = [line for block in blocks for line in block]
     if not lines:
@@ -264,9 +265,9 @@ def _column_sentences(path: Path, text_column: str, label_column: str, needs_tag
     for line in lines:
         if len(line.fields) != width:
             raise DataError(
-                f"{path}, line {line.number} has {_counted(len(line.fields))} ({line.text!r}), the lines before it "
-                f"have {width}. Every line needs the same columns, with tabs between them or with spaces: word "
-                "first, tag last."
+                f"{path}, line {line.number} has {_counted(len(line.fields))} ({line.text!r}), but the lines before "
+                f"it have {width}. Every line needs the same columns, separated by tabs or by spaces: word first, tag "
+                "last."
             )
     if names is not None:
         word_at, tag_at = _places(path, names, width, text_column, label_column, needs_tags)
@@ -275,8 +276,8 @@ def _column_sentences(path: Path, text_column: str, label_column: str, needs_tag
         _check_order(path, blocks)
     if tag_at is None and needs_tags:
         raise DataError(
-            f"{path}, line {lines[0].number} has one column ({lines[0].text!r}). A word and its tag are needed; only "
-            "a test set may have words alone."
+            f"{path}, line {lines[0].number} has one column ({lines[0].text!r}). Give a word and its tag; only a test "
+            "set may have words alone."
         )
     sentences = []
     for block in blocks:
@@ -287,14 +288,14 @@ def _column_sentences(path: Path, text_column: str, label_column: str, needs_tag
             check_word(word, origin)
             if tags is not None:
                 if not tag:
-                    raise DataError(f"{origin}: the word {word!r} has no tag. Write O where there is none.")
+                    raise DataError(f"{origin}: the word {word!r} has no tag. Write O for a word outside entities.")
                 check_tag(tag, origin)
         sentences.append(Sentence(words, tags, f"{path}, line {block[0].number}"))
     return sentences
 
 
 def _column_blocks(path: Path) -> tuple[list[str] | None, list[list[_Line]]]:
-    """The names of the columns where a comment gives them, and the lines of each sentence."""
+    """Names of the columns if a comment gives them (else None), and the lines of each sentence."""
     names: list[str] | None = None
     blocks: list[list[_Line]] = [[]]
     width, tabs = None, False
@@ -302,7 +303,7 @@ def _column_blocks(path: Path) -> tuple[list[str] | None, list[list[_Line]]]:
         if "\r" in text:
             raise DataError(
                 f"{path}, line {number} has a carriage return inside ({text[:40]!r}). Write the file again with a "
-                "line feed after each line, for instance: tr '\\r' '\\n'."
+                "line feed after each line; for instance: tr '\\r' '\\n'."
             )
         if named := _COLUMN_NAMES.fullmatch(text):
             names = named[1].split()
@@ -325,11 +326,11 @@ def _column_blocks(path: Path) -> tuple[list[str] | None, list[list[_Line]]]:
 def _places(
     path: Path, names: list[str], width: int, text_column: str, label_column: str, needs_tags: bool
 ) -> tuple[int, int | None]:
-    """Which of the named columns has the words, and which the tags."""
+    """Positions of the column of words and the column of tags (None if there is none) among named columns."""
     if len(names) != width or len(set(names)) != width:
         raise DataError(
-            f"{path}: '# global.columns' names {_counted(len(names))} ({listed(names)}), the lines have {width}. Name "
-            "each column once."
+            f"{path}: '# global.columns' names {_counted(len(names))} ({listed(names)}), but the lines have {width}. "
+            "Name each column once."
         )
     word = text_column if text_column in names else FORM
     require_columns(str(path), names, {"--text_column_name": word})
@@ -340,7 +341,7 @@ def _places(
 
 
 def _check_order(path: Path, blocks: list[list[_Line]]) -> None:
-    """Raise ``DataError`` where the first column has ids or tags, so that it is not that of the words."""
+    """Raise ``DataError`` if the first column seems to hold ids or tags instead of words."""
     first = [[line.fields[0] for line in block] for block in blocks]
     width = len(blocks[0][0].fields)
     ids = [[field for field in block if not _NOT_A_WORD.fullmatch(field)] for block in first]
@@ -351,7 +352,7 @@ def _check_order(path: Path, blocks: list[list[_Line]]) -> None:
                 f"{path}: the first column counts the words of each sentence ({', '.join(first[0][:3])} …), as in "
                 "CoNLL-U. Name the columns in the first line, such as '# global.columns = "
                 f"{' '.join([ID, FORM, 'NER', *(f'OTHER{n}' for n in range(1, width - 2))])}', and give "
-                "--label_column_name NER; or leave the ids out: word first, tag last."
+                "--label_column_name NER. Or delete the ids, so that the word comes first and the tag last."
             )
     share = [
         sum(line.fields[at] == "O" or split_tag(line.fields[at])[0] != "" for block in blocks for line in block)
@@ -360,15 +361,15 @@ def _check_order(path: Path, blocks: list[list[_Line]]) -> None:
     if width > 1 and share[0] > share[1] and 2 * share[0] > sum(map(len, blocks)):
         line = blocks[0][0]
         raise DataError(
-            f"{path}, line {line.number}: the first column seems to hold the tags ({line.text!r}). The word has to "
-            "come first, the tag last; for instance: awk 'NF {print $2, $1; next} {print}'."
+            f"{path}, line {line.number}: the first column seems to hold the tags ({line.text!r}). The word must come "
+            "first and the tag last; swap them, for instance with: awk 'NF {print $2, $1; next} {print}'."
         )
 
 
 def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
-    """A line such as "# id 12"; the word "#" with its tag ("# O") is data."""
+    """Whether a line is a comment such as "# id 12"; the word "#" with its tag ("# O") is data."""
     ends_with_tag = fields[-1] == "O" or split_tag(fields[-1])[0] != ""
-    several_words = " " in fields[0]  # "# id 12" and then a tab: no word has a space in it
+    several_words = " " in fields[0]  # "# id 12" before a tab: a word has no space in it
     return line.startswith("# ") and (several_words or (not ends_with_tag and len(fields) != width))
 
 
@@ -381,7 +382,7 @@ def _columns_by_flag(text_column: str, label_column: str, has_tags: bool) -> dic
 
 
 def _sentence(words: object, tags: object, label_names: list[str] | None, origin: str, needs_tags: bool) -> Sentence:
-    """Check one row and name its tags."""
+    """Check one row and turn its tag ids into names."""
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{origin}: the words must be a list of strings, not {str(words)[:80]!r}.")
     for word in words:
@@ -392,15 +393,15 @@ def _sentence(words: object, tags: object, label_names: list[str] | None, origin
     if not isinstance(tags, list) or not all(isinstance(tag, str | int) and not isinstance(tag, bool) for tag in tags):
         raise DataError(f"{origin}: the tags must be a list of strings or of ids, not {str(tags)[:80]!r}.")
     if len(words) != len(tags):
-        raise DataError(f"{origin} has {len(words)} words and {len(tags)} tags. Give one tag a word.")
+        raise DataError(f"{origin} has {len(words)} words and {len(tags)} tags. Give one tag per word.")
     names = [_tag_name(tag, label_names, origin) for tag in tags]
     for name in names:
         check_tag(name, origin)
     return Sentence(words, names, origin)
 
 
-def _noted(sentences: list[Sentence], where: str) -> list[Sentence]:
-    """The same sentences; words that no host can read are counted in a warning."""
+def _warn_of_blank_words(sentences: list[Sentence], where: str) -> list[Sentence]:
+    """Warn of empty and blank words, which no host can read; returns the sentences unchanged."""
     blank = sum(not word.strip() for sentence in sentences for word in sentence.tokens)
     if blank:
         logger.warning("%s: %d words are empty or blank; each is read as an unknown word.", where, blank)
@@ -412,7 +413,7 @@ def _tag_name(tag: str | int, label_names: list[str] | None, origin: str) -> str
         return tag
     if label_names is None:
         raise DataError(
-            f"{origin}: the tags are ids (such as {tag}) and nothing says what they are called. "
-            "Name them in order: --tag_names O B-PER I-PER …"
+            f"{origin}: the tags are ids (such as {tag}) and have no names. Name them in order: --tag_names O B-PER "
+            "I-PER …"
         )
     return name_of_id(tag, label_names, origin)

@@ -1,8 +1,8 @@
-"""From sentences to model inputs and back: windows of sub-tokens, entity scores, one line of tags a sentence.
+"""Sentences as model inputs, and predictions as tags: windows of sub-tokens, entity scores, lines of tags.
 
-A word is scored once, at its first sub-token; every other position has the label -100, which losses skip. A sentence
-that does not fit is cut between words into windows that overlap, and each word is scored in the window in which it has
-most context. The scores of all windows are put together before the sentence is decoded.
+Each word is scored once, at its first sub-token; all other positions have the label -100, which losses ignore. A
+sentence that is too long is split between words into overlapping windows. Each word is scored in the window that gives
+it the most context. The scores of all windows are joined before the sentence is decoded.
 """
 
 import logging
@@ -23,23 +23,23 @@ from .windows import Window, cut
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that cross-entropy and the scores skip
+IGNORED = -100  # label that cross-entropy and the metrics ignore
 
 
 class SentenceWindows(Dataset):
     """Sentences cut into windows, ready for ``DataCollatorForTokenClassification``.
 
     Args:
-        sentences: words and tags, or all without tags.
+        sentences: all with tags, or all without.
         tokenizer: a fast tokenizer, as ``words.load_tokenizer`` returns it.
         labels: names of the ids 0 … C-1; every tag must be one of them.
-        max_seq_length: sub-tokens a window may have, special ones included.
-        scheme: by whose rules predictions are decoded and scored; by default IOB2 where the labels are such.
-        label_all_tokens: also label the further sub-tokens of a word; there B-X becomes I-X where that label exists.
+        max_seq_length: maximum number of sub-tokens in a window, including special tokens.
+        scheme: tag scheme for decoding and scoring; by default IOB2 if the labels fit it.
+        label_all_tokens: also label the further sub-tokens of a word; for these B-X becomes I-X if I-X exists.
 
     Raises:
         ConfigError: no word fits into ``max_seq_length``.
-        DataError: there is nothing to read, or no way to write an unknown word.
+        DataError: no sentence has a word, or the tokenizer has no token for an unknown word.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SentenceWindows(Dataset):
         self._rules = rules_of(labels, self.scheme)
         meaning = tags_of_labels(labels, self.scheme)
         inside = {meaning[label].type: label for label in labels if meaning[label].role == "I"}
-        self._further_ids = {  # what a word's further sub-tokens have: inside where the word begins an entity
+        self._further_ids = {  # label ids of a word's further sub-tokens: B-X becomes I-X
             label: self._label_ids[inside.get(meaning[label].type, label) if meaning[label].role == "B" else label]
             for label in labels
         }
@@ -69,7 +69,7 @@ class SentenceWindows(Dataset):
         if room < 1:
             raise ConfigError(
                 f"max_seq_length={max_seq_length} leaves no room for a word beside {len(before) + len(after)} special "
-                "tokens. Choose a larger one, such as 128."
+                "tokens. Choose a larger value, such as 128."
             )
         shortened = 0
         for index, pieces in enumerate(_word_pieces(sentences, tokenizer)):
@@ -77,21 +77,21 @@ class SentenceWindows(Dataset):
             self.windows.extend(cut(index, [word[:room] for word in pieces], room, before, after))
         if shortened:
             logger.warning(
-                "%d words are longer than %d sub-tokens and are cut at the end. Give a larger --max_seq_length where "
-                "the host reads more.",
+                "%d words are longer than %d sub-tokens and are cut at the end. Give a larger --max_seq_length if the "
+                "host can read more.",
                 shortened,
                 room,
             )
         if not self.windows:
             raise DataError(
-                f"{sentences[0].origin}: not one sentence has a word in it. Check the column of the words."
+                f"{sentences[0].origin}: no sentence has a word in it. Check the name of the column of words."
             )
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """``input_ids``, ``attention_mask``, ``word_index`` and, of tagged sentences, ``labels``: (T,) each."""
+        """``input_ids``, ``attention_mask``, ``word_index`` and, if the sentence has tags, ``labels``: each (T,)."""
         window = self.windows[index]
         item = {"input_ids": window.input_ids, "attention_mask": [1] * len(window.input_ids)}
         item["word_index"] = window.word_index
@@ -106,9 +106,11 @@ class SentenceWindows(Dataset):
         return item | {"labels": labels}
 
     def word_logits(self, logits: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The scores (W, C) of every sentence's words, from those of its windows; see ``tags_of``."""
+        """Logits (W, C) of every sentence's words, joined from its windows; ``logits`` as for ``tags_of``."""
         if len(logits) != len(self.windows):
-            raise DataError(f"{len(logits)} rows of predictions for {len(self.windows)} windows.")
+            raise DataError(
+                f"There are {len(logits)} rows of predictions but {len(self.windows)} windows. Predict this data set."
+            )
         parts: list[list[np.ndarray]] = [[] for _ in self.sentences]
         for window, row in zip(self.windows, logits, strict=True):
             parts[window.sentence].append(np.asarray(row)[window.starts])
@@ -116,10 +118,11 @@ class SentenceWindows(Dataset):
         return [np.concatenate(rows) if rows else nothing for rows in parts]
 
     def tags_of(self, logits: Sequence[np.ndarray]) -> list[list[str]]:
-        """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
+        """Tag names of every sentence, one per word; an empty sentence has an empty list.
 
         Args:
-            logits: of each window in the order of this data set (T, C), or log-probabilities; padding on the right.
+            logits: logits or log-probabilities (T, C) of each window, in the order of this data set, padded on the
+                right.
         """
         return [[self.labels[number] for number in decode(rows, self._rules)] for rows in self.word_logits(logits)]
 
@@ -137,18 +140,18 @@ def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = Non
 def entity_scores(windows: SentenceWindows, by_type: bool = False) -> Callable[[EvalPrediction], dict[str, float]]:
     """``compute_metrics`` for one data set: micro precision, recall and F1 over entities, accuracy over words.
 
-    Entities are those of seqeval's default mode, over whole sentences, once each tag is written as that mode reads it:
-    by the data set's scheme. Tags that are types alone make one entity of each unbroken run of a tag. Needs
+    Tags are rewritten from the data set's scheme to the tags that seqeval reads. seqeval then finds the entities of
+    whole sentences in its default mode. If tags are bare types, each unbroken run of a tag is one entity. Needs
     ``preprocess_logits_for_metrics=token_scores``.
 
     Args:
-        windows: the data set that is evaluated, in its own order.
-        by_type: also return the three figures of every entity type, as ``PER_f1`` and so on.
+        windows: the data set to evaluate, in its own order.
+        by_type: also return precision, recall, F1 and the number of entities of every type (``PER_f1`` and so on).
     """
     read = reader_of_tags(windows.labels, windows.scheme)
     gold = [[read(tag) for tag in sentence.tags or []] for sentence in windows.sentences]
     if any(label != "O" and read(label)[2:] == label for label in windows.labels):
-        logger.warning("Some labels have no B- or I-: an unbroken run of such a tag counts as one entity.")
+        logger.warning("Some labels have no B- or I- prefix: an unbroken run of such a tag counts as one entity.")
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         _require_own_order(windows, prediction.label_ids)
@@ -174,7 +177,7 @@ _REPORTED = {"precision": "precision", "recall": "recall", "f1": "f1-score", "nu
 
 
 def _require_own_order(windows: SentenceWindows, label_ids: np.ndarray) -> None:
-    """The rows that come back must be the windows in order, or tags would be given to the wrong sentences."""
+    """Raise ``DataError`` if predictions are not in the order of the windows: sentences would get wrong tags."""
     in_order = len(label_ids) == len(windows) and all(
         [label for label in row if label != IGNORED]
         == [label for label in windows[index]["labels"] if label != IGNORED]
@@ -182,13 +185,13 @@ def _require_own_order(windows: SentenceWindows, label_ids: np.ndarray) -> None:
     )
     if not in_order:
         raise DataError(
-            "The evaluation did not return the data in their order. Evaluate without --train_sampling_strategy "
+            "The evaluation returned the data in another order. Evaluate without --train_sampling_strategy "
             "group_by_length."
         )
 
 
 def _word_pieces(sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
-    """For every sentence, the sub-token ids of each of its words; at least one a word."""
+    """Sub-token ids of each word of each sentence; every word has at least one sub-token."""
     unknown = next(
         (i for i in (tokenizer.unk_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) if i is not None), None
     )
@@ -202,14 +205,15 @@ def _word_pieces(sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase) 
             words[word].append(token_id)
         if not all(words) and unknown is None:
             raise DataError(
-                f"{sentence.origin}: the tokenizer makes nothing of a word and has no unknown token to use instead."
+                f"{sentence.origin}: the tokenizer returns no token for a word, and it has no unknown token. Use a "
+                "host whose tokenizer has an unknown, mask or end token."
             )
         pieces.append([word or [unknown] for word in words])
     return pieces
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a text."""
+    """Ids of the special tokens that the tokenizer adds before and after a text."""
     encoded = tokenizer(["a"], is_split_into_words=True, return_special_tokens_mask=True)
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     if 0 not in special:

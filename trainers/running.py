@@ -1,6 +1,6 @@
-"""One run from the command line to ``all_results.json``, whatever the kind of task.
+"""A run, from its command line to ``all_results.json``, for any kind of task.
 
-Each kind of task is described by a ``Task``, see ``tasks.py``. In this order: arguments, data and labels, model,
+A ``Task`` describes the kind of task, see ``tasks.py``. A run has this order: arguments, data and labels, model,
 Trainer, work (train, evaluate, predict), costs, results.
 """
 
@@ -45,32 +45,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of task: how its data are read, shown to a model and scored.
+    """A kind of task: how its data are read, turned into model inputs and scored.
 
     A row is one labelled sentence, a dataclass with its ``origin``. A data set has ``rows_of(predictions)``: the lines
     of predictions.jsonl.
     """
 
-    script: str  # whose name is in front of an error
-    default_name: str  # of the task in a new adapter
+    script: str  # name of the script, the prefix of error messages
+    default_name: str  # name of the task in a new adapter
     arguments: type[DataArguments]
     model_class: type[UniHyperLoraPreTrainedModel]
     read_file: Callable  # (path, label_names, **arguments.reading(split)) → rows
     read_hub_dataset: Callable  # (name, split, config_name, label_names, **…) → rows and declared label names or None
     collect_labels: Callable  # (rows) → label names in order
     check_splits: Callable  # ({split: rows}, labels, whose labels) → None, or DataError
-    scheme: Callable  # ({split: rows}, labels, scheme of the task if known, data arguments) → tag scheme, None without
+    scheme: Callable  # ({split: rows}, labels, scheme of the task if known, data arguments) → tag scheme or None
     dataset: Callable[..., Dataset]  # (rows, tokenizer, labels, max_seq_length, data arguments, tag scheme)
     collator: Callable  # (tokenizer, padding, max_length, pad_to_multiple_of)
     logits: Callable  # preprocess_logits_for_metrics
     scores: Callable  # (data set, arguments) → compute_metrics
-    words: Callable  # (row) → its words, as far as blanks tell them
-    further: Callable  # (rows, labels, tag scheme) → the same rows as raw text has their words, where these are others
+    words: Callable  # (row) → its words
+    further: Callable  # (rows, labels, tag scheme) → rows whose words differ in raw text, with the words of raw text
     line: Callable  # (line of predictions.jsonl) → that of predictions.txt
 
 
 def run(task: Task, command_line: list[str], callbacks: Sequence[TrainerCallback] = ()) -> dict[str, object]:
-    """Do what the command line asks for; see ``run_parsed``."""
+    """Parse the command line and run it; see ``run_parsed``."""
     return run_parsed(task, *parse(command_line, task.arguments), callbacks)
 
 
@@ -81,23 +81,23 @@ def run_parsed(
     training_args: UniHyperLoraTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, object]:
-    """Train, evaluate and predict as far as the arguments ask for.
+    """Train, evaluate and predict, as the arguments ask.
 
     Args:
-        task: the kind of task.
-        callbacks: further ones for the Trainer.
+        task: kind of task.
+        callbacks: further callbacks of the Trainer.
 
     Returns:
         The content of ``all_results.json``.
 
     Raises:
-        UniHyperLoraError: bad input, with what was given, what is allowed and what to do.
+        UniHyperLoraError: bad input; the message says what was given, what is allowed and what to do.
     """
     check_arguments(model_args, data_args, training_args)
-    asks, overwrites = asks_to_resume(training_args), model_args.overwrite_output_dir
-    training_args.resume_from_checkpoint = resumes = checkpoint_to_resume(training_args)
+    wants_resume, overwrites = asks_to_resume(training_args), model_args.overwrite_output_dir
+    training_args.resume_from_checkpoint = checkpoint = checkpoint_to_resume(training_args)
     if training_args.do_train and not overwrites:
-        require_unused(training_args.output_dir, resumes, but_checkpoints=asks)
+        require_unused(training_args.output_dir, checkpoint, but_checkpoints=wants_resume)
     set_up_logging(training_args, task.script)
     set_seed(training_args.seed)
 
@@ -115,7 +115,7 @@ def run_parsed(
     else:
         model = adapter
         if task_labels is None:
-            logger.info("Task '%s' is new to the adapter (it has %s).", name, ", ".join(model.config.tasks) or "none")
+            logger.info("Adding task '%s' to the adapter (it has %s).", name, ", ".join(model.config.tasks) or "none")
             model.add_task(name, labels, **model_args.new_reader())
         else:
             model.set_task(name)
@@ -126,11 +126,11 @@ def run_parsed(
     trainer, datasets = make_trainer(task, model, splits, labels, scheme, model_args, data_args, training_args)
     for callback in callbacks:
         trainer.add_callback(callback)
-    if training_args.do_train and overwrites and not asks and trainer.is_world_process_zero():
+    if training_args.do_train and overwrites and not wants_resume and trainer.is_world_process_zero():
         delete_checkpoints(training_args.output_dir, [model_args.adapter])
     metrics = work(task, trainer, datasets, splits, data_args, zero_shot=task_labels is not None)
 
-    trainer.accelerator.wait_for_everyone()  # until what was trained is saved
+    trainer.accelerator.wait_for_everyone()  # the main process saves the trained weights first
     with whole(model.adapter) if isinstance(model, UniHyperLoraPreTrainedModel) else contextlib.nullcontext():
         metrics |= costs(model, model_args, training_args) | process_costs()
         metrics["host_cpu_seconds"] = host_cpu_seconds(model, trainer)
@@ -139,7 +139,7 @@ def run_parsed(
         write_arguments(training_args.output_dir, arguments, data_args.name(), splits)
         metrics = write_results(training_args.output_dir, metrics)
         if training_args.do_train and isinstance(trainer, UniHyperLoraTrainer):
-            trainer.create_model_card()  # with the results
+            trainer.create_model_card()  # again, now with the results
             logger.info("%s", next_steps(data_args.COMMAND, training_args.output_dir, model.stream is not None))
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -167,14 +167,14 @@ def next_steps(command: str, folder: str, moves: bool) -> str:
 def load_adapter(
     model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str | None
 ) -> UniHyperLoraPreTrainedModel:
-    """The adapter of --adapter, on its own host or on --model_name_or_path.
+    """Load --adapter on its own host or on --model_name_or_path.
 
-    Its active task is ``task_name`` where it has such a task. Else it stays the one that was saved, or becomes none
-    where that is of another kind: an adapter of tags may get a task of sentences.
+    The active task becomes ``task_name`` if the adapter has this task. Otherwise the saved active task stays, or, if
+    it is of another kind, no task is active: an adapter for tags may get a task for sentences.
 
     Raises:
-        ConfigError: a flag asks for another shape than the adapter has, or ``task_name`` is of another kind.
-        AdapterFileError, HostError
+        ConfigError: a flag contradicts the adapter's shape, or ``task_name`` is of another kind.
+        AdapterFileError, HostError: the adapter or the host cannot be loaded.
     """
     config = read_config(adapter_file(args.adapter, CONFIG_NAME, args.adapter_revision, args.hub()))
     if task_name in config.tasks:
@@ -197,40 +197,43 @@ def load_adapter(
 
 
 def check_kind(config: UniHyperLoraConfig, args: ModelArguments) -> None:
-    """Raise ``ConfigError`` if a flag asks for another method or shape than the adapter of --adapter has.
+    """Raise ``ConfigError`` if a flag contradicts the method or shape of --adapter.
 
-    The router of an injected update may be another one than it was trained with.
+    The router of an injected update may differ from the one that it was trained with.
     """
     kind = "sat_lora" if config.projector == "host" else "unihyperlora"
     if kind != args.method:
         raise ConfigError(
-            f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}; say so, or train one."
+            f"The adapter '{args.adapter}' is of --method {kind}, not {args.method}. Give --method {kind}, or train a "
+            "new adapter."
         )
     free = ("router", "router_top_k") if config.pathway == "inject" else ()
     for name, value in ({} if args.method == "sat_lora" else args.shape()).items():
         if name not in free and getattr(config, name) != value:
             raise ConfigError(
-                f"--{name} {value} does not fit the adapter '{args.adapter}', which has {name} "
+                f"--{name} {value} contradicts the adapter '{args.adapter}', which has {name} "
                 f"{getattr(config, name)}. Leave the flag out, or train a new adapter."
             )
 
 
 def check_new_reader(config: UniHyperLoraConfig, task: str, adapter: str) -> None:
-    """Raise ``ConfigError`` if no reader is to be made, although --reader or --reader_bits was given."""
+    """Raise ``ConfigError`` if the run makes no reader; called if --reader or --reader_bits was given."""
     if config.pathway == "inject":
-        raise ConfigError(f"--reader is of a stream, and the adapter '{adapter}' is an injected update. Leave it out.")
+        raise ConfigError(
+            f"--reader is for a stream, but the adapter '{adapter}' is an injected update. Leave --reader out."
+        )
     if task in config.tasks:
         raise ConfigError(
-            f"--reader is of a new task, and the adapter '{adapter}' has the task '{task}'. Leave it out, or give "
-            "another --task_name."
+            f"--reader is for a new task, but the adapter '{adapter}' already has the task '{task}'. Leave --reader "
+            "out, or give another --task_name."
         )
 
 
 def refine(task: Task, model: UniHyperLoraPreTrainedModel, args: ModelArguments, splits: dict[str, list]) -> None:
-    """Line a model's host up on the text of --refine_file as well, or on that of the training split.
+    """Align a model's host with --refine_host on the text of --refine_file, or of the training split.
 
     Raises:
-        ConfigError, DataError, HostError
+        ConfigError, DataError, HostError: the text or --refine_host cannot be used.
     """
     if args.refine_file is not None:
         sentences = [line.split() for _, line in numbered_lines(Path(args.refine_file))]
@@ -239,13 +242,13 @@ def refine(task: Task, model: UniHyperLoraPreTrainedModel, args: ModelArguments,
     load = {"revision": args.adapter_revision, **args.hub()}
     source = UniHyperLoraModel.from_pretrained(args.adapter, base_model_name_or_path=args.refine_host, **load)
     model.refine(sentences, source)
-    logger.info("Lined up on %s as well: %s", args.refine_file or "the training text", model.describe())
+    logger.info("Aligned on %s too: %s", args.refine_file or "the training text", model.describe())
 
 
 def make_model(
     model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str, labels: list[str]
 ) -> nn.Module:
-    """A fresh adapter on the host, or the baseline of --method."""
+    """Make a new adapter on the host, or the baseline of --method."""
     if args.method in BASELINES:
         where = {"revision": args.model_revision or "main", **args.hub()}
         return make_baseline(args.method, model_class.task_type, args.model_name_or_path, labels, args.lora_r, **where)
@@ -265,7 +268,7 @@ def make_model(
 
 
 def named_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of --tokenizer_name, else that of --model_name_or_path."""
+    """Load the tokenizer of --tokenizer_name, else of --model_name_or_path."""
     name, revision = args.tokenizer_name, None
     if name is None:
         name, revision = args.model_name_or_path, args.model_revision
@@ -279,13 +282,13 @@ def read_data(
     task_name: str,
     task_labels: list[str] | None,
 ) -> tuple[dict[str, list], list[str]]:
-    """The rows of every split that the run needs, and the labels.
+    """Read every split that the run needs; returns split → rows, and the labels.
 
-    The labels are those of the adapter's task where it has one; else those that the flags name, those that the data
-    set declares, or those that occur in the training split, whichever is there first.
+    The labels come from the first of these that exists: the adapter's task, the flags, the data set's declaration, the
+    training split.
 
     Raises:
-        DataError: unreadable data, or a label that is not among those of the task.
+        DataError: the data cannot be read, or a label is not one of the task's labels.
     """
     needed = {
         "train": training_args.do_train,
@@ -300,8 +303,8 @@ def read_data(
     labels = task_labels or given_names or next(iter(declared), None) or task.collect_labels(splits.get("train", []))
     if len(labels) < 2:
         raise DataError(
-            f"At least two labels are needed; found: {', '.join(labels) or 'none'}. Give --adapter, --do_train with "
-            f"data that has more, or name them with {task.arguments.NAMES_FLAG}."
+            f"At least two labels are needed; found: {', '.join(labels) or 'none'}. Give --adapter, or --do_train "
+            f"with data that has more labels, or name the labels with {task.arguments.NAMES_FLAG}."
         )
     whose = f"task '{task_name}' of the adapter" if task_labels else "this run"
     check_label_names([*itertools.chain(*declared), *(given_names or [])], labels, whose)
@@ -312,7 +315,7 @@ def read_data(
 def read_split(
     task: Task, args: DataArguments, split: str, id_names: list[str] | None
 ) -> tuple[list, list[str] | None]:
-    """The rows of "train", "validation" or "test", and the labels that the data set itself declares."""
+    """Read "train", "validation" or "test"; returns the rows, and the labels that the data set declares or None."""
     file, declared = args.file_of(split), None
     if file is not None:
         rows = task.read_file(file, label_names=id_names, **args.reading(split))
@@ -335,13 +338,13 @@ def make_trainer(
     data_args: DataArguments,
     training_args: UniHyperLoraTrainingArguments,
 ) -> tuple[Trainer, dict[str, Dataset]]:
-    """The Trainer of the method, and every split as its host reads it."""
+    """Make the Trainer of the method; returns it, and the model inputs of every split."""
     is_adapter = isinstance(model, UniHyperLoraPreTrainedModel)
     if is_adapter:
         if getattr(data_args, "label_all_tokens", False) and model.config.pathway != "inject":
             raise ConfigError(
-                f"--label_all_tokens does not go with --pathway {model.config.pathway}, which reads one state of each "
-                "word and has no others to label. Leave it out, or train with --pathway inject."
+                f"--label_all_tokens cannot be used with --pathway {model.config.pathway}, which reads one state per "
+                "word. Leave it out, or train with --pathway inject."
             )
         host_config, trainer_class = model.host.config, UniHyperLoraTrainer
         name, revision = model.config.base_model_name_or_path, model.config.base_model_revision
@@ -356,7 +359,7 @@ def make_trainer(
             training_args.learning_rate = training_args.learning_rate_of("head")
     check_host_size(host_config, name, model_args)
     if is_adapter and model.stream is not None:
-        tokenizer = model.stream.words.tokenizer  # with which the host was lined up
+        tokenizer = model.stream.words.tokenizer  # the tokenizer that the host was aligned with
     else:
         host_named = dataclasses.replace(model_args, model_name_or_path=name, model_revision=revision)
         tokenizer = named_tokenizer(host_named)
@@ -364,7 +367,7 @@ def make_trainer(
     window = window_of(model.host if is_adapter else model, tokenizer)
     length = min(data_args.max_seq_length, window or data_args.max_seq_length)
     if length < data_args.max_seq_length:
-        logger.warning("--max_seq_length %d is more than the host reads; using %d.", data_args.max_seq_length, length)
+        logger.warning("--max_seq_length %d exceeds the host's maximum; using %d.", data_args.max_seq_length, length)
     own = (data_args, scheme)
     read = dict(splits)
     if is_adapter and model.injection is None and training_args.train_scope == "task" and "train" in read:
@@ -375,12 +378,12 @@ def make_trainer(
         tokenizer,
         padding="max_length" if data_args.pad_to_max_length else True,
         max_length=length if data_args.pad_to_max_length else None,
-        pad_to_multiple_of=8 if training_args.fp16 else None,  # what tensor cores want
+        pad_to_multiple_of=8 if training_args.fp16 else None,  # for tensor cores
     )
     scores, more = validation and task.scores(validation, data_args), {}
     if is_adapter and model.injection is not None and data_args.cache_eval_states:
-        logger.info("The injected update moves the host's states, so those of --cache_eval_states are not used.")
-    if is_adapter and model.injection is None:  # what its host computes never changes
+        logger.info("--cache_eval_states is ignored: an injected update changes the host's states.")
+    if is_adapter and model.injection is None:  # the host's states never change
         collator = StreamCollator(collator)
         if train is not None:
             check_pathway(training_args, model)  # before the host reads all the text
@@ -411,23 +414,23 @@ def make_trainer(
 
 
 def check_host_size(host_config, host: str, args: ModelArguments) -> None:
-    """Raise ``ConfigError`` if the host is not of the size that the run config or the flags state."""
+    """Raise ``ConfigError`` if the host's size differs from the run config or the flags."""
     for name, actual in (("hidden_size", host_config.hidden_size), ("num_layers", host_config.num_hidden_layers)):
         stated = getattr(args, name)
         if stated not in (None, actual):
             raise ConfigError(
                 f"The run config or the command line states {name} {stated}, but the host '{host}' has {actual}. "
-                f"Choose the host that was meant, or give --{name} {actual}."
+                f"Choose another host, or give --{name} {actual}."
             )
 
 
 def checkpoint_to_resume(args: UniHyperLoraTrainingArguments) -> str | None:
     """The checkpoint of --resume_from_checkpoint: a folder, or "true" for the last complete one in the output folder.
 
-    None stands for the beginning, from which a run has to start that was stopped before its first checkpoint.
+    None means that training starts from the beginning, as for a run that was stopped before its first checkpoint.
 
     Raises:
-        ConfigError: the folder is no checkpoint that was written to its end.
+        ConfigError: the folder is not a complete checkpoint.
     """
     if not asks_to_resume(args):
         return None
@@ -436,19 +439,19 @@ def checkpoint_to_resume(args: UniHyperLoraTrainingArguments) -> str | None:
         return resumable(args.output_dir)
     if not is_complete(Path(asked)):
         raise ConfigError(
-            f"--resume_from_checkpoint {asked}: no such checkpoint, or not written to its end. Give the folder of a "
-            "complete one, or true for the last one in --output_dir."
+            f"--resume_from_checkpoint {asked}: no such checkpoint, or it is incomplete. Give the folder of a "
+            "complete checkpoint, or true for the last one in --output_dir."
         )
     return asked
 
 
 def asks_to_resume(args: UniHyperLoraTrainingArguments) -> bool:
-    """Whether --resume_from_checkpoint was given, and not as "false"."""
+    """Whether --resume_from_checkpoint was given with a value other than "false"."""
     return str(args.resume_from_checkpoint or "false").lower() != "false"
 
 
 def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:
-    """Progress to stderr, at the level of --log_level; the other processes of a launch stay quiet."""
+    """Log progress to stderr at the level of --log_level; the other processes of a launch log only warnings."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = logging.INFO if args.log_level == "passive" and args.should_log else args.get_process_log_level()
     for name in ("trainers", "modeling_unihyperlora"):
@@ -458,7 +461,7 @@ def set_up_logging(args: UniHyperLoraTrainingArguments, script: str) -> None:
     logger.info("%s: process %d of %d on %s", script, args.process_index + 1, args.world_size, args.device)
 
 
-# ---- the work, and what it cost ----
+# ---- the work and its costs ----
 
 
 def work(
@@ -469,10 +472,10 @@ def work(
     data_args: DataArguments,
     zero_shot: bool,
 ) -> dict[str, object]:
-    """Train, evaluate and predict as far as asked for; returns every figure found on the way.
+    """Train, evaluate and predict, as the arguments ask; returns all figures.
 
     Args:
-        zero_shot: the model knows the task from elsewhere, so that its score before any training means something.
+        zero_shot: the model has learnt the task before, so it is also scored before training.
     """
     args = trainer.args
     metrics: dict[str, object] = {}
@@ -505,7 +508,7 @@ def work(
 
 
 def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTrainingArguments) -> dict[str, object]:
-    """Bytes, multiply-adds, memory and parameters of what was trained here, or else of the adapter that was loaded."""
+    """Bytes, multiply-adds, memory and parameters of the trained model, or of the loaded adapter without training."""
     folder: str | Path | None = args.output_dir if args.do_train else None
     if model_args.method in BASELINES:
         return measure_baseline(model, model_args.method, folder)
@@ -521,14 +524,14 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
 
 
 def host_cpu_seconds(model: nn.Module, trainer: Trainer) -> float | None:
-    """CPU seconds of this process that lining hosts up and reading text for kept states took; None without a stream.
+    """CPU seconds that this process spent on aligning hosts and computing their states; None without a stream.
 
-    They are next to none where all of it was in the cache.
+    The figure is near zero if everything was in the cache.
     """
     if getattr(model, "stream", None) is None:
         return None
-    kept = [*trainer.sources, *([trainer.eval_dataset.words] if hasattr(trainer.eval_dataset, "words") else [])]
-    return round(model.stream.cpu_seconds + sum(part.cpu_seconds for part in kept), 1)
+    cached = [*trainer.sources, *([trainer.eval_dataset.words] if hasattr(trainer.eval_dataset, "words") else [])]
+    return round(model.stream.cpu_seconds + sum(part.cpu_seconds for part in cached), 1)
 
 
 def write_predictions(folder: str, rows: list[dict], line: Callable[[dict], str]) -> None:

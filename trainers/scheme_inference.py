@@ -1,7 +1,7 @@
-"""Which tag scheme the training sentences keep to.
+"""Infers the tag scheme from the training sentences.
 
-The names of the labels do not tell: B-PER and I-PER are in IOB1 and in IOB2. Whether I-PER may begin an entity is seen
-in the order of the tags.
+Label names do not determine the scheme: both IOB1 and IOB2 have B-PER and I-PER. Only the order of the tags shows
+whether I-PER may begin an entity.
 """
 
 import logging
@@ -17,7 +17,7 @@ from .tag_schemes import LETTERS, ROLES, letters_alone, may_follow, split_tag, t
 logger = logging.getLogger(__name__)
 
 _LIKE_O = ("0", "o", "_", "-", "*")
-_LOOKALIKES = (  # what seems meant as PREFIX-TYPE and is not
+_LOOKALIKES = (  # forms that resemble PREFIX-TYPE
     re.compile(r"(?P<prefix>[BIMESLU])[_:/.|](?P<type>.*)"),
     re.compile(r"(?P<prefix>[BIMESLU])-(?P<type>)"),
     re.compile(r"(?P<prefix>[bimeslu])[-_:/.|](?P<type>.*)"),
@@ -28,18 +28,18 @@ _LOOKALIKES = (  # what seems meant as PREFIX-TYPE and is not
 def infer_scheme(
     sequences: Sequence[tuple[str, Sequence[str]]], labels: Sequence[str], stated: str | None = None
 ) -> str:
-    """The scheme that the tags of the training sentences keep to.
+    """Infer the scheme from the tags of the training sentences; warns if some tags break its rules.
 
     Args:
-        sequences: where each sentence was read, and its tags.
-        labels: all that the task has, those included that do not occur.
-        stated: the scheme that the caller says it is.
+        sequences: origin and tags of each sentence.
+        labels: all labels of the task, including unused ones.
+        stated: scheme given by the user, or None.
 
     Returns:
-        One of ``TAG_SCHEMES``. Sentences that break its rules are counted in a warning.
+        One of ``TAG_SCHEMES``.
 
     Raises:
-        DataError: the prefixes are of no scheme, or of another than the stated one, or only resemble prefixes.
+        DataError: the prefixes belong to no scheme or not to the stated one, or the tags only resemble prefixes.
     """
     if stated is not None and stated not in TAG_SCHEMES:
         raise DataError(f"The tag scheme {stated!r} is unknown. Choose one of {', '.join(TAG_SCHEMES)}.")
@@ -50,12 +50,12 @@ def infer_scheme(
     known = sorted({*used, *labels})
     candidates = _candidates(used, known, stated)
     broken = {scheme: count_broken(sequences, known, scheme) for scheme in candidates}
-    scheme = min(candidates, key=lambda name: broken[name][0])  # the first of equals
+    scheme = min(candidates, key=lambda name: broken[name][0])  # the first if several are equal
     count, where = broken[scheme]
     if count:
         logger.warning(
-            "The tags are read as %s, whose rules are broken %d times, first in %s. Correct them, or give "
-            "--tag_scheme if they are of another scheme.",
+            "The tags are read as %s, whose rules are broken %d times, first in %s. Correct the tags, or give "
+            "--tag_scheme if they follow another scheme.",
             scheme,
             count,
             where,
@@ -66,7 +66,7 @@ def infer_scheme(
 def count_broken(
     sequences: Iterable[tuple[str, Sequence[str]]], labels: Sequence[str], scheme: str
 ) -> tuple[int, str]:
-    """How many tags break the rules of a scheme, and where the first of them was read."""
+    """Number of tags that break the rules of a scheme, and the origin of the first one."""
     meaning = tags_of_labels(labels, scheme)
     count, first = 0, ""
     allowed: dict[tuple[str | None, str | None], bool] = {}
@@ -80,14 +80,16 @@ def count_broken(
 
 
 def _candidates(used: list[str], labels: list[str], stated: str | None) -> list[str]:
-    """The schemes that have the letters of these tags, the likeliest first; of them the stated one alone."""
+    """Schemes that have all prefixes of these tags, the most likely first; only the stated scheme if one is stated.
+
+    Raises:
+        DataError: no scheme fits, or the stated one does not.
+    """
     alone = letters_alone([label for label in labels if label != "O"])
     prefixed = used if alone else [tag for tag in used if split_tag(tag)[0]]
     if not prefixed or (stated == "IO" and len(prefixed) < len(used)):
         if stated not in (None, "IO"):
-            raise DataError(
-                f"The tags {listed(used)} have no prefix, so they are not {stated}. They are of scheme IO."
-            )
+            raise DataError(f"The tags {listed(used)} have no prefix, so they are not {stated}. Their scheme is IO.")
         if stated is None:
             _check_bare(used)
         return ["IO"]
@@ -103,19 +105,19 @@ def _candidates(used: list[str], labels: list[str], stated: str | None) -> list[
     if not candidates or stated not in (None, *candidates):
         raise DataError(
             f"The tags {listed(used)} with the prefixes {', '.join(sorted(letters))} are not of "
-            f"{'the scheme ' + stated if stated else 'a known scheme'}. Known are IOB1 and IOB2 (B, I), IOBES (B, I, "
-            "E, S), BILOU (B, I, L, U), BMES (B, M, E, S) and IO (I alone, or types without a prefix)."
+            f"{'the scheme ' + stated if stated else 'a known scheme'}. Known schemes: IOB1 and IOB2 (B, I), IOBES "
+            "(B, I, E, S), BILOU (B, I, L, U), BMES (B, M, E, S) and IO (I only, or types without a prefix)."
         )
     return candidates if stated is None else [stated]
 
 
 def _check_prefixed(used: Sequence[str], prefixed: Sequence[str]) -> None:
-    """Raise ``DataError`` where some tags have a prefix and others none, or one has two."""
+    """Raise ``DataError`` if some tags have a prefix and others have none, or if a tag has two prefixes."""
     bare = [tag for tag in used if tag not in prefixed]
     if bare:
         raise DataError(
-            f"The tag '{bare[0]}' has no prefix, '{prefixed[0]}' has one. Give each tag one (B-{bare[0]}, "
-            f"I-{bare[0]}), O where it stands for none, or give --tag_scheme IO if they are all bare types."
+            f"The tag '{bare[0]}' has no prefix, '{prefixed[0]}' has one. Give each tag a prefix (B-{bare[0]}, "
+            f"I-{bare[0]}), write O outside entities, or give --tag_scheme IO if all tags are bare types."
         )
     types = {kind for _, kind in map(split_tag, used)}
     for tag in used:
@@ -123,17 +125,17 @@ def _check_prefixed(used: Sequence[str], prefixed: Sequence[str]) -> None:
         if inner[0] and inner[1] in types:
             raise DataError(
                 f"The tag '{tag}' has two prefixes: its type would be '{'-'.join(inner)}', and there is a type "
-                f"'{inner[1]}'. Give it one: {inner[0]}-{inner[1]} or {split_tag(tag)[0]}-{inner[1]}."
+                f"'{inner[1]}'. Give it one prefix: {inner[0]}-{inner[1]} or {split_tag(tag)[0]}-{inner[1]}."
             )
 
 
 def _check_bare(used: Sequence[str]) -> None:
-    """Raise ``DataError`` where bare types look like something else that was meant: ids, an O, or prefixed tags."""
+    """Raise ``DataError`` if bare types look like ids, like O, or like prefixed tags in another form."""
     if all(map(str.isdecimal, used)):
         raise DataError(
-            f"The tags are numbers written as text ({listed(map(repr, used))}), so that 0 would be an entity as well. "
+            f"The tags are numbers written as text ({listed(map(repr, used))}), so that 0 would be an entity too. "
             "Write numbers without quotation marks in JSON lines and name them with --tag_names O B-PER I-PER …; or "
-            "give --tag_scheme IO if each number is a type as it stands."
+            "give --tag_scheme IO if each number is the name of a type."
         )
     entities = [tag for tag in used if tag != "o"]
     for lookalike in _LOOKALIKES:
@@ -142,11 +144,11 @@ def _check_bare(used: Sequence[str]) -> None:
             tag, match = entities[0], found[0]
             meant = "-".join(filter(None, (match["prefix"].upper(), match["type"])))
             raise DataError(
-                f"The tag '{tag}' looks like {meant}, written differently, as all the others do. Write prefix, "
-                f"hyphen, type ({meant}), and O for none; or give --tag_scheme IO if '{tag}' is a type as it stands."
+                f"The tag '{tag}' looks like {meant} in another form, and so do the other tags. Write prefix, hyphen, "
+                f"type ({meant}), and O outside entities. Or give --tag_scheme IO if '{tag}' is the name of a type."
             )
     if none := [tag for tag in used if tag in _LIKE_O]:
         raise DataError(
-            f"The tag {none[0]!r} seems to stand for none, and would be an entity of that type. Write O where there "
-            f"is none; or give --tag_scheme IO if {none[0]!r} is a type as it stands."
+            f"The tag {none[0]!r} seems to mean no entity, but would be read as an entity of that type. Write O "
+            f"outside entities; or give --tag_scheme IO if {none[0]!r} is the name of a type."
         )

@@ -1,17 +1,18 @@
-"""How tags mark where an entity begins and ends: IOB1, IOB2, IOBES, BILOU, BMES, or IO (I- alone, or bare types).
+"""Tag schemes, which mark where entities begin and end: IOB1, IOB2, IOBES, BILOU, BMES, IO (I- only, or bare types).
 
-The scheme is inferred from the training tags (``scheme_inference``), kept with the task, and obeyed by whoever decodes
-and scores it. Without a scheme (None) any tag may follow any other.
+The scheme is inferred from the training tags (``scheme_inference``) and saved with the task. Decoding and scoring
+follow it. Without a scheme (None), any tag may follow any other.
 
-A label has a role (B begins an entity of several words, I is inside, E ends it, S is one by itself, O is none) and a
-type. Each scheme has letters of its own for the roles. "B", "I" and "O" alone are tags of one type without a name.
+A label has a role and a type. The roles are B (begins an entity of several words), I (inside), E (ends the entity),
+S (an entity of one word) and O (outside). Each scheme has its own letters for the roles. "B", "I" and "O" alone are
+tags of a single type without a name.
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-UNNAMED = "entity"  # the type of B, I and O without a type
+UNNAMED = "entity"  # type of the tags B, I and the like that name no type
 
 ROLES = dict(zip("BIMELSU", "BIIEESS", strict=True))
 LETTERS = {"IOB2": "BI", "IOB1": "BI", "IOBES": "BIES", "BILOU": "BILU", "BMES": "BMES"}
@@ -19,7 +20,7 @@ _PREFIXED = re.compile(r"([BIMESLU])-(.+)")
 
 
 class Tag(NamedTuple):
-    """What a label means: its role (B, I, E, S, or O) and the type of the entity."""
+    """The meaning of a label: its role (B, I, E, S or O) and the type of the entity."""
 
     role: str
     type: str
@@ -35,7 +36,7 @@ def split_tag(label: str) -> tuple[str, str]:
 
 
 def tags_of_labels(labels: Iterable[str], scheme: str | None) -> dict[str, Tag]:
-    """What each label means in a scheme; a bare type is inside an entity of that type."""
+    """The meaning of each label in a scheme; a bare type X means inside an entity of type X."""
     entities = [label for label in labels if label != "O"]
     if scheme is not None and letters_alone(entities):
         found = {label: Tag(ROLES[label], UNNAMED) for label in entities}
@@ -48,21 +49,21 @@ def tags_of_labels(labels: Iterable[str], scheme: str | None) -> dict[str, Tag]:
 
 
 def may_follow(scheme: str | None, before: Tag | None, after: Tag | None) -> bool:
-    """Whether a tag may stand behind another; None is the border of the sentence."""
-    begun = before is not None and before.role in ("B", "I")  # an entity that may go on
-    goes_on = begun and after is not None and before.type == after.type
+    """Whether a tag may follow another; None is the border of the sentence."""
+    is_open = before is not None and before.role in ("B", "I")  # the entity may continue
+    same_entity = is_open and after is not None and before.type == after.type
     if scheme == "IOB2":  # every entity begins with B
-        return after is None or after.role != "I" or goes_on
-    if scheme == "IOB1":  # B only parts an entity from one of the same type before it
-        return after is None or after.role != "B" or goes_on
-    if scheme in ("IOBES", "BILOU", "BMES"):  # what has begun goes on until E or L, and nothing else goes on
+        return after is None or after.role != "I" or same_entity
+    if scheme == "IOB1":  # B only separates an entity from an entity of the same type before it
+        return after is None or after.role != "B" or same_entity
+    if scheme in ("IOBES", "BILOU", "BMES"):  # an open entity continues until E or L; only an open entity continues
         continues = after is not None and after.role in ("I", "E")
-        return continues and goes_on if begun else not continues
+        return continues and same_entity if is_open else not continues
     return True
 
 
 def default_scheme(labels: Iterable[str]) -> str | None:
-    """What the names alone tell, for a task that was saved without its scheme: IOB2 where that is possible."""
+    """Scheme of a task that was saved without one: IOB2 if the labels fit it, else None."""
     labels = [label for label in labels if label != "O"]
     split = [(label, "") if letters_alone(labels) else split_tag(label) for label in labels]
     iob2 = all(prefix in ("B", "I") and ("B", kind) in split for prefix, kind in split)
@@ -70,12 +71,12 @@ def default_scheme(labels: Iterable[str]) -> str | None:
 
 
 def letters_alone(labels: Sequence[str]) -> bool:
-    """Whether these are B, I and the like without a type, and of one scheme."""
+    """Whether the labels are bare prefixes (B, I …) of one scheme, without types."""
     return bool(labels) and any(set(labels) <= set(letters) for letters in LETTERS.values())
 
 
 def reader_of_tags(labels: Sequence[str], scheme: str | None) -> Callable[[str], str]:
-    """A function from a label to the same as seqeval's own mode is to read it: O, B-X, I-X, E-X or S-X."""
+    """A function that rewrites a label for seqeval's default mode: O, B-X, I-X, E-X or S-X."""
     meaning = tags_of_labels(labels, scheme)
     written = {label: "O" if tag == OUTSIDE else f"{tag.role}-{tag.type}" for label, tag in meaning.items()}
     return written.__getitem__

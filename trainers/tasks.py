@@ -1,4 +1,4 @@
-"""The kinds of task that there are: tags of words, and classes of texts or of pairs of texts."""
+"""The two kinds of task: tags of words (NER), and classes of texts or pairs of texts."""
 
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 

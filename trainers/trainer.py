@@ -1,4 +1,4 @@
-"""The Trainer of UniHyperLoRA: budget loss, learning rates by part, checkpoints that hold the adapter alone."""
+"""The Trainer of UniHyperLoRA: budget loss, a learning rate per part, checkpoints with the adapter only."""
 
 import logging
 from pathlib import Path
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
-    E[k] is the mean over the labelled tokens (sentences for sequence classification) of the batch; a stream, which has
-    no router, has none. With gradient accumulation and several processes every term is normalised over the whole
-    batch, so that the loss does not depend on how a batch is cut. ``task_loss``, ``lambda_q_loss`` and, of an injected
-    update, ``lambda_f_loss`` are logged apart.
+    E[k] is the mean over the batch's labelled tokens (sentences in sequence classification). A stream has no router,
+    so it has no E[k]. With gradient accumulation and several processes, every term is normalised over the whole batch:
+    the loss does not depend on how a batch is split. ``task_loss``, ``lambda_q_loss`` and, for an injected update,
+    ``lambda_f_loss`` are logged separately.
 
     Args:
         model: a UniHyperLoRA model.
-        args: how to train it.
-        sources: hosts that a task of a stream is trained on, the model's own first.
-        **kwargs: those of ``Trainer``.
+        args: training arguments.
+        sources: hosts to train a task of a stream on; the model's own host comes first.
+        **kwargs: passed to ``Trainer``.
 
     Raises:
-        BudgetError: before anything is trained, if the file or the multiply-adds would be over budget.
-        ConfigError: likewise, if an argument cannot be honoured.
+        BudgetError: the weights file or the multiply-adds exceed the budget; raised before training.
+        ConfigError: an argument cannot be honoured; raised before training.
     """
 
     args: UniHyperLoraTrainingArguments
@@ -60,10 +60,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
         self.sources = sources or []
         if self.sources and kwargs.get("model_init") is not None:
             raise ConfigError(
-                "sources belong to one model, and model_init makes another for every trial. Search a stream with "
-                "--do_search, where each trial is a run of its own."
+                "sources belong to one model, but model_init makes a new model for every trial. Search a stream with "
+                "--do_search, which starts a separate run for each trial."
             )
-        self._trains = kwargs.get("train_dataset") is not None  # any adapter may be scored on any host
+        self._trains = kwargs.get("train_dataset") is not None  # the checks of training do not apply to scoring
         self.args = args = args or UniHyperLoraTrainingArguments("tmp_trainer")  # as the Trainer does
         check_adapter_trainer(args, self._trains, bool(self.sources))
         if model is not None:
@@ -76,11 +76,11 @@ class UniHyperLoraTrainer(SearchableTrainer):
         self._active = [0.0, 0]
 
     def make_ready(self, model) -> None:
-        """Set the train scope of a model.
+        """Check a model and set its train scope.
 
         Raises:
-            BudgetError
-            ConfigError: an argument is of the other pathway, or δθ alone is to be trained of a task whose reader is
+            BudgetError: the model is over budget.
+            ConfigError: an argument is for the other pathway, or only δθ is to be trained but the task's reader is
                 new.
         """
         if self._trains:
@@ -91,7 +91,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- loss ----
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        labelled = inputs["labels"] != -100  # with label smoothing the Trainer takes the labels out
+        labelled = inputs["labels"] != -100  # before the Trainer removes the labels for label smoothing
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         items, across = items.to(loss.device).clamp_min(1), self._processes_in(num_items_in_batch)
@@ -113,7 +113,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _processes_in(self, num_items_in_batch) -> int:
-        """Processes whose losses the launcher averages although ``num_items_in_batch`` counts the items of all."""
+        """Factor that undoes the launcher's mean over processes, if ``num_items_in_batch`` counts all their items."""
         counted_over_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
         return self.accelerator.num_processes if counted_over_all else 1
 
@@ -124,7 +124,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """With copies of a stream's sources and with noise where a task is trained; δθ is tuned to a host as it is."""
+        """Training data of a stream: a task is trained with noise and copies of the sources, δθ without either."""
         if self.sources:
             trains_task = self.args.train_scope == "task"
             self.train_dataset.fidelity = self.args.fidelity if trains_task else 1.0
@@ -154,7 +154,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Adds ``<prefix>_active_atoms_per_token``, the hard count averaged over labelled tokens and blocks."""
+        """Adds ``<prefix>_active_atoms_per_token``: number of used atoms, averaged over labelled tokens and blocks."""
         self._active = [0.0, 0]
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor(self._active, device=self.args.device)
@@ -166,9 +166,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- optimiser ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group a part and a kind of decay; only what the train scope trains is in any of them.
+        """Create the optimiser with a parameter group for each part of the adapter, with and without weight decay.
 
-        With ``optimizer_cls_and_kwargs`` a part's rate follows from the "lr" in there, if there is one.
+        The groups hold only parameters that the train scope trains. With ``optimizer_cls_and_kwargs``, its "lr"
+        replaces ``learning_rate``, if given.
         """
         if self.optimizer is None:
             adapter = self.unwrapped.adapter
@@ -194,7 +195,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
                 self.optimizer = optimizer_class(parts, **kwargs)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"The optimiser {optimizer_class.__name__} does not take its settings ({first_line(error)}). "
+                    f"The optimiser {optimizer_class.__name__} does not accept its settings ({first_line(error)}). "
                     "Correct optim_args or optimizer_cls_and_kwargs, the learning rates or the weight decay."
                 ) from error
         return self.optimizer
@@ -206,14 +207,14 @@ class UniHyperLoraTrainer(SearchableTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resumable(self.args.output_dir)
         if resume_from_checkpoint and not Path(resume_from_checkpoint, LATENTS_NAME).is_file():
-            self._load_from_checkpoint(resume_from_checkpoint)  # says so before anything is trained
+            self._load_from_checkpoint(resume_from_checkpoint)  # raises the error before training
         if self.model_init is None:
             config, model = self.unwrapped.config, self.unwrapped
             task = config.tasks[config.active_task]
-            task["trained"] = True  # from now on its head is no longer new
+            task["trained"] = True  # its reader and head are no longer new
             if model.injection is None and self.args.train_scope == "delta":
                 task.pop("refined", None)
-                task |= {"refined": model.stream.refined} if model.stream.refined else {}  # the map that δθ goes with
+                task |= {"refined": model.stream.refined} if model.stream.refined else {}  # δθ needs this map
             else:
                 blocks = (model.injection.map if model.injection else model.stream.words).num_layers
                 if not is_among(model.host, blocks, config.source_hosts):
@@ -221,12 +222,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
         if self.is_deepspeed_enabled:
             self.unwrapped.register_load_state_dict_pre_hook(fill_in_frozen)
         if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self._load_from_checkpoint(resume_from_checkpoint)  # before they share the weights out
+            self._load_from_checkpoint(resume_from_checkpoint)  # before the weights are sharded
         self._loss_sums, self._loss_updates, self._noted_update = {}, 0, -1
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter's folder; a checkpoint, whatever its name, has two files of it and the latents for resuming."""
+        """Save the adapter's folder; a checkpoint gets only two of its files, and the latents needed to resume."""
         folder = Path(output_dir or self.args.output_dir)
         with whole(self.unwrapped.adapter):
             if not self.args.should_save:
@@ -238,7 +239,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
                 self.unwrapped.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Without the host, which DeepSpeed and FSDP would write beside the state of the optimiser."""
+        """Save without the host's weights, which DeepSpeed and FSDP would otherwise write too."""
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
@@ -252,13 +253,13 @@ class UniHyperLoraTrainer(SearchableTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Into the adapter; a ``model`` that is given is wrapped by FSDP, and has what ``train`` loaded before."""
+        """Load a checkpoint into the adapter; skipped for a ``model`` wrapped by FSDP, which ``train`` has loaded."""
         if model is not None:
             return
         path = Path(resume_from_checkpoint) / LATENTS_NAME
         if not path.is_file():
             raise AdapterFileError(
-                f"{resume_from_checkpoint} is no checkpoint to resume from: it has no {LATENTS_NAME}. Give a "
+                f"Training cannot resume from {resume_from_checkpoint}: it has no {LATENTS_NAME}. Give a "
                 "checkpoint-<step> folder that training wrote."
             )
         load_latents(self.unwrapped.adapter, path)
@@ -270,7 +271,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training, so that a wrong name or token is found out at once."""
+        """Create the repository before training, so that a wrong name or token fails at once."""
         if self.is_world_process_zero():
             own = {"token": token or self.args.hub_token, "private": self._private(private)}
             self.hub_model_id = create_repository(self._repo_id, **own)
@@ -285,18 +286,18 @@ class UniHyperLoraTrainer(SearchableTrainer):
         private: bool | None = None,
         **facts,
     ) -> Push | None:
-        """Save, and push exactly the adapter: no tokenizer, no arguments, no checkpoint.
+        """Save the adapter and push it, without tokenizer, arguments or checkpoints.
 
         Args:
             commit_message, token, revision, private: as for ``Trainer``.
-            blocking: without effect; an adapter is pushed in a moment.
-            **facts: ``base_model_name_or_path`` and those of ``hub.push_folder`` for the card.
+            blocking: has no effect; the push always blocks.
+            **facts: ``base_model_name_or_path`` and the facts of ``hub.push_folder`` for the card.
 
         Returns:
-            What was pushed, None but in the main process.
+            What was pushed; None in all processes but the main one.
 
         Raises:
-            HubError: it cannot be pushed; what the repository had is untouched.
+            HubError: the push failed; the repository is unchanged.
         """
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -313,7 +314,7 @@ class UniHyperLoraTrainer(SearchableTrainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """With ``hub_strategy="every_save"``: the adapter as it is now. A Hub that fails does not end a training."""
+        """Push the current adapter if ``hub_strategy="every_save"``; training continues if the push fails."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -322,10 +323,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
         try:
             push_folder(checkpoint_folder, self._repo_id, commit_message=message, **own)
         except HubError as error:
-            logger.warning("%s The training goes on.", error)
+            logger.warning("%s Training continues.", error)
 
     def create_model_card(self, **facts) -> None:
-        """The adapter's own card in the output folder; see ``card.write_card``."""
+        """Write the adapter's model card to the output folder; see ``card.write_card``."""
         if self.is_world_process_zero():
             write_card(Path(self.args.output_dir), **facts)
 

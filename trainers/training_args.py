@@ -1,7 +1,8 @@
-"""Training arguments of UniHyperLoRA: those of transformers, the scope, the budget loss, learning rates by part.
+"""Training arguments: those of transformers, and the train scope, loss weights, budgets and learning rate per part.
 
-The parts learn at very different rates (the atoms of a zero-initialised dictionary fast, waves and router slowly), so
-one ``learning_rate`` sets all of them through ``LEARNING_RATE_FACTORS`` and each can be set on its own.
+The parts need very different learning rates: the atoms of a zero-initialised dictionary a high one, the waves of the
+projector and the router a low one. So each part's rate is ``learning_rate`` times its factor in
+``LEARNING_RATE_FACTORS``, and each rate can also be set separately.
 """
 
 import math
@@ -21,68 +22,79 @@ LEARNING_RATE_FACTORS = {
     **{"reader": 0.8, "delta": 1.0, "head": 1.0},
 }
 
-RANGES = {  # of arguments that transformers does not check before it uses them
+RANGES = {  # allowed ranges of arguments that transformers does not check in advance
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, float("inf"))),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, float("inf"))),
     **dict.fromkeys(("dataloader_num_workers", "weight_decay", "max_grad_norm", "eval_delay"), (0, float("inf"))),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "label_smoothing_factor": (0, 0.99),
     **dict.fromkeys(("learning_rate", "num_train_epochs"), (0, float("inf"))),
-    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (1e-9, float("inf"))),  # below 1 a share of all
+    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), (1e-9, float("inf"))),  # < 1: share of all
 }
 
 
 @dataclass
 class UniHyperLoraTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` and what the adapter adds.
+    """``TrainingArguments`` with the arguments of the adapter.
 
-    A part's learning rate of None means ``learning_rate`` times its factor in ``LEARNING_RATE_FACTORS``.
+    If a part's learning rate is None, it is ``learning_rate`` times the part's factor in ``LEARNING_RATE_FACTORS``.
     """
 
     learning_rate: float = field(
-        default=5e-3, metadata={"help": "Learning rate; that of each part is this one times a factor of its own."}
+        default=5e-3, metadata={"help": "Learning rate; each part of the adapter multiplies it by its own factor."}
     )
     train_scope: str = field(
         default="task",
         metadata={
-            "help": "What is trained: 'task' (reader and head of the task; all of an injected update) or 'delta' (δθ "
-            "alone; of an injected update also the head of a new task).",
+            "help": "What to train: 'task' (reader and head of the task; all parts of an injected update) or 'delta' "
+            "(only δθ; with an injected update also the head of a new task).",
             "choices": ["task", "delta"],
         },
     )
     lambda_f: float = field(
-        default=1e-3, metadata={"help": "Weight λ_F of E[k], the expected atoms a token of an injected update."}
+        default=1e-3,
+        metadata={"help": "Weight λ_F of E[k], the expected atoms per token (injected update)."},
     )
     lambda_q: float = field(default=1e-5, metadata={"help": "Weight λ_Q of the squared norm of δθ."})
     dictionary_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of an injected update's atoms."}
+        default=None, metadata={"help": "Learning rate of the atoms (injected update)."}
     )
     projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of an injected update's projector."}
+        default=None, metadata={"help": "Learning rate of the projector (injected update)."}
     )
-    mixer_learning_rate: float | None = field(default=None, metadata={"help": "That of an injected update's mixer."})
-    router_learning_rate: float | None = field(default=None, metadata={"help": "That of an injected update's router."})
-    reader_learning_rate: float | None = field(default=None, metadata={"help": "That of a stream's reader."})
+    mixer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the mixer (injected update)."}
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the router (injected update)."}
+    )
+    reader_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the reader (stream)."}
+    )
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     delta_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of δθ."})
     fidelity: float = field(
         default=0.95,
         metadata={
-            "help": "Noise on a source's coordinates in training: the least correlation that it leaves; 1 for none."
+            "help": "Noise on the canonical states in training: lowest correlation of noisy and original states; 1 "
+            "means no noise."
         },
     )
     copy_fidelity: float = field(
-        default=0.7, metadata={"help": "The same for copies of the source with fewer blocks or dimensions."}
+        default=0.7, metadata={"help": "As --fidelity, for copies of the source host with fewer blocks or dimensions."}
     )
     max_adapter_bytes: int | None = field(
         default=MAX_ADAPTER_BYTES,
-        metadata={"help": "Largest weights file; over it training does not start. No limit by default for baselines."},
+        metadata={
+            "help": "Maximum size of the weights file, in bytes; a larger one stops the run before training. "
+            "Baselines have no limit by default."
+        },
     )
     max_flops_overhead_pct: float | None = field(
         default=MAX_FLOPS_OVERHEAD_PCT,
         metadata={
-            "help": "Most extra multiply-adds a token, in per cent of the host's; over it training does not start. "
-            "No limit by default for baselines."
+            "help": "Maximum extra multiply-adds per token, in per cent of the host's; more stop the run before "
+            "training. Baselines have no limit by default."
         },
     )
 
@@ -98,30 +110,31 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
-                beyond = f"{least} or more, and finite" if most == float("inf") else f"from {least} to {most}"
-                raise ConfigError(f"{name}={value!r} is not allowed; it must be {beyond}.")
+                allowed = f"{least} or more, and finite" if most == float("inf") else f"from {least} to {most}"
+                raise ConfigError(f"{name}={value!r} is not allowed; it must be {allowed}.")
         if processes() > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # or accelerate would not join the processes, and each would train on its own
+            self.use_cpu = True  # otherwise accelerate does not connect the processes, and each trains alone
         super().__post_init__()
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, of which torch would warn
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ConfigError(
-                f"hub_strategy={self.hub_strategy.value!r} would put training state on the Hub; an adapter is pushed "
-                "without it. Choose 'every_save' or 'end'."
+                f"hub_strategy={self.hub_strategy.value!r} would push training state to the Hub, but only the adapter "
+                "is pushed. Choose 'every_save' or 'end'."
             )
 
     def learning_rate_of(self, part: str, common: float | None = None) -> float:
-        """Learning rate of a part of the adapter, one of ``measure.accounting.PARTS``.
+        """Learning rate of a part of the adapter.
 
         Args:
-            common: in place of ``learning_rate``.
+            part: one of ``measure.accounting.PARTS``.
+            common: replaces ``learning_rate``.
         """
         own = getattr(self, f"{part}_learning_rate")
         common = self.learning_rate if common is None else common
         return common * LEARNING_RATE_FACTORS[part] if own is None else own
 
     def learning_rates_given(self) -> list[str]:
-        """Names of the parts' own learning rates that were set."""
+        """Names of the learning rates of parts that were set."""
         names = [f"{part}_learning_rate" for part in LEARNING_RATE_FACTORS]
         return [name for name in names if getattr(self, name) is not None]

@@ -1,41 +1,41 @@
-"""A sentence that is longer than a host reads at once, cut between words into windows that overlap."""
+"""Splits sentences that are too long for a host into overlapping windows, between words."""
 
 from dataclasses import dataclass
 
-OVERLAP = 0.5  # of a window's sub-tokens may be read again in the next one
-NO_WORD = -1  # the word of a special token, as ``modeling_unihyperlora.words`` has it
+OVERLAP = 0.5  # largest share of a window's sub-tokens that the next window may read again
+NO_WORD = -1  # word number of special tokens, as in ``modeling_unihyperlora.words``
 
 
 @dataclass(frozen=True)
 class Window:
     """Sub-token ids of consecutive words of one sentence, with the special tokens around them.
 
-    ``starts`` and ``sizes`` are of the words that are scored in this window; at its edges there may be others.
+    ``starts`` and ``sizes`` describe only the words that this window scores; words at its edges may be context only.
     """
 
     sentence: int
-    first_word: int  # of those that are scored
+    first_word: int  # first word that this window scores
     input_ids: list[int]
-    word_index: list[int]  # for each sub-token the number of its word in the sentence, or ``NO_WORD``
-    starts: list[int]  # position in ``input_ids`` of each word's first sub-token, in order
-    sizes: list[int]  # how many sub-tokens each word has there
+    word_index: list[int]  # number of the word that each sub-token belongs to, or ``NO_WORD``
+    starts: list[int]  # position in ``input_ids`` of the first sub-token of each scored word
+    sizes: list[int]  # number of sub-tokens of each scored word
 
 
 def cut(sentence: int, words: list[list[int]], room: int, before: list[int], after: list[int]) -> list[Window]:
-    """Windows of at most ``room`` sub-tokens, of whole words; each word is scored in one of them."""
-    at = [0]  # sub-tokens before each word of the sentence, and in all
+    """Split a sentence into windows of whole words, at most ``room`` sub-tokens each; one window scores each word."""
+    at = [0]  # number of sub-tokens before each word; the last entry is the total
     for pieces in words:
         at.append(at[-1] + len(pieces))
     spans = _spans(at, room)
 
     def context(word: int, first: int, end: int) -> float:
-        """Sub-tokens that a span has on the shorter side of a word; beyond the sentence there is nothing to miss."""
+        """Sub-tokens of context on the word's shorter side; infinite on a side where the span reaches the border."""
         left = at[word] - at[first] if first > 0 else float("inf")
         right = at[end] - at[word + 1] if end < len(words) else float("inf")
         return min(left, right)
 
     scored: list[list[int]] = [[] for _ in spans]
-    last = 0  # spans that end before a word have no further one
+    last = 0  # earlier spans end before the current word
     for word in range(len(words)):
         while spans[last][1] <= word:
             last += 1
@@ -54,8 +54,8 @@ def cut(sentence: int, words: list[list[int]], room: int, before: list[int], aft
 
 
 def _spans(at: list[int], room: int) -> list[tuple[int, int]]:
-    """The words of each window, (first, end). The next window begins ``OVERLAP`` before the end of the last one, or
-    later where it would not get any further.
+    """Words (first, end) of each window. The next window starts ``OVERLAP`` before the end of the last one, or later
+    if it would otherwise add no word.
     """
     count, spans, first, end = len(at) - 1, [], 0, 0
     while end < count:
@@ -64,5 +64,5 @@ def _spans(at: list[int], room: int) -> list[tuple[int, int]]:
         while end < count and at[end + 1] - at[first] <= room:
             end += 1
         spans.append((first, end))
-        first += 1  # the next one begins later
+        first += 1  # the next window starts later
     return spans

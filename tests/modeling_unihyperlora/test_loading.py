@@ -188,7 +188,7 @@ class TestConfigurations:
             with pytest.raises(ConfigError, match="Train the adapter again, or install 'unihyperlora<0.2'"):
                 cls.from_pretrained(tmp_path)
         host = bert()
-        with pytest.raises(ConfigError, match="format_version 1, this package reads 2"):
+        with pytest.raises(ConfigError, match="format_version 1, but this package reads 2"):
             load([tmp_path], host=host, tokenizer=TOKENIZER)
         assert all(parameter.requires_grad for parameter in host.parameters())
 

@@ -219,7 +219,7 @@ class TestStream:
 
     def test_choices_that_do_not_go_together(self):
         for given in ({"projector": "dimension"}, {"router": "static"}, {"router_top_k": 2}, {"bound_host": {}}):
-            with pytest.raises(ConfigError, match="of the injected update, and pathway is 'stream'"):
+            with pytest.raises(ConfigError, match="for an injected update, but pathway is 'stream'"):
                 UniHyperLoraConfig(**given)
         with pytest.raises(ConfigError, match="choose 'stream' or 'inject'"):
             UniHyperLoraConfig(pathway="both")

@@ -194,14 +194,14 @@ def test_what_is_trained(make_model, make_batch):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"pathway": "inject", "projector": "host", "router": "static"}, "router='token' alone"),
-        ({"projector": "host", "pathway": "stream"}, "projector is of the injected update"),
+        ({"pathway": "inject", "projector": "host", "router": "static"}, "needs router='token'"),
+        ({"projector": "host", "pathway": "stream"}, "projector is for an injected update"),
         ({"pathway": "inject", "projector": "host", "target_modules": ["q"]}, r"target_modules=\['q'\]"),
         ({"pathway": "inject", "projector": "host", "target_modules": []}, r"target_modules=\[\]"),
         ({"pathway": "inject", "projector": "host", "atom_scale": 0}, "atom_scale=0"),
         ({"pathway": "inject", "projector": "host", "share_across_layers": "yes"}, "share_across_layers='yes'"),
-        ({"pathway": "inject", "target_modules": ["query"]}, "go with projector='host' alone"),
-        ({"pathway": "inject", "atom_scale": 2.0}, "go with projector='host' alone"),
+        ({"pathway": "inject", "target_modules": ["query"]}, "need projector='host', but"),
+        ({"pathway": "inject", "atom_scale": 2.0}, "need projector='host', but"),
     ],
 )
 def test_configurations_that_are_refused(given, expected):

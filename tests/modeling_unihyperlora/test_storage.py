@@ -316,9 +316,7 @@ class TestWrongContents:
 
     def test_transposed(self, saved, refuses):
         rewrite(saved[1], put("atoms_in", lambda t: t.T.contiguous()))
-        refuses(
-            saved[1], match=r"'atoms_in' is torch.int8 \(12, 16\), the configuration asks for torch.int8 \(16, 12\)"
-        )
+        refuses(saved[1], match=r"is torch.int8 \(12, 16\), but the configuration requires torch.int8 \(16, 12\)")
 
     @pytest.mark.parametrize("name", ["atoms_in", "atoms_in.scale", "mixer.output", "tasks.ner.delta", "router_bias"])
     def test_another_dtype(self, name, saved, refuses):
@@ -344,7 +342,7 @@ class TestWrongContents:
         path = saved[1] / WEIGHTS_NAME
         tensors = load_file(path)
         save_file(tensors, path, metadata=signed_metadata(tensors) | {"unihyperlora_format": version})
-        refuses(saved[1], match="update it")
+        refuses(saved[1], match="Update the package")
 
     @pytest.mark.parametrize("version", ["0", "1"])
     def test_an_older_format_in_the_header_says_how_to_get_on(self, version, saved, refuses):
@@ -363,7 +361,7 @@ class TestWrongContents:
 
     def test_a_plain_safetensors_file(self, saved, refuses):
         save_file({"x": torch.zeros(2)}, saved[1] / WEIGHTS_NAME)
-        refuses(saved[1], match="no UniHyperLoRA adapter")
+        refuses(saved[1], match="not a UniHyperLoRA adapter")
 
     @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "BOOL", "U64", "X9"])
     def test_any_dtype_that_the_format_knows(self, dtype, saved, refuses):
@@ -382,7 +380,7 @@ class TestWrongConfig:
     @pytest.mark.parametrize(
         "changes,error,match",
         [
-            ({"format_version": 3}, ConfigError, "format_version 3, this package reads 2. Update the package"),
+            ({"format_version": 3}, ConfigError, "format_version 3, but this package reads 2. Update the package"),
             ({"format_version": 1}, ConfigError, "format_version 1.*Train the adapter again, or install 'unihyper"),
             ({"format_version": 1, "stream_dim": 8}, ConfigError, "format_version 1.*Train the adapter again"),
             ({"format_version": "2"}, ConfigError, "format_version"),
@@ -406,20 +404,24 @@ class TestWrongConfig:
             ({"tasks": {"a.b": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "a.b"),
             ({"tasks": {"items": {"type": "token_classification", "labels": ["x", "y"]}}}, ConfigError, "items"),
             ({"tasks": {"ner": {"type": "regression", "labels": ["x", "y"]}}}, ConfigError, "regression"),
-            ({"tasks": {"ner": NER | {"scheme": "IOB3"}}}, ConfigError, "scheme='IOB3' is not allowed; one of IOB1"),
+            (
+                {"tasks": {"ner": NER | {"scheme": "IOB3"}}},
+                ConfigError,
+                "is not allowed. Choose one of IOB1",
+            ),
             ({"tasks": {"ner": NER | {"scheme": ["IOB2"]}}}, ConfigError, "scheme=.'IOB2'. is not allowed"),
             (
                 {"tasks": {"ner": NER | {"type": "sequence_classification", "scheme": "IO"}}},
                 ConfigError,
-                "of type token_classification alone",
+                "task of type token_classification",
             ),
             ({"active_task": "other"}, ConfigError, "active_task='other'"),
-            ({"source_hosts": 5}, ConfigError, "source_hosts a list"),
+            ({"source_hosts": 5}, ConfigError, "source_hosts must be a list"),
             ({"id2label": 3}, AdapterFileError, "cannot be used"),
             ({"dtype": "no_such_type"}, AdapterFileError, "cannot be used"),
-            ({"atoms": 17}, AdapterFileError, "the configuration asks for"),
-            ({"anchor_dim": 13}, AdapterFileError, "the configuration asks for"),
-            ({"mixer_hidden": 6}, AdapterFileError, "the configuration asks for"),
+            ({"atoms": 17}, AdapterFileError, "but the configuration requires"),
+            ({"anchor_dim": 13}, AdapterFileError, "but the configuration requires"),
+            ({"mixer_hidden": 6}, AdapterFileError, "but the configuration requires"),
         ],
     )
     def test_each_is_named(self, changes, error, match, saved, refuses):

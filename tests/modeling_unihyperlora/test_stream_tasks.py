@@ -221,7 +221,7 @@ class TestLoading:
             (("people",), ConfigError, "exists already"),
             (("places", None, "people"), ConfigError, "exists already"),
             (("places", None, "no name"), ConfigError, "not allowed"),
-            (("places", None, "keys"), ConfigError, "taken by PyTorch"),
+            (("places", None, "keys"), ConfigError, "PyTorch reserves"),
             (("damaged",), AdapterFileError, "damaged"),
             (("half",), AdapterFileError, "has no model.safetensors"),
             (("nowhere",), AdapterFileError, "No adapter"),

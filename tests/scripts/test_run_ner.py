@@ -386,19 +386,19 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
     ("flags", "error", "expected"),
     [
         (["--method", "sat_lora", "--train_scope", "delta"], ConfigError, "has no δθ"),
-        (["--method", "sat_lora", "--pathway", "stream"], ConfigError, "--pathway means nothing to --method sat_lora"),
+        (["--method", "sat_lora", "--pathway", "stream"], ConfigError, "--method sat_lora does not use --pathway"),
         (["--method", "sat_lora", "--target_modules", "qkv"], ConfigError, r"target_modules=\['qkv'\]"),
-        (["--share_across_layers", "true"], ConfigError, "--share_across_layers means nothing to --method unihyperl"),
+        (["--share_across_layers", "true"], ConfigError, "does not use --share_across_layers"),
         (["--method", "magic"], ConfigError, "--method magic is unknown"),
         (["--n_trials", "3"], ConfigError, "give --do_search with it"),
         (["--train_scope", "delta"], ConfigError, "give --adapter"),
         (["--train_scope", "source"], SystemExit, "2"),
         (["--pathway", "both"], ConfigError, "pathway='both' is not allowed; choose 'stream' or 'inject'"),
-        (["--pathway", "stream", "--atoms", "3"], ConfigError, "--atoms is of an injected update"),
-        (["--pathway", "stream", "--router_top_k", "3"], ConfigError, "--router_top_k is of an injected update"),
+        (["--pathway", "stream", "--atoms", "3"], ConfigError, "--atoms is for an injected update"),
+        (["--pathway", "stream", "--router_top_k", "3"], ConfigError, "--router_top_k is for an injected update"),
         (["--pathway", "stream", "--reader", "huge"], ConfigError, "reader='huge' is not allowed; .* small, medium"),
         (["--pathway", "stream", "--reader_bits", "3"], ConfigError, "bits=3 of the reader"),
-        (["--pathway", "stream", "--space", "a", "--anchor_file", "b"], ConfigError, "--anchor_file, .*not both"),
+        (["--pathway", "stream", "--space", "a", "--anchor_file", "b"], ConfigError, "--anchor_file .*not both"),
         (["--pathway", "stream", "--space", "no.safetensors"], UniHyperLoraError, "no.safetensors"),
         (["--fidelity", "1.5"], ConfigError, "fidelity=1.5 is not allowed; it must be a number from 0 to 1"),
         (["--reader_learning_rate", "1"], ConfigError, "reader_learning_rate is not read: .* pathway 'inject'"),
@@ -422,17 +422,17 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--resume_from_checkpoint", "nowhere"], ConfigError, "no such checkpoint"),
         (["--train_sampling_strategy", "group_by_length", "--do_eval"], ConfigError, "group_by_length"),
         (["--source_hosts", "another", "--pathway", "inject"], ConfigError, "--source_hosts names further hosts"),
-        (["--refine_file", "text.txt"], ConfigError, "--refine_file is read by --refine_host"),
-        (["--refine_host", "a"], ConfigError, "--refine_host lines one more host up"),
-        (["--refine_host", "a", "--adapter", "b"], ConfigError, "no training but"),
-        (["--refine_host", "a", "--do_train", "false", "--do_eval"], ConfigError, "give it with --refine_file TEXT"),
-        (["--config_name", "x"], ConfigError, "--config_name has no place here: a host is frozen"),
+        (["--refine_file", "text.txt"], ConfigError, "--refine_file needs --refine_host"),
+        (["--refine_host", "a"], ConfigError, "--refine_host aligns one more host"),
+        (["--refine_host", "a", "--adapter", "b"], ConfigError, "train with --train_scope delta or not at all"),
+        (["--refine_host", "a", "--do_train", "false", "--do_eval"], ConfigError, "add --refine_file TEXT"),
+        (["--config_name", "x"], ConfigError, "--config_name is not supported: a host is frozen"),
         (
             ["--preprocessing_num_workers=4"],
             ConfigError,
-            "--preprocessing_num_workers has no place here: .* RAYON_NUM",
+            "--preprocessing_num_workers is not supported: .* RAYON_NUM",
         ),
-        (["--overwrite_cache"], ConfigError, "--overwrite_cache has no place here: .* Leave it out"),
+        (["--overwrite_cache"], ConfigError, "--overwrite_cache is not supported: .* Leave it out"),
         (["--tag_scheme", "BIO"], ConfigError, "--tag_scheme BIO is unknown. Choose one of IOB1, IOB2, IOBES"),
         (["--tag_scheme", "IO"], DataError, "not of the scheme IO"),
         (["--tag_names", "O", "B-PER", "B-LOC", "B-LOC"], DataError, "name 'B-LOC' twice"),
@@ -440,13 +440,17 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--warmup_steps", "x"], SystemExit, "2"),
         (["--learning_rat", "1"], ConfigError, "Unknown argument --learning_rat. The nearest flag is --learning_rate"),
         (["--metric_for_best_model", "f2", "--do_eval"], ConfigError, "precision, recall, f1, accuracy, loss, active"),
-        (["--metric_for_best_model", "PER_f1", "--do_eval"], ConfigError, "PER_f1 is not what an evaluation reports"),
+        (
+            ["--metric_for_best_model", "PER_f1", "--do_eval"],
+            ConfigError,
+            "does not report --metric_for_best_model PER",
+        ),
         (["--report_to", "clearml"], ConfigError, "report_to clearml needs its package"),
         (["--optim", "adamw_bnb_8bit"], ConfigError, "install `bitsandbytes`"),
         (["--use_liger_kernel"], ConfigError, "use_liger_kernel"),
-        (["--batch_eval_metrics"], ConfigError, "--batch_eval_metrics: F1 is of a whole split"),
-        (["--eval_do_concat_batches", "false"], ConfigError, "--eval_do_concat_batches false: F1 is of a whole split"),
-        (["--include_for_metrics", "inputs"], ConfigError, "--include_for_metrics is read by no metric"),
+        (["--batch_eval_metrics"], ConfigError, "--batch_eval_metrics: F1 is computed on a whole split"),
+        (["--eval_do_concat_batches", "false"], ConfigError, "--eval_do_concat_batches false: F1 is computed on"),
+        (["--include_for_metrics", "inputs"], ConfigError, "--include_for_metrics: no metric"),
         (["--prediction_loss_only", "true", "--do_predict"], ConfigError, "leaves nothing for --do_predict to write"),
         (["--neftune_noise_alpha", "5"], ConfigError, "would change nothing"),
         (["--dataloader_drop_last", "--per_device_train_batch_size", "99"], ConfigError, "one batch takes 99"),
@@ -454,8 +458,8 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
         (["--max_steps", "-1", "--num_train_epochs", "0"], ConfigError, "--num_train_epochs 0.0 trains nothing"),
         (["--lr_scheduler_kwargs", "{bad"], ConfigError, "The arguments cannot be used: Expecting property name"),
         (["--deepspeed", "none.json"], ConfigError, "The arguments cannot be used"),
-        (["--method", "probe", "--pathway", "stream"], ConfigError, "--pathway means nothing to --method probe"),
-        (["--method", "lora", "--atoms", "3"], ConfigError, "--atoms means nothing to --method lora"),
+        (["--method", "probe", "--pathway", "stream"], ConfigError, "--method probe does not use --pathway"),
+        (["--method", "lora", "--atoms", "3"], ConfigError, "--method lora does not use --atoms"),
         (["--method", "full", "--train_scope", "delta"], ConfigError, "--method full has no δθ"),
         (["--pathway", "inject", "--reader", "small"], ConfigError, "--reader is for a new stream"),
         (["--adapter", "x", "--anchor_file", "y"], ConfigError, "--anchor_file is for a new stream"),
@@ -553,7 +557,7 @@ def test_an_injected_update_warns_on_a_host_that_it_was_not_trained_on(run, tiny
 
 def test_flags_that_contradict_the_adapter(run, tmp_path):
     run(*TRAIN, output="first")
-    with pytest.raises(ConfigError, match="--atoms 64 does not fit the adapter .* atoms 128"):
+    with pytest.raises(ConfigError, match="--atoms 64 contradicts the adapter .* atoms 128"):
         run("--do_eval", "--adapter", tmp_path / "first", "--atoms", 64)
 
 
@@ -650,7 +654,7 @@ class TestStream:
         assert all(torch.equal(before[name], after[name]) for name in before)
         back = run("--adapter", tmp_path / "second", "--task_name", "ner", "--do_eval", output="back")
         assert back["zero_shot_f1"] == first["eval_f1"] and back["eval_loss"] == first["eval_loss"]
-        with pytest.raises(ConfigError, match="--reader is of a new task, and the adapter .* has the task 'ner'"):
+        with pytest.raises(ConfigError, match="--reader is for a new task, but .* already has the task 'ner'"):
             run("--adapter", tmp_path / "first", "--reader", "small", "--do_eval", output="refused")
 
     def test_several_sources(self, run, flags, tmp_path, other_host, write_jsonl, caplog):
@@ -741,9 +745,13 @@ class TestStream:
         ("more", "error", "expected"),
         [
             (["--max_adapter_bytes", "1000"], BudgetError, "1,000 allowed.*--reader.*--space"),
-            (["--label_all_tokens"], ConfigError, "--label_all_tokens does not go with --pathway stream"),
+            (["--label_all_tokens"], ConfigError, "--label_all_tokens cannot be used with --pathway stream"),
             (["--router_learning_rate", "1"], ConfigError, "router_learning_rate is not read: .* delta, head, reader"),
-            (["--metric_for_best_model", "f2", "--do_eval"], ConfigError, "f2 is not what an evaluation reports"),
+            (
+                ["--metric_for_best_model", "f2", "--do_eval"],
+                ConfigError,
+                "not report --metric_for_best_model f2",
+            ),
         ],
     )
     def test_refusals(self, run, flags, tmp_path, more, error, expected):

@@ -68,10 +68,13 @@ def test_named_columns_come_first():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"text": "body"}, "here has no column 'body'; it has text, label. Name the right one: --text_column_name"),
+        (
+            {"text": "body"},
+            "no column 'body'; it has text, label. Name the right one with --text_column_name",
+        ),
         ({"text": "text", "pair": "body"}, "no column 'body'; it has text, label. .* --text_pair_column_name"),
         ({"pair": "text"}, "--text_pair_column_name text needs --text_column_name"),
-        ({"label": "stars"}, "no column 'stars'; it has text, label. Name the right one: --label_column_name"),
+        ({"label": "stars"}, "no column 'stars'; it has text, label. Name the right one with --label_column_name"),
     ],
 )
 def test_named_columns_that_are_not_there(flags, expected):
@@ -80,11 +83,11 @@ def test_named_columns_that_are_not_there(flags, expected):
 
 
 def test_columns_that_nobody_knows():
-    with pytest.raises(DataError, match="known to hold text; it has body, label. Name it: --text_column_name"):
+    with pytest.raises(DataError, match="known to hold text; it has body, label. Name it with --text_column_name"):
         choose_columns("here", ["body", "label"])
     with pytest.raises(DataError, match=r"hold text \(premise without hypothesis\); it has premise, label"):
         choose_columns("here", ["premise", "label"])
-    with pytest.raises(DataError, match="known to hold labels; it has text, stars. Name it: --label_column_name"):
+    with pytest.raises(DataError, match="known to hold labels; it has text, stars. Name it with --label_column_name"):
         choose_columns("here", ["text", "stars"])
 
 
@@ -208,7 +211,11 @@ def test_unknown_labels(write):
         ("a.csv", b"text,label\n\xff,1\n", "line 2 is not UTF-8"),
         ("a.jsonl", '{"text": 1', 'line 1 is not JSON .* \\{"text": "well done", "label": "positive"\\}'),
         ("a.json", '[{"text": "x", "label": 1}]', "is a JSON list, not an object"),
-        ("a.csv", "text,label,text\nx,1,y\n", "line 1 names the column 'text' twice. Give every column a name"),
+        (
+            "a.csv",
+            "text,label,text\nx,1,y\n",
+            "line 1 names the column 'text' twice. Give every column a",
+        ),
         ("a.jsonl", '{"text": "x", "label": 1, "label": 0}', "line 1 names 'label' twice"),
         ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "'text' has half of a surrogate pair in it"),
         ("a.parquet", "x", "unknown kind of file '.parquet'. Give JSON lines .* or CSV"),
@@ -303,7 +310,7 @@ def split_of(*labels: str | None, pair: str | None = None) -> list[Example]:
         ({"train": split_of("a", None)}, "line 2 has no label"),
         ({"validation": split_of(None, None)}, "line 1 has no label"),
         ({"test": split_of("a", None)}, "line 2 has no label. .* only a whole test set"),
-        ({"train": split_of("a", pair="y"), "test": split_of("a")}, "Of train and test one has pairs"),
+        ({"train": split_of("a", pair="y"), "test": split_of("a")}, "One of train and test has pairs"),
     ],
 )  # fmt: skip
 def test_splits_that_do_not_go_together(splits, expected):
@@ -318,5 +325,5 @@ def test_a_class_without_examples_is_a_warning(caplog):
         assert not caplog.records
         check_splits({"train": split_of("b", "b"), "validation": split_of("c")}, ["a", "b", "c"], "this run")
     assert [record.getMessage() for record in caplog.records] == [
-        "No example to train on has label a, c: it will hardly ever be predicted."
+        "No training example has label a, c: it will hardly ever be predicted."
     ]

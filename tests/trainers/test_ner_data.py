@@ -145,7 +145,7 @@ def write(tmp_path, text: str, name: str = "a.tsv"):
 
 def test_a_line_without_the_files_tabs_is_not_split_at_its_spaces(tmp_path):
     """ "New York" would be the word New with the tag York."""
-    with pytest.raises(DataError, match="line 2 has one column .'New York'., the lines before it have 2"):
+    with pytest.raises(DataError, match="line 2 has one column .'New York'., but the lines before it have 2"):
         read_file(write(tmp_path, "Anna\tB-PER\nNew York\n"))
     mixed = write(tmp_path, "Anna  B-PER\nlives\tO\nin \t O\n")
     assert contents(read_file(mixed)) == [(["Anna", "lives", "in"], ["B-PER", "O", "O"])]
@@ -166,7 +166,7 @@ def test_a_conll_u_file_says_what_its_columns_are(tmp_path):
         DataError, match="no column 'ner_tags'; it has ID, FORM, UPOS, NER, MISC. .*--label_column_name"
     ):
         read_file(path)
-    with pytest.raises(DataError, match="names 4 columns .ID, FORM, UPOS, NER., the lines have 5"):
+    with pytest.raises(DataError, match="names 4 columns .ID, FORM, UPOS, NER., but the lines have 5"):
         read_file(write(tmp_path, head.replace(" MISC", "") + rows), label_column="NER")
     with pytest.raises(DataError, match="no column 'FORM'; it has .*--text_column_name"):
         read_file(write(tmp_path, head.replace("FORM", "WORD") + rows), label_column="NER")
@@ -282,7 +282,7 @@ def test_a_test_set_may_be_without_tags(write_jsonl, tmp_path, monkeypatch):
     assert (contents(sentences), names) == (words, None)
     with pytest.raises(DataError, match="no column 'ner_tags'; it has tokens"):
         read_hub_dataset("x/y", "train")
-    with pytest.raises(DataError, match="line 2 has 2 columns .*the lines before it have 1"):
+    with pytest.raises(DataError, match="line 2 has 2 columns .*but the lines before it have 1"):
         read_file(write(tmp_path, "Anna\nNew York\n", "c.txt"), needs_tags=False)
 
 
@@ -327,7 +327,7 @@ def test_the_scheme_comes_from_the_training_tags(caplog):
 
 
 def test_a_task_keeps_its_scheme():
-    with pytest.raises(DataError, match="The training tags are IOB1, the task of the adapter is IOB2"):
+    with pytest.raises(DataError, match="The training tags are IOB1, but the task of the adapter is IOB2"):
         scheme_of_splits({"train": tagged("I-PER B-PER O")}, IOB, "IOB2", None)
     with pytest.raises(DataError, match="--tag_scheme IOB1: the task of the adapter is IOB2. Leave the flag out"):
         scheme_of_splits({}, IOB, "IOB2", "IOB1")

@@ -92,7 +92,7 @@ def test_an_empty_sentence_has_an_empty_line(tokenizer):
 
 
 def test_nothing_but_empty_sentences(tokenizer):
-    with pytest.raises(DataError, match="not one sentence has a word"):
+    with pytest.raises(DataError, match="no sentence has a word"):
         SentenceWindows([sentence("")], tokenizer, LABELS, 16)
 
 

@@ -13,7 +13,7 @@ def test_declared_labels_that_the_adapter_lacks():
 
 
 def test_a_label_that_is_named_twice():
-    with pytest.raises(DataError, match="The labels of this run name 'yes' twice: no, yes, yes. Name each once"):
+    with pytest.raises(DataError, match="The labels of this run name 'yes' twice: no, yes, yes. Name each label once"):
         check_label_names([], ["no", "yes", "yes"], "this run")
 
 

@@ -97,19 +97,19 @@ def test_odd_label_sets(lines, labels, expected):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("B_PER I_PER O", "'B_PER' looks like B-PER, .* Write prefix, hyphen, type"),
+        ("B_PER I_PER O", "'B_PER' looks like B-PER .* Write prefix, hyphen, type"),
         ("PER-B PER-I O", "'PER-B' looks like B-PER"),
         ("PER_B LOC_I", "'LOC_I' looks like I-LOC"),
         ("b-per i-per o", "'b-per' looks like B-per"),
         ("B:PER", "'B:PER' looks like B-PER"),
-        ("B- I- O", "'B-' looks like B,"),
-        ("B-ORG I-B-ORG", "'I-B-ORG' has two prefixes: .*Give it one: B-ORG or I-ORG"),
+        ("B- I- O", "'B-' looks like B in"),
+        ("B-ORG I-B-ORG", "'I-B-ORG' has two prefixes: .*Give it one prefix: B-ORG or I-ORG"),
         ("B-PER I-PER MISC", "'MISC' has no prefix, 'B-PER' has one"),
         ("B-PER 0", "'0' has no prefix"),
         ("1 0 0 2", "numbers written as text .*'0', '1', '2'.*--tag_names"),
-        ("PER 0 0", "'0' seems to stand for none, .* Write O"),
-        ("PER o", "'o' seems to stand for none"),
-        ("(PERSON* *) *", r"'\*' seems to stand for none"),
+        ("PER 0 0", "'0' seems to mean no entity, .* Write O"),
+        ("PER o", "'o' seems to mean no entity"),
+        ("(PERSON* *) *", r"'\*' seems to mean no entity"),
         ("B-PER I-PER E-PER L-PER", "B, E, I, L are not of a known scheme"),
         ("I-PER E-PER", "E, I are not of a known scheme"),
         ("S-PER U-PER", "not of a known scheme"),
@@ -127,7 +127,7 @@ def test_a_stated_scheme():
     assert infer_scheme(sequences("HEPATITIS-B O"), ["O", "HEPATITIS-B"], "IO") == "IO"
     assert infer_scheme(sequences("I-PER O"), ["O", "I-PER"], "IOB1") == "IOB1"
     assert infer_scheme(sequences("B-PER O"), ["O", "B-PER", "I-PER"], "IOB1") == "IOB1"
-    with pytest.raises(DataError, match="not of the scheme IO. Known are"):
+    with pytest.raises(DataError, match="not of the scheme IO. Known schemes"):
         infer_scheme(sequences("B-PER O"), ["O", "B-PER"], "IO")
     with pytest.raises(DataError, match="not of the scheme IOBES"):
         infer_scheme(sequences("B-PER O"), ["O", "B-PER"], "IOBES")

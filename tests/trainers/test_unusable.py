@@ -97,7 +97,7 @@ def test_what_is_read_is_let_through(tmp_path):
     ("arguments", "expected"),
     [
         ({"optim_args": "momentum=fast"}, "optim sgd cannot be used here .*optim_args"),
-        ({"optim": "adamw_torch", "adam_beta1": 2.0}, "AdamW does not take its settings .*Invalid beta"),
+        ({"optim": "adamw_torch", "adam_beta1": 2.0}, "AdamW does not accept its settings .*Invalid beta"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
             "min_lr does not accept its settings .*lr_scheduler_kwargs",

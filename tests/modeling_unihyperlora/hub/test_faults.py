@@ -139,7 +139,7 @@ def test_loading_survives(hub, load, adapter_folder, request_, kind, how):
         ("(GET|HEAD) .*/ner/resolve/", "status", {"status": 403, "times": None}, "No adapter 'alice/ner'"),
         ("(GET|HEAD) .*/ner/resolve/", "status", {"status": 404, "times": None}, "No adapter 'alice/ner'"),
         (CONFIG, "truncated", {}, "No adapter 'alice/ner'"),
-        (WEIGHTS, "truncated", {}, "model.safetensors cannot be had"),
+        (WEIGHTS, "truncated", {}, "model.safetensors cannot be loaded"),
         (WEIGHTS, "wrong_bytes", {}, "force_download=True"),
     ],
 )

@@ -78,4 +78,4 @@ def test_as_a_command(adapter_folder, host_folder, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"atoms": 17}))
     assert unihyperlora(["inspect", str(adapter_folder)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("unihyperlora inspect: ") and "the configuration asks for" in said
+    assert said.startswith("unihyperlora inspect: ") and "the configuration requires" in said
