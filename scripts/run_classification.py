@@ -9,10 +9,10 @@
     python scripts/run_classification.py --adapter runs/conll2003 --task_name sst2 --reader small …   # a second task
     python scripts/run_classification.py --method lora …                 # or full, or probe: to compare with
 
-Columns that are not named are guessed (sentence, text, question and passage …; label, answer). Every flag of
-transformers' TrainingArguments works as well. Writes into --output_dir: the adapter, all_results.json (eval_f1 is the
-macro F1) and, with --do_predict, predictions.txt (one label a line) and predictions.jsonl (text and label). A
-test set may be without labels.
+If columns are not named, known names are tried (sentence, text, question and passage …; label, answer). All flags of
+transformers' TrainingArguments work too. --output_dir receives the adapter, all_results.json (eval_f1 is the macro F1)
+and, with --do_predict, predictions.txt (one label per line) and predictions.jsonl (text and label). A test set may
+have no labels.
 """
 
 import sys
@@ -23,7 +23,7 @@ from trainers.tasks import CLASSIFICATION
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do what the command line asks for; returns the content of ``all_results.json``."""
+    """Start the run that the command line asks for; returns the content of ``all_results.json``."""
     return entry.main(CLASSIFICATION, command_line)
 
 

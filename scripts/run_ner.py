@@ -23,7 +23,7 @@ from trainers.tasks import NER
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do what the command line asks for; returns the content of ``all_results.json``."""
+    """Start the run that the command line asks for; returns the content of ``all_results.json``."""
     return entry.main(NER, command_line)
 
 

@@ -150,13 +150,13 @@ def check_label_names(names: list[str], labels: list[str], whose: str) -> None:
 
 
 def warn_of_likeness(labels: list[str], whose: str) -> None:
-    """Warn of labels that hardly differ."""
+    """Warn of labels that differ only in blanks or capitals."""
     alike: dict[str, str] = {}
     for label in labels:
         other = alike.setdefault(" ".join(label.casefold().split()), label)
         if other != label:
             logger.warning(
-                "The labels %r and %r of %s differ in blanks or capitals alone; they are two classes.",
+                "The labels %r and %r of %s differ only in blanks or capitals; they count as two classes.",
                 other,
                 label,
                 whose,

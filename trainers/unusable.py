@@ -19,7 +19,7 @@ from transformers.utils import is_liger_kernel_available
 from modeling_unihyperlora.errors import ConfigError, first_line
 from modeling_unihyperlora.measure.accounting import part_of
 
-# An argument that is read with another one alone: whether it is read, and with what.
+# Arguments that are read only together with another one: a test whether they are read, and what they need.
 _READ_WITH: dict[str, tuple[Callable[[TrainingArguments], object], str]] = {
     "eval_steps": (lambda args: args.eval_strategy == IntervalStrategy.STEPS, "eval_strategy steps"),
     "eval_delay": (lambda args: args.eval_strategy != IntervalStrategy.NO, "eval_strategy steps or epoch"),
@@ -109,12 +109,12 @@ def check_trainer(args: TrainingArguments, model: nn.Module | None, train_datase
     if unread:
         raise ConfigError(
             f"{unread[0]}={getattr(args, unread[0])} is not read by optim {args.optim.value}. Leave it out, or give "
-            "the optimiser that is meant, such as adamw_torch."
+            "an optimiser that reads it, such as adamw_torch."
         )
 
 
 def check_lengths(args: TrainingArguments, train_dataset: Dataset | None) -> None:
-    """Raise ``ConfigError`` if ``length_column_name`` was given and names no column that is read."""
+    """Raise ``ConfigError`` if ``length_column_name`` was given but is not read."""
     name = args.length_column_name
     if name == _DEFAULTS["length_column_name"]:
         return
@@ -126,7 +126,7 @@ def check_lengths(args: TrainingArguments, train_dataset: Dataset | None) -> Non
     if train_dataset is not None and name not in (getattr(train_dataset, "column_names", None) or ()):
         raise ConfigError(
             f"length_column_name={name!r} is not read: the training data have no such column. Leave it out; the "
-            "lengths are then counted."
+            "Trainer then counts the lengths."
         )
 
 
@@ -158,7 +158,7 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
             f"label_names={args.label_names} is not read: an adapter's labels are always 'labels'. Leave it out."
         )
     if args.use_cache:
-        raise ConfigError("use_cache is not read: an adapter's host keeps no keys and values. Leave it out.")
+        raise ConfigError("use_cache is not read: an adapter's host has no key-value cache. Leave it out.")
     if not trains:
         return
     if args.neftune_noise_alpha is not None:
@@ -174,8 +174,8 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
         )
     if has_sources and args.dataloader_persistent_workers:
         raise ConfigError(
-            "dataloader_persistent_workers would give every epoch the noise of the first one: a stream's noise "
-            "depends on the epoch, which such workers are not told. Leave it out."
+            "dataloader_persistent_workers would give every epoch the noise of the first epoch: a stream's noise "
+            "depends on the epoch, but such workers do not know it. Leave it out."
         )
     if has_sources and args.train_sampling_strategy != "random":
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""What an adapter costs, and how it fits a host."""
+"""Measuring an adapter's costs, and its fit to a host."""

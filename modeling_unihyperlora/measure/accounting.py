@@ -1,4 +1,4 @@
-"""What an adapter costs: bytes of the file, multiply-adds a token, memory held, parameters trained."""
+"""Costs of an adapter: file size, multiply-adds per token, memory, trained parameters."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from ..storage import WEIGHTS_NAME, StoredTensor, adapter_tensors, file_bytes
 
 MAX_ADAPTER_BYTES = 1_000_000
 MAX_FLOPS_OVERHEAD_PCT = 10.0
-# The parts of an adapter: names of learning rates and of byte tables.
+# The parts of an adapter, as named in learning rates and in tables of bytes.
 PARTS = ("space", "reader", "dictionary", "projector", "mixer", "router", "delta", "head")
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor of the adapter belongs to, by its name in the file or in the state dict."""
+    """Part of the adapter that a tensor belongs to; ``name`` is its name in the file or in the state dict."""
     first, *rest = name.split(".")
     if first == "tasks":
         parts = {"delta": "delta", "head_weight": "head", "head_bias": "head", "reader": "reader"}
@@ -25,7 +25,7 @@ def part_of(name: str) -> str:
 
 
 def bytes_of_parts(adapter: torch.nn.Module) -> dict[str, int]:
-    """Bytes of tensor data in the file, by part; "mean_gate" of a task counts as router."""
+    """Part → bytes of its tensors in the file; "mean_gate" of a task counts as router."""
     parts: dict[str, int] = {}
     for name, tensor in adapter_tensors(adapter).items():
         part = part_of(name)
@@ -34,7 +34,7 @@ def bytes_of_parts(adapter: torch.nn.Module) -> dict[str, int]:
 
 
 def host_multiply_adds(model, sequence_length: int) -> int:
-    """Multiply-adds a token of the host: its linear layers but the pooler's, QKᵀ and the weighted sum of V."""
+    """Multiply-adds of the host per token: linear layers without the pooler, QKᵀ, and the weighted sum of V."""
     if model.injection is None:
         blocks = model.bound_stream.words.num_layers
         return linear_multiply_adds(model.host) + 2 * sequence_length * model.host.config.hidden_size * blocks
@@ -48,9 +48,10 @@ def host_multiply_adds(model, sequence_length: int) -> int:
 
 
 def added_multiply_adds(model) -> int:
-    """Multiply-adds that the adapter adds for a token, with the head of the active task.
+    """Multiply-adds that the adapter adds per token, including the active task's reader and head.
 
-    A token has at most one word to itself. Of an injected update the squares of the norms count as well.
+    A stream's cost per word is counted for every token, as if each token were a word. For an injected update, the
+    squares of its norms count too.
     """
     labels = len(model.labels) if model.config.active_task else 0
     if model.injection is None:
@@ -60,7 +61,7 @@ def added_multiply_adds(model) -> int:
 
 
 def _map_multiply_adds(model) -> int:
-    """Those of the host's map into the space, which all tasks share."""
+    """Multiply-adds of the host's map into the space, which all tasks share."""
     landmarks, width = model.bound_stream.fit.landmarks, model.host.config.hidden_size
     dim = model.config.space["dim"]
     linear = len(KNOTS) * dim * width
@@ -69,7 +70,7 @@ def _map_multiply_adds(model) -> int:
 
 
 def _task_multiply_adds(model, labels: int) -> int:
-    """Those of the active task: its amendment of the map, its reader and its head."""
+    """Multiply-adds of the active task: the change of the map by δθ, the reader and the head."""
     shape, dim = model.config.tasks[model.config.active_task]["reader"], model.config.space["dim"]
     inward = len(KNOTS) * dim * shape["width"]
     recurrent = 2 * 4 * shape["hidden"] * (shape["width"] + shape["hidden"])
@@ -77,10 +78,10 @@ def _task_multiply_adds(model, labels: int) -> int:
 
 
 def update_multiply_adds(injection) -> int:
-    """Those of an injected update alone; none when merged.
+    """Multiply-adds of an injected update without the head; 0 if it is merged.
 
-    A block scores M atoms once; each layer then reads and writes k atoms (all M where the update is the same for all
-    tokens), and query, key and value share the reading.
+    A block scores M atoms once. Each layer then reads and writes k atoms (all M with the static router); query, key
+    and value share the reading.
     """
     config, total = injection.adapter.config, 0
     if injection.merged:
@@ -96,12 +97,12 @@ def update_multiply_adds(injection) -> int:
 
 
 def flops_overhead_pct(model, sequence_length: int = 128) -> float:
-    """Added multiply-adds a token over the host's own, in per cent, at a given sentence length."""
+    """Added multiply-adds per token, in per cent of the host's, at a given sentence length."""
     return 100 * added_multiply_adds(model) / host_multiply_adds(model, sequence_length)
 
 
 def held_tensors(model) -> list[torch.Tensor]:
-    """What is made for this host and this task: the map, or the atoms in the host's coordinates."""
+    """Tensors made for this host and the active task: the map, or the atoms in the host's coordinates."""
     task = model.config.active_task
     if model.injection is not None:
         atoms = model.injection.project(task)
@@ -116,23 +117,25 @@ def held_tensors(model) -> list[torch.Tensor]:
 
 
 def held_megabytes(model) -> float:
-    """Megabytes of tensors that the adapter keeps beside its host: parameters, buffers, what is made for this host."""
+    """Megabytes of tensors that the adapter adds to its host: parameters, buffers and ``held_tensors``."""
     tensors = [*model.adapter.parameters(), *model.adapter.buffers(), *held_tensors(model)]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def measure(model, folder: str | Path | None = None) -> dict[str, object]:
-    """Figures of one adapter on its host.
+    """Sizes and costs of an adapter on its host.
 
     Args:
         model: a UniHyperLoRA model.
-        folder: where it was saved; ``adapter_bytes`` is then the size of its weights file.
+        folder: folder where the model was saved, for the size of its weights file.
 
     Returns:
-        ``adapter_bytes`` (None without ``folder``), ``head_bytes``, ``reader_bytes`` and ``delta_bytes`` of the active
-        task (None where there is no reader, or δθ is never trained), ``extra_ram_mb``, ``flops_overhead_pct`` at 128
-        tokens, ``trainable_parameters``, ``parts`` (bytes by part, all tasks), ``budget_ok``, and of a stream
-        ``space`` (its name, version and digest).
+        ``adapter_bytes``: size of the weights file (None without ``folder``).
+        ``head_bytes``, ``reader_bytes``, ``delta_bytes``: of the active task (None without a reader, or if δθ is never
+        trained).
+        ``extra_ram_mb``, ``flops_overhead_pct`` (at 128 tokens), ``trainable_parameters``, ``budget_ok``.
+        ``parts``: part → bytes, over all tasks.
+        ``space``: name, version and digest of a stream's space (else None).
     """
     own = model.adapter.tasks[model.config.active_task]
     size = None if folder is None else (Path(folder) / WEIGHTS_NAME).stat().st_size
@@ -156,17 +159,17 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
 def check_budget(
     model, max_bytes: int = MAX_ADAPTER_BYTES, max_flops_overhead_pct: float = MAX_FLOPS_OVERHEAD_PCT
 ) -> None:
-    """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds would be over budget."""
+    """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds exceed the budget."""
     size, overhead = file_bytes(model.adapter), flops_overhead_pct(model)
     if size > max_bytes or overhead > max_flops_overhead_pct:
-        smaller = "a smaller reader (--reader), or a space of fewer coordinates or anchors (--space)"
+        smaller = "a smaller reader (--reader), or a space with fewer coordinates or anchors (--space)"
         if model.config.projector == "host":
             smaller = "a smaller rank (--lora_r) or router_top_k"
         elif model.config.pathway == "inject":
             smaller = "fewer atoms, a smaller router_top_k or a narrower canonical space (anchor_dim)"
         raise BudgetError(
-            f"Over budget: {size:,} bytes of {max_bytes:,} allowed, {overhead:.2f} % extra multiply-adds of "
-            f"{max_flops_overhead_pct:g} % allowed. Use {smaller}, or raise the budget (--max_adapter_bytes, "
+            f"Over budget: {size:,} bytes ({max_bytes:,} allowed), {overhead:.2f} % extra multiply-adds "
+            f"({max_flops_overhead_pct:g} % allowed). Use {smaller}, or raise the budget (--max_adapter_bytes, "
             "--max_flops_overhead_pct).",
             excess={"bytes": size - max_bytes, "flops_overhead_pct": overhead - max_flops_overhead_pct},
         )

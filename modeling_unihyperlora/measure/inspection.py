@@ -1,4 +1,4 @@
-"""What is in an adapter's file, and how it fits a host: what ``unihyperlora inspect`` prints."""
+"""Contents of an adapter's file, and its fit to a host; ``unihyperlora inspect`` prints them."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from ..space import KNOTS, LOW_FIT
 from ..storage import WEIGHTS_NAME, StoredTensor, adapter_file, load_adapter
 from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct, part_of
 
-FAIR_FIT = 0.3  # mean R² under which a host is reported as a fair fit only
+FAIR_FIT = 0.3  # a host with a mean R² below this is reported as a moderate fit
 
 
 def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, object]:
-    """An adapter's parts, tasks and origin; no host is loaded.
+    """Describe an adapter's parts, tasks and origin without loading a host.
 
     Args:
-        name: the adapter's folder or Hub id.
-        revision: on the Hub.
+        name: folder or Hub id of the adapter.
+        revision: revision on the Hub.
 
     Returns:
-        ``config`` (UniHyperLoraConfig), ``bytes`` (of the weights file), ``tensors`` (rows of part, name, shape, bits,
-        bytes).
+        ``config`` (UniHyperLoraConfig), ``bytes`` (size of the weights file), ``tensors`` (rows with part, name,
+        shape, bits, bytes).
 
     Raises:
-        AdapterFileError, ConfigError: no adapter there, or it is damaged.
+        AdapterFileError, ConfigError: there is no adapter, or it is damaged.
     """
     weights = adapter_file(name, WEIGHTS_NAME, revision, {})
     config = read_config(adapter_file(name, CONFIG_NAME, revision, {}))
@@ -59,15 +59,17 @@ def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, objec
 
 
 def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict[str, object]:
-    """How an adapter fits a host; the stream is calibrated for it.
+    """Describe an adapter's fit to a host; aligns a stream with the host.
 
     Returns:
-        ``describe`` (one line), ``sites`` (module type → blocks that have it) and ``blocks``, or ``knots`` (rows of
-        depth, layers, R²); ``flops_overhead_pct`` at 128 tokens with the active task's head,
-        ``warnings``.
+        ``describe``: one line.
+        ``sites`` (module type → number of blocks that have it) and ``blocks``, for an injected update.
+        ``knots`` (rows with depth, layers, R²), for a stream.
+        ``flops_overhead_pct``: at 128 tokens, with the active task's head.
+        ``warnings``: list of sentences.
 
     Raises:
-        AdapterFileError, ConfigError, HostError
+        AdapterFileError, ConfigError, HostError: the adapter or the host cannot be loaded.
     """
     model = UniHyperLoraModel.from_pretrained(name, base_model_name_or_path=host, revision=revision)
     report = {
@@ -83,8 +85,8 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
         }
         if not is_among(model.host, report["blocks"], model.config.source_hosts):
             report["warnings"].append(
-                "The adapter was not trained on this host, and the injected update does not carry over to others: "
-                "expect what an untrained adapter would score, unless it is trained here."
+                "The adapter was not trained on this host, and an injected update does not transfer to other hosts: "
+                "expect the score of an untrained adapter, unless you train it here."
             )
     if model.stream is not None:
         report["knots"] = [
@@ -94,16 +96,18 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
         fit = sum(model.stream.fit.r2) / len(KNOTS)
         if fit < LOW_FIT:
             report["warnings"].append(
-                f"Mean R² {fit:.2f}: the host hardly fits the canonical space, expect low scores. Is it of another "
-                "language, or trained for something else than text?"
+                f"Mean R² {fit:.2f}: the host hardly fits the canonical space, so expect low scores. Check that the "
+                "host reads text of the same language."
             )
         elif fit < FAIR_FIT:
             report["warnings"].append(
-                f"Mean R² {fit:.2f}: a fair fit, as that of very small hosts; expect clearly less than on the source."
+                f"Mean R² {fit:.2f}: a moderate fit, as for very small hosts; expect clearly lower scores than on the "
+                "source host."
             )
     if report["flops_overhead_pct"] > MAX_FLOPS_OVERHEAD_PCT:
         report["warnings"].append(
-            f"{report['flops_overhead_pct']:.1f} % extra multiply-adds, over the budget of {MAX_FLOPS_OVERHEAD_PCT:g}."
+            f"{report['flops_overhead_pct']:.1f} % extra multiply-adds exceed the budget of "
+            f"{MAX_FLOPS_OVERHEAD_PCT:g} %."
         )
     return report
 

@@ -1,1 +1,1 @@
-"""What becomes of an adapter: its bundle, card, Hub repository, and other formats."""
+"""Publishing an adapter: bundle, model card, Hub repository, and export to other formats."""

@@ -1,7 +1,7 @@
-"""The model card that writes itself from what lies in an adapter's folder: its file, its results, its transfer.
+"""Generates an adapter's model card from the files in its folder: size, results, transfer to other hosts.
 
-Numbers in it come from ``all_results.json`` and ``run_arguments.json`` of the run that wrote the folder, and from the
-record of ``scripts/transfer.py`` that is given; what is not recorded is not said.
+All numbers come from ``all_results.json`` and ``run_arguments.json`` of the run that wrote the folder, and from a
+given record of ``scripts/transfer.py``. The card leaves out what is not recorded.
 """
 
 import importlib.metadata
@@ -32,13 +32,13 @@ SCORES = {
 
 
 def write_licence(folder: Path) -> None:
-    """Put the licence of the code into an adapter's folder."""
+    """Copy the licence of the code into an adapter's folder."""
     with replacing(Path(folder) / LICENCE_NAME) as temporary:
         shutil.copyfile(_licence_file(), temporary)
 
 
 def _licence_file() -> Path:
-    """The installed distribution's licence, else that of the checkout."""
+    """Licence file of the installed package, else of the checkout."""
     try:
         files = importlib.metadata.files("unihyperlora") or []
         found = [Path(file.locate()) for file in files if file.name == LICENCE_NAME]
@@ -48,13 +48,13 @@ def _licence_file() -> Path:
 
 
 def write_card(folder: Path, repo_id: str | None = None, look_up: bool = False, **facts) -> None:
-    """Write ``README.md``, unless there is one that somebody has made their own.
+    """Write ``README.md``, unless the folder has one that a user has edited (and that has no ``MARK``).
 
     Args:
-        folder: of the adapter.
-        repo_id: where it is going to be; else the card says how to load the folder.
-        look_up: ask the Hub for licences that are not known here.
-        **facts: ``transfer`` (a record's path), ``host_license`` and ``data_license`` where they are known.
+        folder: folder of the adapter.
+        repo_id: future repository; without it the card shows how to load the folder.
+        look_up: ask the Hub for unknown licences.
+        **facts: ``transfer`` (path of a record), ``host_license`` and ``data_license``, if known.
     """
     path = Path(folder) / CARD_NAME
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
@@ -72,10 +72,10 @@ def card_text(
     host_license: str | None = None,
     data_license: str | None = None,
 ) -> str:
-    """The card with its metadata; the same folder gives the same text.
+    """Text of the card with its metadata; the same folder gives the same text.
 
     Raises:
-        ConfigError: the transfer record is of another adapter.
+        ConfigError: the transfer record belongs to another adapter.
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
@@ -108,23 +108,27 @@ def card_text(
 
 
 def transfer_record(path: str | Path, config: UniHyperLoraConfig) -> dict:
-    """A record of ``scripts/transfer.py``, which must be of an adapter with this one's sources."""
+    """Read a record of ``scripts/transfer.py``.
+
+    Raises:
+        ConfigError: the file is not such a record, or its adapter was trained on other hosts.
+    """
     record = read_json_object(Path(path))
     if record.get("kind") != "transfer":
-        raise ConfigError(f"{path} is no record of scripts/transfer.py; give its transfer.json.")
+        raise ConfigError(f"{path} is not a record of scripts/transfer.py; give its transfer.json.")
     recorded, own = (
         {host["fingerprint"] for host in hosts} for hosts in (record["source_hosts"], config.source_hosts)
     )
     if recorded != own:
         raise ConfigError(
-            f"{path} is of an adapter that was trained on other hosts ({', '.join(sorted(recorded))}) than this one "
-            f"({', '.join(sorted(own))}). Give the record of this adapter."
+            f"{path} belongs to an adapter that was trained on other hosts ({', '.join(sorted(recorded))}) than this "
+            f"adapter ({', '.join(sorted(own))}). Give the record of this adapter."
         )
     return record
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether a name is that of a repository and not of a folder here."""
+    """Whether a name can be a repository on the Hub and is not a local path."""
     return (
         isinstance(name, str)
         and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
@@ -133,7 +137,7 @@ def is_hub_id(name: object) -> bool:
 
 
 def public_name(name: str | None) -> str | None:
-    """A host's name as others may read it: a repository's, or the last part of a folder of this machine."""
+    """Name of a host for publication: the name of its repository, or the last part of a local folder's path."""
     return name if name is None or is_hub_id(name) else Path(name).name
 
 
@@ -174,21 +178,21 @@ def _metadata(title, config, kind, dataset, hosts, results, run) -> ModelCardDat
 
 def _what_it_is(config: UniHyperLoraConfig, task: str | None) -> str:
     stream = (
-        "It reads the hidden states of a frozen encoder, maps them by a closed-form, label-free regression "
-        "into a small space of its own, and tags there. So the same file works on encoders of other width and depth "
-        "that it has not seen in training."
+        "It reads the hidden states of a frozen encoder and maps them into a small canonical space with a closed-form "
+        "regression that needs no labels. It predicts from there. So the same file works on encoders of other width "
+        "and depth that it has not seen in training."
     )
     how = {
         "stream": stream,
         "inject": "It adds a small update to the linear layers of a frozen encoder. The file loads on encoders of "
-        "other width and depth, but its scores do not carry over: use it on the host it was trained on.",
+        "other width and depth, but its scores do not transfer: use it on the host that it was trained on.",
     }[config.pathway]
     tasks = "\n".join(
         f"- `{name}` ({PIPELINES[t['type']]}): {', '.join(f'`{label}`' for label in t['labels'])}"
         for name, t in config.tasks.items()
     )
-    active = f" The active one is `{task}`." if len(config.tasks) > 1 else ""
-    what = "One small adapter file for text encoders, without a tensor of the encoder."
+    active = f" The active task is `{task}`." if len(config.tasks) > 1 else ""
+    what = "One small adapter file for text encoders; it contains no tensor of the encoder."
     return f"{what} {how}\n\nTasks:{active}\n\n{tasks}\n"
 
 
@@ -196,13 +200,9 @@ def _snippet(config: UniHyperLoraConfig, kind: str | None, repo_id: str | None) 
     if kind is None:
         return ""
     host, revision = config.base_model_name_or_path, config.base_model_revision
-    note = (
-        "the host that it was trained on; any other encoder works as well"
-        if config.pathway == "stream"
-        else "its host"
-    )
+    note = "the host that it was trained on; any other encoder works too" if config.pathway == "stream" else "its host"
     if host is None:
-        host, note = "NAME-OF-AN-ENCODER", "its own host is not on the Hub: put one here"
+        host, note = "NAME-OF-AN-ENCODER", "its own host is not on the Hub: name another host here"
     given = f'{{"base_model_name_or_path": "{host}"' + (
         f', "base_model_revision": "{revision}"}}' if revision else "}"
     )
@@ -222,7 +222,7 @@ tagger = pipeline(
 print(tagger("Ada Lovelace flew to Lisbon ."))
 ```
 
-Without running any code from here, once the package is installed (`pip install unihyperlora`):
+To run no code from this repository, install the package (`pip install unihyperlora`):
 
 ```python
 from modeling_unihyperlora import {package}
@@ -269,8 +269,8 @@ def _transfer_table(record: dict) -> str:
     sources = ", ".join(public_name(host["name"]) for host in record["source_hosts"])
     return f"""## Transfer
 
-F1 of adapters trained as this one was, on {sources}, over seeds {", ".join(map(str, record["seeds"]))} (mean ± s.d.
-where there are several); "zero-shot" saw no label of that host. Recorded by `scripts/transfer.py`, data
+F1 of adapters that were trained like this one, on {sources}, over seeds {", ".join(map(str, record["seeds"]))} (mean ±
+s.d. of several seeds). "zero-shot" used no labels on that host. Recorded by `scripts/transfer.py`, data
 {record["data"]["name"]}.
 
 {lines}
@@ -303,24 +303,25 @@ def _origins(config, host_license, run, dataset, data_license) -> str:
     return f"""## Origins and licences
 
 {hosts}
-- licence of the host: {host_license or "not stated where it was loaded from; see its own page"}
-- data: {data}; licence of the data: {data_license or "not stated where it was loaded from; see its own page"}
-- this adapter and its code: Apache-2.0, see `{LICENCE_NAME}`. The file holds no weight of the host.
+- licence of the host: {host_license or "not stated at its source; see its own page"}
+- data: {data}; licence of the data: {data_license or "not stated at its source; see its own page"}
+- this adapter and its code: Apache-2.0, see `{LICENCE_NAME}`. The file contains no weights of the host.
 """
 
 
 def _use_and_limits(config: UniHyperLoraConfig) -> str:
     stream = (
-        "- On a new host look at the R² of each knot that loading reports: near or below 0.1 the scores will be low. "
+        "- On a new host, check the R² of each knot that loading reports: near or below 0.1, scores will be low. "
         "Hosts that are much smaller than the source, or of another language, fit worse.\n"
-        "- A stream is no update of weights: it cannot be merged into a host.\n"
+        "- A stream does not update weights, so it cannot be merged into a host.\n"
     )
-    inject = "- On other hosts than its own it loads, but its scores there are near those of chance.\n"
+    inject = "- The adapter loads on hosts other than its own, but its scores there are near chance.\n"
     limits = {"stream": stream, "inject": inject}[config.pathway]
     return f"""## Intended use and limits
 
-Labelling text of the kind that it was trained on. It has the errors and biases of its host and of its training data,
-and scores only for what the tables above were measured on; do not base decisions about people on it alone.
+Use it to label text of the kind that it was trained on. It has the errors and biases of its host and of its training
+data. The scores above hold only for the data that they were measured on. Do not base decisions about people on it
+alone.
 
 {limits}"""
 
@@ -330,12 +331,12 @@ def _about_the_code(config: UniHyperLoraConfig) -> str:
     lines = sum((Path(__file__).parents[1] / name).read_text(encoding="utf-8").count("\n") for name in files)
     return f"""## The code in this repository
 
-{len(files)} Python files, {lines:,} lines, copies of those of the package `unihyperlora`. It reads safetensors
-and JSON only, and never runs code of a host's repository.
+{len(files)} Python files, {lines:,} lines, copied from the package `unihyperlora`. The code reads only safetensors and
+JSON, and never runs code from a host's repository.
 """
 
 
-# ---- what is known ----
+# ---- recorded facts ----
 
 
 def _read(path: Path) -> dict:
@@ -343,11 +344,11 @@ def _read(path: Path) -> dict:
 
 
 def _licence_of(name: str | None, kind: str, look_up: bool) -> str | None:
-    """The licence that a host's or a data set's own card states, None if it cannot be had."""
+    """Licence in the card of a host or a data set; None if it is unknown."""
     if not name or not (os.path.isdir(name) or (look_up and is_hub_id(name))):
         return None
     where = os.path.join(name, CARD_NAME) if os.path.isdir(name) else name
     try:
         return ModelCard.load(where, repo_type=kind).data.get("license")
-    except Exception:  # no card, no network, no metadata: a card without this line is better than none
+    except Exception:  # no card, network or metadata: the licence stays unknown
         return None

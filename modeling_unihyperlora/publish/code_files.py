@@ -1,7 +1,6 @@
-"""Which files of code travel with an adapter."""
+"""The code files that are published with an adapter."""
 
-# Every file that loading a stream needs, in the order to read them; all lie in one folder and import each other by
-# "from .x".
+# The files that loading a stream needs, in reading order. They are in one folder and import each other as ".x".
 STREAM_FILES = (
     "errors.py",
     "configuration_unihyperlora.py",
@@ -12,7 +11,7 @@ STREAM_FILES = (
     "hosts.py",
     "storage.py",
 )
-# What an injected update needs as well.
+# The files that an injected update needs in addition.
 INJECTED_FILES = (
     "injected.py",
     "injected_configuration.py",
@@ -28,5 +27,5 @@ INJECTED_FILES = (
 
 
 def code_files(pathway: str) -> tuple[str, ...]:
-    """The code that travels with an adapter of a pathway."""
+    """Names of the code files that are published with an adapter of a pathway."""
     return STREAM_FILES if pathway == "stream" else STREAM_FILES + INJECTED_FILES

@@ -1,6 +1,6 @@
-"""Pushing an adapter: exactly its own files, in one commit, checked afterwards.
+"""Pushes an adapter to the Hub: only the adapter's own files, in one commit, verified afterwards.
 
-A push is safe to repeat: what the repository has already is not sent again, and a commit is made whole or not at all.
+A push can be repeated safely: files that the repository already has are not sent again, and a commit is atomic.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from .code_files import code_files
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PASSING = (408, 429, 500, 502, 503, 504)  # answers that a later attempt may not get
-PATIENCE = 30.0  # seconds in which a push is tried again; the client itself waits as well
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP statuses after which another attempt may succeed
+PATIENCE = 30.0  # seconds during which a push is retried; the client itself waits too
 REASONS = {
-    401: "the Hub does not accept the token, or none was given; run `hf auth login` or pass --token",
-    403: "this token may not write there; use one with write access, or --create_pr",
-    404: "there is no such repository or branch, or this token may not see it",
-    409: "the Hub is changing that repository at this moment; try again",
-    412: "somebody else has pushed in the meantime; look at what is there now and push again",
+    401: "the Hub does not accept the token, or no token was given; run `hf auth login` or pass --token",
+    403: "this token may not write there; use a token with write access, or --create_pr",
+    404: "the repository or branch does not exist, or this token may not see it",
+    409: "the Hub is changing that repository at the moment; try again",
+    412: "somebody else has pushed in the meantime; look at the repository and push again",
     422: "the Hub received other bytes than were sent; try again",
-    429: "the Hub asks to send fewer requests; wait a few minutes and try again",
+    429: "the Hub limits the number of requests; wait a few minutes and try again",
 }
 
 
@@ -46,14 +46,14 @@ def files_of(pathway: str) -> tuple[str, ...]:
 
 @dataclass
 class Push:
-    """What a push did, or with ``dry_run`` would do.
+    """Result of a push, or of a dry run.
 
     Attributes:
-        files: name → bytes, of what is pushed.
-        changed: names that the repository did not have in this form.
-        others: name → bytes, of what else lies in the repository.
-        url: of the commit; empty for a dry run.
-        commit: its id, empty for a dry run.
+        files: name → bytes, for the pushed files.
+        changed: names of new and changed files.
+        others: name → bytes, for all other files in the repository.
+        url: URL of the commit; empty for a dry run.
+        commit: id of the commit; empty for a dry run.
     """
 
     repo_id: str
@@ -78,18 +78,18 @@ def push_folder(
     base_model_name_or_path: str | None = None,
     **facts,
 ) -> Push:
-    """Push the adapter in a folder; other files in it (checkpoints, arguments, tokenizers) stay where they are.
+    """Push the adapter in a folder; other files in it (checkpoints, arguments, tokenizers) are not pushed.
 
     Args:
-        folder: that ``save_pretrained`` or a run wrote.
+        folder: folder that ``save_pretrained`` or a run wrote.
         repo_id, private, revision, create_pr, token, commit_message, commit_description, base_model_name_or_path: as
             for ``push_to_hub`` of a model.
-        dry_run: check and list the files, and send nothing.
-        **facts: for the card; see ``card.write_card``.
+        dry_run: check and list the files, but send nothing.
+        **facts: facts for the card; see ``card.write_card``.
 
     Raises:
-        AdapterFileError: no adapter there, or its files do not fit each other.
-        HubError: it cannot be pushed; what the repository had is untouched.
+        AdapterFileError: the folder has no adapter, or its files do not belong together.
+        HubError: the push failed; the repository is unchanged.
     """
     with tempfile.TemporaryDirectory() as staged:
         config = stage(Path(folder), Path(staged), repo_id, base_model_name_or_path, look_up=not dry_run, **facts)
@@ -102,9 +102,11 @@ def push_folder(
             message = (commit_message, commit_description)
             push = _patiently(
                 lambda: _push_once(Path(staged), names, repo_id, private, revision, create_pr, token, *message),
-                once=create_pr,  # an answer that was lost must not lead to a second pull request
+                once=create_pr,  # after a lost answer, a retry would open a second pull request
             )
-    logger.info("In %s now, %d changed:\n%s", push.url, len(push.changed), listing(push.files | push.others))
+    logger.info(
+        "Files in %s now, %d of them changed:\n%s", push.url, len(push.changed), listing(push.files | push.others)
+    )
     return push
 
 
@@ -122,10 +124,10 @@ def push_model(model, repo_id: str, **kwargs) -> str:
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: bool | str | None = None) -> str:
-    """Make a repository unless it is there already; returns its full name.
+    """Create a repository if it does not exist; returns its full name.
 
     Raises:
-        HubError: it cannot be made.
+        HubError: the repository cannot be created.
     """
     with _in_one_sentence(repo_id):
         api = HfApi(token=token)
@@ -134,22 +136,21 @@ def create_repository(repo_id: str, private: bool | None = None, token: bool | s
 
 @contextlib.contextmanager
 def _in_one_sentence(repo_id: str) -> Iterator[None]:
-    """Whatever the client raises becomes a ``HubError`` that says what to do."""
+    """Turn any error of the client into a ``HubError`` that says what to do."""
     try:
         yield
     except HubError:
         raise
-    except Exception as error:  # the HTTP libraries of the client's generations have nothing in common
+    except Exception as error:  # versions of the client use HTTP libraries with different errors
         status = http_status(error)
         reason = REASONS.get(status) or f"the Hub cannot be reached or failed: {first_line(error)}"
         raise HubError(
-            f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. What was there before is "
-            "untouched."
+            f"Not pushed to {repo_id}: {reason}{f' (HTTP {status})' if status else ''}. The repository is unchanged."
         ) from error
 
 
 def listing(files: dict[str, int]) -> str:
-    """A line for each file and one for their sum."""
+    """One line for each file and one for the total."""
     lines = [f"{size:>10,}  {name}" for name, size in files.items()]
     return "\n".join([*lines, f"{sum(files.values()):>10,}  bytes in {len(files)} files"])
 
@@ -157,14 +158,16 @@ def listing(files: dict[str, int]) -> str:
 def stage(
     folder: Path, staged: Path, repo_id: str | None, base_model_name_or_path: str | None = None, **card
 ) -> UniHyperLoraConfig:
-    """Put together what is pushed: checked weights, a configuration without local paths, code, card, licence.
+    """Copy the files to push into ``staged``: checked weights, configuration without local paths, code, card, licence.
 
     Raises:
-        AdapterFileError: no adapter in ``folder``, or its files do not fit each other, or one is a link out of it.
+        AdapterFileError: ``folder`` has no adapter, its files do not belong together, or one is a link out of it.
+        ConfigError: ``base_model_name_or_path`` is not a name on the Hub.
     """
     if base_model_name_or_path is not None and not is_hub_id(base_model_name_or_path):
         raise ConfigError(
-            f"base_model_name_or_path={base_model_name_or_path!r} is no name on the Hub, so nobody else could load it."
+            f"base_model_name_or_path={base_model_name_or_path!r} is not a name on the Hub, so others could not load "
+            "it. Give the host's Hub id."
         )
     sources = {}
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -183,8 +186,8 @@ def stage(
     elif not is_hub_id(name):
         content["base_model_name_or_path"] = None
         logger.warning(
-            "The adapter's host is the folder %s, which others do not have: who loads it from the Hub will have to "
-            "name a host. If it is on the Hub, push with --base_model_name_or_path.",
+            "The adapter's host is the folder %s, which others do not have: users of the adapter must name a host. If "
+            "the host is on the Hub, push with --base_model_name_or_path.",
             name,
         )
     for host in content.get("source_hosts") or []:
@@ -192,7 +195,7 @@ def stage(
     write_json(staged / CONFIG_NAME, content)
     copy_code(staged, config.pathway)
     write_licence(staged)
-    for name in (CARD_NAME, "all_results.json", "run_arguments.json"):  # what the card is made of
+    for name in (CARD_NAME, "all_results.json", "run_arguments.json"):  # sources of the card
         if (folder / name).is_file():
             (staged / name).write_bytes(check_inside(folder, name).read_bytes())
     write_card(staged, repo_id, **card)
@@ -200,15 +203,15 @@ def stage(
 
 
 def _patiently(work: Callable[[], T], once: bool = False) -> T:
-    """Try again what may pass: every step of ``work`` leaves things as they were, or as they are to be."""
+    """Call ``work`` and retry after transient errors; ``work`` must be safe to repeat. ``once`` turns retries off."""
     start, wait = time.monotonic(), 1.0
     while True:
         try:
             return work()
         except Exception as error:
-            may_pass = (http_status(error) in PASSING or _is_connection(error)) and not once
+            retries = (http_status(error) in TRANSIENT or _is_connection(error)) and not once
             wait = max(wait, _retry_after(error))
-            if not may_pass or time.monotonic() - start + wait > PATIENCE:
+            if not retries or time.monotonic() - start + wait > PATIENCE:
                 raise
             logger.warning("%s; trying again in %.0f s.", first_line(error), wait)
             time.sleep(wait)
@@ -239,20 +242,20 @@ def _push_once(
     own = {name: (staged / name).stat().st_size for name in names}
     wrong = [name for name, size in own.items() if name not in now or now[name][0] != size]
     if wrong:
-        raise HubError(f"{repo_id} has other files than were pushed: {', '.join(wrong)}. Push again.")
+        raise HubError(f"{repo_id} has files that differ from the pushed ones: {', '.join(wrong)}. Push again.")
     changed = [name for name in names if known.get(name) != now[name]]
     others = {name: size for name, (size, _) in now.items() if name not in own}
     return Push(repo_id, own, changed, others, done.pr_url or done.commit_url, done.oid)
 
 
 def _remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, tuple[int, str]]:
-    """Name → bytes and git's id of every file."""
+    """Name → (bytes, git's id) of every file in the repository."""
     tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
     return {item.path: (item.size, item.blob_id) for item in tree if hasattr(item, "blob_id")}
 
 
 def _is_connection(error: BaseException | None) -> bool:
-    """Whether a connection failed; the clients use httpx or httpx2, and workers wrap what they raise."""
+    """Whether a connection failed; clients use httpx or httpx2, and worker threads wrap their errors."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
             ("httpx", "httpcore")

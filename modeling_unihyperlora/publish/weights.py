@@ -1,8 +1,8 @@
-"""Ways out for the injected update: weights of a stock encoder, or a LoRA for PEFT.
+"""Exports of an injected update: a merged encoder, or a LoRA for PEFT.
 
-Both fold the update of one task into fixed weights, so both need the static router, whose mask is the same for every
-token. Neither has a place for the head: it reads the states of five depths, as no head of transformers or PEFT does.
-It is written beside the weights, in the host's own coordinates, and ``README.md`` there says how to apply it.
+Both turn the update of one task into fixed weights, so both need the static router, whose mask is the same for all
+tokens. Neither format has a place for the head, which reads the states of five depths. So the head is written to a
+separate file, in the host's own coordinates, and a ``README.md`` beside it shows how to apply it.
 """
 
 import math
@@ -42,18 +42,18 @@ print(logits.argmax(dim=-1))
 
 
 def merge_and_save(model, folder: str | Path, tokenizer=None) -> None:
-    """Write the host with the active task's update in its weights, its tokenizer, and the task's head.
+    """Write the host with the active task's update merged into its weights, the tokenizer, and the task's head.
 
-    ``AutoModel.from_pretrained(folder)`` loads it without this package and computes the states that the model
-    computed. The model itself is as it was afterwards.
+    ``AutoModel.from_pretrained(folder)`` loads it without this package and gives the same states as the model. The
+    model itself is unchanged afterwards.
 
     Args:
-        model: with an injected update and the static router.
-        folder: where to; made if needed.
-        tokenizer: the host's; loaded by the host's name when None.
+        model: a model with an injected update and the static router.
+        folder: output folder; created if needed.
+        tokenizer: the host's tokenizer; by default loaded by the host's name.
 
     Raises:
-        MergeError: a stream, or a router that chooses for each token.
+        MergeError: the model is a stream, or has the token router.
         HostError: the tokenizer cannot be loaded.
     """
     require_fixed_update(model)
@@ -62,7 +62,7 @@ def merge_and_save(model, folder: str | Path, tokenizer=None) -> None:
     was_merged = model.merged
     model.merge()
     try:
-        with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:  # written whole, or not at all
+        with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:  # so that no file is left half written
             model.host.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
@@ -72,26 +72,27 @@ def merge_and_save(model, folder: str | Path, tokenizer=None) -> None:
             model.unmerge()
     load = 'from transformers import AutoModel, AutoTokenizer\n\nencoder = AutoModel.from_pretrained(".")\n'
     load += 'tokenizer = AutoTokenizer.from_pretrained(".")'
-    what = "A stock transformers encoder with the update of a UniHyperLoRA adapter in its weights."
+    what = "A transformers encoder with the update of a UniHyperLoRA adapter merged into its weights."
     _write_head(model, Path(folder), "Merged encoder", what, load)
 
 
 def export_lora(model, folder: str | Path, rank: int) -> dict[str, float]:
     """Write the active task's update as a LoRA that PEFT loads onto the same host.
 
-    The update of a layer is the sum of M rank-one atoms; LoRA keeps its ``rank`` largest singular directions.
+    The update of a layer is a sum of M rank-one atoms; the LoRA keeps its ``rank`` largest singular directions.
 
     Args:
-        model: with an injected update and the static router.
-        folder: where to; made if needed.
-        rank: of the LoRA, 1 or more; a layer whose update has a lower rank is padded with zeros.
+        model: a model with an injected update and the static router.
+        folder: output folder; created if needed.
+        rank: rank of the LoRA, 1 or more; layers whose update has a lower rank are padded with zeros.
 
     Returns:
-        "relative_error": Frobenius norm of what is lost over that of the update, over all layers, and
-        "worst_relative_error": of the layer that loses most. Both also stand in ``unihyperlora_export.json``.
+        "relative_error": Frobenius norm of the lost part, relative to that of the update, over all layers.
+        "worst_relative_error": the same for the layer with the largest relative error.
+        ``unihyperlora_export.json`` in the folder holds both too.
 
     Raises:
-        MergeError: a stream, or a router that chooses for each token.
+        MergeError: the model is a stream, or has the token router.
         ExportError: ``rank`` is not allowed.
     """
     require_fixed_update(model)
@@ -143,18 +144,18 @@ def require_fixed_update(model) -> None:
     """Raise ``MergeError`` unless the update is the same for every token."""
     if model.config.pathway != "inject":
         raise MergeError(
-            "A stream is no update of weights: it reads the host's states and computes beside it, so it can neither "
-            "be merged nor become a LoRA. export_onnx writes host and stream as one file."
+            "A stream does not update weights: it computes beside the host, from the host's states. So it can neither "
+            "be merged nor become a LoRA. Use export_onnx, which writes host and stream."
         )
     if model.config.router != "static":
         raise MergeError(
-            "The update depends on each token (router='token'), so no fixed weights compute the same. Load the "
-            "adapter with router='static', which uses one fixed mask, the mean gate, and score it first."
+            "The update depends on each token (router='token'), so fixed weights cannot replace it. Load the adapter "
+            "with router='static', which uses one fixed mask, the mean gate, and score it before the export."
         )
 
 
 def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """(out, in) → A (rank, in), B (out, rank), B A nearest to it; the norms of what is lost and of ``delta``."""
+    """Best low-rank factors of ``delta`` (out, in): A (rank, in), B (out, rank), norm of the error, norm of delta."""
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
     root = values[:rank].sqrt()
     gone = float(values[rank:].square().sum().sqrt())
@@ -162,7 +163,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def host_head(model, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head in the host's coordinates: weight (C, K, d) and bias (C,)."""
+    """Head of a task in the host's coordinates: weight (C, K, d) and bias (C,)."""
     adapter, width = model.adapter, model.injection.map.hidden_size
     keys = [adapter.projector.key(width, knot) for knot in KNOTS]
     weight = torch.stack(adapter.head_weights(keys, task), dim=1)
@@ -184,7 +185,7 @@ def _write_head(model, folder: Path, title: str, what: str, load: str) -> None:
         load=load,
         layers=model.injection.knot_layers,
     )
-    if sentence:  # the mean over the tokens comes before the division
+    if sentence:  # take the mean over the tokens before the division
         text = text.replace("\nknots = knots /", "\nknots = knots.mean(dim=1, keepdim=True)\nknots = knots /")
     with replacing(folder / "README.md") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")

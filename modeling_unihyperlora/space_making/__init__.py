@@ -1,1 +1,1 @@
-"""Making a canonical space, and refining a map into it."""
+"""Making a canonical space, and refining a host's map into it."""

@@ -1,4 +1,4 @@
-"""Making a canonical space from hosts and text, without a label."""
+"""Makes a canonical space from hosts and unlabelled text."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..words import WordReader, load_tokenizer
 
 PACKAGE_ANCHORS = Path(__file__).with_name("anchors.txt")
 DIM = 64
-RIDGE = 0.3  # of the soft whitening, as a share of the mean eigenvalue
+RIDGE = 0.3  # ridge of the soft whitening, as a share of the mean eigenvalue
 
 
 def make_space(
@@ -34,27 +34,27 @@ def make_space(
     version: int = 1,
     tokenizers: list | None = None,
 ) -> CanonicalSpace:
-    """A space whose coordinates are what the states of some hosts have in common.
+    """Make a space whose coordinates are the directions that the states of the hosts have in common.
 
-    Of one host they are the leading whitened principal components of its standardised states at each knot. Of several
-    hosts, each host's standardised states are softly whitened and laid side by side, and the leading left singular
-    vectors are taken: directions that many hosts share come first.
+    With one host, the coordinates at each knot are the leading whitened principal components of its standardised
+    states. With several hosts, each host's standardised states are softly whitened and concatenated, and the
+    coordinates are the leading left singular vectors: directions that many hosts share come first.
 
     Args:
         hosts: Hub ids, folders or loaded models.
-        anchor_file: UTF-8 text, one sentence a line; the package's own when None.
-        dim: D, coordinates a knot.
-        atoms: M, of δθ.
-        name, version: of the space.
-        tokenizers: of the hosts, in their order; loaded by the hosts' names when None.
+        anchor_file: UTF-8 text, one sentence per line; by default the package's own.
+        dim: D, number of coordinates per knot.
+        atoms: M, number of atoms of δθ.
+        name, version: name and version of the space.
+        tokenizers: tokenizers of the hosts, in the same order; by default loaded by the hosts' names.
 
     Raises:
-        ConfigError: no host.
+        ConfigError: no host is given.
         DataError: the anchor file cannot be used.
-        HostError: a host cannot be loaded, or there are more coordinates than dimensions or readable anchors.
+        HostError: a host cannot be loaded, or ``dim`` exceeds the number of dimensions or of readable anchors.
     """
     if not hosts:
-        raise ConfigError("A space is made from at least one host; none was given.")
+        raise ConfigError("A space needs at least one host. Give one or more.")
     sentences = read_anchors(PACKAGE_ANCHORS if anchor_file is None else anchor_file)
     states = []
     for number, host in enumerate(hosts):
@@ -73,19 +73,20 @@ def make_space(
 
 
 def common_coordinates(states: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Coordinates of unit variance from the states (K, N, d) of one host or more: (K, N, dim).
+    """Coordinates (K, N, dim) with unit variance, from the states (K, N, d) of one or more hosts.
 
-    An anchor that one of the hosts cannot read is an average one.
+    An anchor that one of the hosts cannot read gets zeros, the mean coordinates.
 
     Raises:
-        HostError: fewer usable anchors or dimensions than coordinates are asked for.
+        HostError: ``dim`` exceeds the number of usable anchors or of dimensions.
     """
     usable = torch.stack([torch.isfinite(own).all(dim=-1).all(dim=0) for own in states]).all(dim=0)
     widest, count = sum(own.shape[-1] for own in states), int(usable.sum())
     if dim > min(widest, count - 1):
         raise HostError(
-            f"{dim} canonical coordinates need hosts at least that wide and more anchors; these have width {widest} "
-            f"together, and {count} anchors can be read. Ask for fewer coordinates, or give a wider host."
+            f"{dim} canonical coordinates need hosts with at least {dim} dimensions in total and more than {dim} "
+            f"anchors; these hosts have {widest}, and {count} anchors can be read. Ask for fewer coordinates, or give "
+            "a wider host."
         )
     coordinates = torch.zeros(len(KNOTS), states[0].shape[1], dim)
     for k in range(len(KNOTS)):

@@ -1,9 +1,9 @@
-"""Lining a host up on text of the user's own as well, without a label.
+"""Refines a host's map with the user's own text, without labels.
 
-The anchors of a file are some 5,000 words of general English, for the file has to hold what they look like in the
-canonical space. Of any other text a host that the adapter was trained on says that, where it is at hand. Then another
-host is lined up with the anchors and with the words of that text at once. Small hosts gain most, and the text has to
-be of the kind that they are to read.
+An adapter file holds coordinates only for its anchors, about 5,000 words of general English. A source host, one that
+the adapter was trained on, can compute coordinates for any other text. The new host is then aligned on the anchors and
+on the words of that text together. Small hosts gain most. The text should be similar to the text that the adapter will
+read.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from ..space import (
     layers_read,
 )
 
-MAX_WORDS = 20_000  # of the text; more gained nothing on a host of two blocks, and memory grows with them
+MAX_WORDS = 20_000  # of the text; more words take more memory and gained nothing on a host of two blocks
 
 
 def refine(
@@ -36,20 +36,24 @@ def refine(
     """Replace the map of a model's host; see ``UniHyperLoraPreTrainedModel.refine``.
 
     Args:
-        model: on the host that is to be lined up.
+        model: a model on the host to align.
         sentences: lists of words.
-        source: an adapter of the same space, on a host that it was trained on.
+        source: a model with the same space, on a host that the adapter was trained on.
+
+    Raises:
+        ConfigError, DataError, HostError: a model is no stream, the spaces differ, the text cannot be used, or the
+            adapter was not trained on the source's host.
     """
     here, there = _checked(model, source)
-    sentences = _as_many_as_are_read(sentences)
+    sentences = _checked_sentences(sentences)
     space = here.adapter.space
     said = json.dumps([fingerprint(source.host), there.words.key(), there.fit.r2, sentences])
 
     def read_source() -> dict[str, torch.Tensor]:
-        read = anchor_states(source.host, there.words, sentences).unsqueeze(1)  # all words as one row
+        read = anchor_states(source.host, there.words, sentences).unsqueeze(1)  # all words in one row
         layers = layers_read(there.words.num_layers)
         [z] = there.canonical_states(dict(zip(layers, read, strict=True)), torch.arange(read.shape[2])[None])
-        return {"coordinates": z}  # (N, K, D), not a number where a word cannot be read
+        return {"coordinates": z}  # (N, K, D), NaN for a word that cannot be read
 
     def compute() -> HostFit:
         name = hashlib.sha256(f"{space.digest} {said}".encode()).hexdigest()
@@ -66,33 +70,42 @@ def refine(
 
 
 def _checked(model: UniHyperLoraPreTrainedModel, source: UniHyperLoraPreTrainedModel) -> tuple[Stream, Stream]:
-    """The streams of both, or the error that says why one host cannot be lined up by the other."""
+    """Streams of both models, after checking that the source can refine the model's map.
+
+    Raises:
+        ConfigError: a model has no stream, or the spaces differ.
+        HostError: the adapter was not trained on the source's host.
+    """
     for one in (model, source):
         if one.config.pathway == "inject":
-            raise ConfigError("The injected update has no map of its host to refine; only a stream has one.")
+            raise ConfigError("An injected update has no map of its host to refine. Use a stream (pathway='stream').")
     here, there = model.bound_stream, source.bound_stream
     if here.adapter.space.digest != there.adapter.space.digest:
-        raise ConfigError("The source is of another space: its coordinates mean other things. Load the same adapter.")
+        raise ConfigError("The source has another space, so its coordinates mean other things. Load the same adapter.")
     known = {host["fingerprint"]: host["name"] for host in model.config.source_hosts}
     if fingerprint(source.host) not in known:
         raise HostError(
-            f"The adapter was not trained on '{source.host.config.name_or_path}', whose own map is but an estimate. "
-            f"Put it on one of its source hosts: {', '.join(map(str, known.values()))}."
+            f"The adapter was not trained on '{source.host.config.name_or_path}', so the map of that host is only an "
+            f"estimate. Use one of its source hosts: {', '.join(map(str, known.values()))}."
         )
     return here, there
 
 
-def _as_many_as_are_read(sentences: list[list[str]]) -> list[list[str]]:
-    """All sentences, or of a longer text every n-th."""
+def _checked_sentences(sentences: list[list[str]]) -> list[list[str]]:
+    """The sentences to read: all of them, or every n-th of a text longer than ``MAX_WORDS``.
+
+    Raises:
+        DataError: a sentence is not a list of words, or there are too few words.
+    """
     if text := next((sentence for sentence in sentences if isinstance(sentence, str)), None):
         raise DataError(
-            f"A sentence is a list of words; {text[:60]!r} is a text. Split it at its blanks: text.split()."
+            f"A sentence must be a list of words, but {text[:60]!r} is a string. Split it at its blanks: text.split()."
         )
     kept = [list(sentence) for sentence in sentences if sentence]
     words = sum(map(len, kept))
     if words < MIN_ANCHORS:
         raise DataError(
-            f"{words} words are too few to line up a host; at least {MIN_ANCHORS} are needed, and {MAX_WORDS:,} are "
-            "better. Give lists of words, one a sentence."
+            f"{words} words are too few to align a host; give at least {MIN_ANCHORS}, better {MAX_WORDS:,}, as lists "
+            "of words, one list per sentence."
         )
     return kept[:: math.ceil(words / MAX_WORDS)]

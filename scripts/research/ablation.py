@@ -1,12 +1,12 @@
-"""What each part of the stream is worth: train it with one part missing or changed, score it here and elsewhere.
+"""Ablation of the stream: train it with one part changed or missing, score it on the source and on other hosts.
 
     python -m scripts.research.ablation --model_name_or_path SOURCE --target_hosts A B --space_hosts SOURCE C D \
         --train_file train.jsonl --validation_file dev.jsonl --output_dir runs/ablation \
         --max_train_samples 3500 --max_steps 1000
 
-Further flags go to run_ner.py. Every row is one training run and a zero-shot score on each target; a row whose folder
-has its results is not done again. The rows on spaces make theirs from --space_hosts, by default from the source
-alone. Writes ablation.json, row by row.
+Further flags are passed to run_ner.py. Each row is one training run and a zero-shot score on each target; finished
+rows are not repeated. Rows with another space make it from --space_hosts, by default from the source alone.
+ablation.json is written after every row.
 """
 
 import argparse
@@ -39,13 +39,13 @@ Change = Callable[[], contextlib.AbstractContextManager]
 
 @dataclass(frozen=True)
 class Row:
-    """One way of leaving the stream's design.
+    """One variation of the stream's design.
 
     Attributes:
-        name: what the table calls it.
+        name: name of the row in the table.
         flags: further flags of the training run.
-        change: replaces code while the row's runs last.
-        space: arguments of ``CanonicalSpace.make`` for a space of the row's own; the package's where there are none.
+        change: context that patches code during the row's runs.
+        space: arguments of ``CanonicalSpace.make`` for the row's own space; empty for the package's space.
     """
 
     name: str
@@ -65,7 +65,7 @@ def words_alone() -> mock._patch:
 
 
 def no_dropout() -> mock._patch:
-    """The reader drops nothing in training."""
+    """The reader has no dropout in training."""
     make = Reader.__init__
 
     def without(self, *args, **kwargs) -> None:
@@ -75,37 +75,37 @@ def no_dropout() -> mock._patch:
 
 
 def no_copies() -> mock._patch:
-    """Every sentence comes from the source as it is."""
+    """All training sentences are read by the source itself, not by copies of it."""
     return mock.patch.object(sources, "COPIES", ())
 
 
 def _line_up_otherwise(name: str, new: Callable) -> contextlib.AbstractContextManager:
-    """Replace a part of lining up; maps that were made with it have names of their own in the cache."""
+    """Replace a part of the alignment; the resulting maps have other names in the cache."""
     return mock.patch.multiple(space, **{name: new, "METHOD": f"{space.METHOD} without {name}"})
 
 
 def no_stretch() -> contextlib.AbstractContextManager:
-    """What the regression shrinks stays small, on every host."""
+    """The predictions keep the small variance that the regression gives them, on every host."""
     return _line_up_otherwise("_stretch", lambda predicted, y, held_out: torch.eye(y.shape[1]))
 
 
 def variances_alone() -> contextlib.AbstractContextManager:
-    """Each coordinate is stretched by itself."""
+    """Each coordinate is stretched separately."""
     return _line_up_otherwise("_transport", lambda given, wanted: torch.eye(wanted.shape[1]))
 
 
 def no_landmarks() -> contextlib.AbstractContextManager:
-    """A linear map from the host's states alone."""
+    """The map is linear in the host's states."""
     return _line_up_otherwise("nearness", lambda query, landmarks: query.new_zeros(len(query), len(landmarks)))
 
 
 def four_bits() -> mock._patch:
-    """Coordinates in 16 steps from -3 to 2.625."""
+    """The space stores coordinates in 16 steps from -3 to 2.625."""
     return mock.patch.object(space, "TwoBit", lambda step: Grid(0.375))
 
 
 def only_knots(*kept: int) -> Change:
-    """The other knots are always zero."""
+    """All other knots are zero."""
     to_knots = HostToKnots.__call__
     mask = torch.tensor([float(knot in kept) for knot in range(len(KNOTS))])[:, None]
 
@@ -117,12 +117,12 @@ def only_knots(*kept: int) -> Change:
 
 
 def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
-    """The design as it is, and every way of leaving it.
+    """The shipped design and all its variations.
 
     Args:
-        folder: where the texts of fewer anchors are written.
-        source: the host that is trained on.
-        space_hosts: those of a space of several hosts.
+        folder: folder for the texts with fewer anchors.
+        source: host to train on.
+        space_hosts: hosts of a space that is made from several hosts.
     """
     text = read_anchors(PACKAGE_ANCHORS)
     shares = {"half": folder / "half_of_the_anchors.txt", "a quarter": folder / "quarter_of_the_anchors.txt"}
@@ -157,15 +157,15 @@ def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
 
 
 def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
-    """Do the rows that are missing; returns the content of ``ablation.json``."""
+    """Run the missing rows; returns the content of ``ablation.json``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model_name_or_path", required=True, help="Host to train on.")
     parser.add_argument("--target_hosts", nargs="+", default=[])
-    parser.add_argument("--space_hosts", nargs="+", help="Hosts of the rows on spaces; the source alone by default.")
+    parser.add_argument("--space_hosts", nargs="+", help="Hosts for the rows with another space; default: the source.")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", help="Only the rows whose name begins so.")
+    parser.add_argument("--rows", nargs="+", help="Run only rows whose names start with one of these.")
     args, passed = parser.parse_known_args(command_line)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
         folder = args.output_dir / f"{number:02d}"
         with row.change():
             flags = ["--model_name_or_path", source, "--pathway", "stream", "--do_train"]
-            flags.append("--overwrite_output_dir")  # of a run that was interrupted
+            flags.append("--overwrite_output_dir")  # replaces an interrupted run
             flags += ["--space", str(own_space(row, folder))] if row.space else []
             scores = {"source": _run([*passed, *flags, *row.flags], folder)}
             for host in args.target_hosts:
@@ -189,7 +189,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
 
 
 def own_space(row: Row, folder: Path) -> Path:
-    """The file of the row's own space, which is made unless it is there."""
+    """File of the row's own space; makes the space if the file does not exist."""
     path = folder.with_suffix(".space.safetensors")
     if not path.is_file():
         CanonicalSpace.make(**row.space).save(path)

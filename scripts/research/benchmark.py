@@ -1,4 +1,4 @@
-"""Keep what a run measured, and draw the tables of the documents from what was kept.
+"""Records measurements in results/, and renders the documents' tables from the records.
 
     python -m scripts.research.benchmark record runs/conll-s0 --name conll2003-inject-minilm-l6-s0
     python -m scripts.research.benchmark record runs/matrix --name conll2003-transfer
@@ -9,16 +9,16 @@
     python -m scripts.research.benchmark latency --model_name_or_path H --output results/speed-latency-h.json
     python -m scripts.research.benchmark render
 
-``record`` writes results/NAME.json from the folder that a run wrote (run_ner.py or run_classification.py): scores and
-costs, settings, host, data, versions, hardware. Of a folder of transfer.py or pruned_hosts.py it keeps the table and
-its picture, of one of ablation.py the table, of one of --do_search the trials.
-``paper`` does the runs of a set of run configs that are not finished yet (see paper.py), and records each as a line of
+``record`` writes results/NAME.json from the folder of a run (run_ner.py or run_classification.py): scores and costs,
+settings, host, data, versions, hardware. From a folder of transfer.py or pruned_hosts.py it records the table and its
+picture, from one of ablation.py the table, from one of --do_search the trials.
+``paper`` runs a set of run configs, except finished runs (see paper.py), and records each run as a line of
 results/paper.jsonl.
-``tasks`` measures a batch of many tasks (see mixed_tasks.py), ``scaling`` how costs grow (see scaling.py),
-``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` what an adapter costs on a host (see
+``tasks`` measures batches with many tasks (see mixed_tasks.py). ``scaling`` measures how costs grow (see scaling.py).
+``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure an adapter's costs on a host (see
 speed.py).
 ``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and docs/SCALING.md, and
-results/speed.md with its picture from those files alone.
+results/speed.md with its picture, from the records only.
 """
 
 import argparse
@@ -41,7 +41,7 @@ HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
 
 
 def main(command_line: list[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="benchmark"
     )
@@ -76,7 +76,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def render(results: Path) -> None:
-    """Write every document that shows records, from the records in a folder; the documents are beside it."""
+    """Render all documents that show records; ``results`` is the folder of the records, in the repository."""
     records = read_records(results)
     if compared := of_kind(records, "paper"):
         draw(rows_of(compared.values()), results / PICTURE)
@@ -93,7 +93,7 @@ def render(results: Path) -> None:
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:
-    """A document with what is between two marks replaced."""
+    """Replace the part of a document between two marks."""
     before, rest = text.split(begin)
     return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 

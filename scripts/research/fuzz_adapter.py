@@ -1,12 +1,12 @@
-"""Damage adapter files in every way at hand: each is refused with the package's error, or loads and scores the same.
+"""Fuzzes adapter files: a damaged file must be refused with the package's error, or load and score the same.
 
     python -m scripts.research.fuzz_adapter --files 10000 --output results/adapter-fuzz.json
 
-Makes a small adapter of each pathway on a random host, and copies of it with bits flipped, cut off, with another
-header, with tensors swapped, changed or missing, and with another config.json. Half of the changes to tensors are
-signed again, as one who knows the format could, so that it is not the digest that finds them. A config.json is meant
-to be edited by hand and is not signed: an adapter that loads with another one may score otherwise; these are counted
-apart.
+The script makes a small adapter of each pathway on a random host. It then damages copies: flips bits, truncates files,
+changes the header, swaps, changes or removes tensors, and changes config.json. Half of the files with changed tensors
+get a new, valid digest, as an attacker could do, so that the digest does not reveal the change. config.json may be
+edited by hand and has no digest: an adapter that loads with a changed one may score differently, which is counted
+separately.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from modeling_unihyperlora import (
 )
 from modeling_unihyperlora.storage import WEIGHTS_NAME, StoredTensor, signed_metadata, write_json
 
-SECONDS = 20  # a file that takes longer hangs
+SECONDS = 20  # a file that takes longer counts as hanging
 WORDS = [f"word{i}" for i in range(40)]
 LABELS = ["O", "B-A", "I-A"]
 VALUES = [
@@ -65,7 +65,7 @@ Folder = dict[str, bytes]  # file name → content
 
 
 class Sample:
-    """An adapter, the host that it sits on, and what it computes there."""
+    """An adapter, its host, and its logits on a batch."""
 
     def __init__(self, pathway: str):
         torch.manual_seed(0)
@@ -85,14 +85,14 @@ class Sample:
             model.detach()
             self.files = {name: (Path(folder) / name).read_bytes() for name in ("config.json", WEIGHTS_NAME)}
         self.logits = self.score(self.files)
-        self.hooks = self.hooks_now()  # those that transformers itself puts on a host to record its states
+        self.hooks = self.hooks_now()  # transformers itself registers hooks to record states
 
     def inject(self) -> UniHyperLoraForTokenClassification:
         config = UniHyperLoraConfig(pathway="inject", atoms=12, anchor_dim=8, mixer_hidden=4)
         return UniHyperLoraForTokenClassification.from_host(self.host, LABELS, "ner", config)
 
     def stream(self, anchors: Path) -> UniHyperLoraForTokenClassification:
-        """Of two tasks, whose readers have other sizes and other bits."""
+        """A stream with two tasks, whose readers differ in size and bits."""
         anchors.write_text("\n".join(" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(40)))
         space = CanonicalSpace.make([self.host], anchors, dim=8, atoms=12, tokenizers=[self.tokenizer])
         own = {"reader": {"width": 8, "hidden": 6}, "space": space, "tokenizer": self.tokenizer}
@@ -116,7 +116,7 @@ class Sample:
             model.detach()
 
 
-# ---- ways to damage; each returns the new content of the weights file ----
+# ---- kinds of damage; each returns the new content of the file ----
 
 
 def flip_bits(content: bytes, chance: random.Random) -> bytes:
@@ -147,7 +147,7 @@ def overwrite_a_run(content: bytes, chance: random.Random) -> bytes:
 
 
 def change_the_header(content: bytes, chance: random.Random) -> bytes:
-    """Another dtype, shape, place, name or metadata of a tensor, in a header that is JSON still."""
+    """Change the dtype, shape, offset, name or metadata of a tensor in the header, which stays valid JSON."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     names = [name for name in header if name != "__metadata__"]
@@ -172,7 +172,7 @@ def change_the_header(content: bytes, chance: random.Random) -> bytes:
 
 
 def change_tensors(content: bytes, chance: random.Random) -> bytes:
-    """Tensors swapped, turned, of another type or not finite; every other one signed as if it were meant so."""
+    """Swap, reshape, convert, delete or extend a tensor, or make it not finite; half of the files get a new digest."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / WEIGHTS_NAME
         path.write_bytes(content)
@@ -232,11 +232,11 @@ OUTCOMES = ("refused", "loaded, equal logits", "loaded, other logits", "failed")
 
 
 def fuzz(files: int, seed: int = 0) -> dict[str, object]:
-    """Damage ``files`` adapters, those of the two pathways in turn.
+    """Damage ``files`` adapters, of both pathways in turn.
 
     Returns:
-        ``outcomes`` (damage → outcome → number) and ``failures``: what neither loaded nor raised the package's error,
-        hung, left a trace on the host, or loaded other weights without a word.
+        ``outcomes`` (damage → outcome → number) and ``failures``: files that raised another error, hung, changed the
+        host, or loaded other weights without an error.
     """
     samples = [Sample("inject"), Sample("stream")]
     chance, outcomes, failures = random.Random(seed), {name: Counter() for name in DAMAGES}, []
@@ -263,7 +263,7 @@ def fuzz(files: int, seed: int = 0) -> dict[str, object]:
             failures.append(f"file {number}: {name}: hooks were left on the host")
     for sample in samples:
         if not torch.equal(sample.score(sample.files), sample.logits):
-            failures.append("the host is not as it was")
+            failures.append("the host was changed")
     return {"files": files, "seed": seed, "outcomes": {n: dict(c) for n, c in outcomes.items()}, "failures": failures}
 
 
@@ -275,7 +275,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON to keep the numbers in")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     args = parser.parse_args(command_line)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,9 +1,10 @@
-"""Run the tests of every host family, encoders and decoders, and keep which feature works on which.
+"""Runs the tests of all host families, encoders and decoders, and records which features work on which family.
 
     python -m scripts.research.host_families --output results/host-families.json
     python -m scripts.research.benchmark render
 
-The tests are those of tests/modeling_unihyperlora/test_families.py, the slow ones too; a feature is a test's name.
+The tests are in tests/modeling_unihyperlora/test_families.py, including the slow ones. The name of a test is the name
+of a feature.
 """
 
 import argparse
@@ -23,7 +24,7 @@ VERSIONS = ("torch", "transformers")
 
 
 class Recorder:
-    """Notes what became of each test, as a plugin of pytest: family → feature → passed, failed or why skipped."""
+    """Plugin of pytest that records the outcome of each test: family → feature → passed, failed or reason to skip."""
 
     def __init__(self):
         self.families: dict[str, dict[str, str]] = {}
@@ -40,7 +41,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     """Run the tests and write the record.
 
     Returns:
-        ``families`` (family → feature → outcome), ``decoders`` (which of them are) and ``versions``.
+        ``families`` (family → feature → outcome), ``decoders`` (families that are decoders) and ``versions``.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")

@@ -1,6 +1,6 @@
-"""The tables of docs/HOSTS.md, from the records of host_families.py, pruned_hosts.py and fuzz_adapter.py."""
+"""Renders the tables of docs/HOSTS.md from the records of host_families.py, pruned_hosts.py and fuzz_adapter.py."""
 
-FEATURES = {  # of the tests, in the order of the columns
+FEATURES = {  # feature of the tests → column, in the order of the columns
     "all_sites": "all six module types",
     "formula": "the formula in float64",
     "save_load": "save, load, equal",
@@ -16,7 +16,7 @@ FEATURES = {  # of the tests, in the order of the columns
 
 
 def host_tables(records: dict[str, dict]) -> str:
-    """All tables that there are records for, as Markdown."""
+    """All tables that have records, as Markdown."""
     lines = []
     for kind, table in {
         "host_families": family_table,
@@ -30,7 +30,7 @@ def host_tables(records: dict[str, dict]) -> str:
 
 
 def family_table(name: str, record: dict) -> list[str]:
-    """Family × feature, a table for each pathway; ✓ passed, ✗ failed, a number for a note."""
+    """Families × features, one table per pathway: ✓ passed, ✗ failed, a number refers to a note."""
     versions = ", ".join(f"{package} {version}" for package, version in sorted(record["versions"].items()))
     lines = [f"From results/{name}.json ({versions}). ✓ the test passed, ✗ it failed, – there is none.", ""]
     notes: list[str] = []
@@ -63,7 +63,7 @@ def _mark(outcome: str | None, notes: list[str]) -> str:
 
 
 def pruned_table(name: str, record: dict) -> list[str]:
-    """F1 of one adapter by host and blocks left."""
+    """F1 of one adapter, by host and number of remaining blocks."""
     data = record["data"]
     sentences = data["splits"]["validation"]["sentences"]
     sources = " and ".join(host["name"] for host in record["source_hosts"])
@@ -85,7 +85,7 @@ def pruned_table(name: str, record: dict) -> list[str]:
 
 
 def fuzz_table(name: str, record: dict) -> list[str]:
-    """What became of damaged adapters."""
+    """Outcomes of loading damaged adapters."""
     outcomes = ("refused", "loaded, equal logits", "loaded, other logits", "failed")
     lines = [
         "### Damaged adapters",

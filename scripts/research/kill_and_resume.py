@@ -1,13 +1,13 @@
-"""Kill a tiny run at random moments, resume it until it is done, and compare its weights with an uninterrupted run's.
+"""Kills a tiny run at random moments, resumes it until it is done, and compares its weights with an unkilled run.
 
     python -m scripts.research.kill_and_resume --kills 5 --output results/kill-and-resume.json
 
-It needs no data and no network: a random encoder of two blocks, and sentences of random words. For each pathway and
-scope, a process that runs scripts/run_ner.py's work is killed (SIGKILL and SIGTERM in turn) after a random time, and
-the same command with --resume_from_checkpoint true is started, and killed, again, until the kills are used up; the
-next one may end. The kills aim in turn at each of STAGES, and fall at a random time after it has begun, since most of
-so short a run is getting ready. What it then has written has to be the same, bit for bit, as what a run that nothing
-stopped has written. Exits with 1 where it is not.
+The script needs no data and no network: it makes a random encoder of two blocks and sentences of random words. For
+each pathway and scope, it starts the work of scripts/run_ner.py in a process, kills it (with SIGKILL and SIGTERM in
+turn) after a random time, and starts the same command with --resume_from_checkpoint true, until all kills are used.
+The last process may finish. Each kill waits for one of STAGES in turn and for a random time after its start, since so
+short a run spends most of its time before training. The final files must equal those of an unkilled run, bit for bit;
+otherwise the script exits with 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def make_host(folder: Path) -> None:
-    """A random BERT of 2 blocks x 32 over WORDS, of letters for all other words."""
+    """Save a random BERT, 2 blocks x 32, whose vocabulary has WORDS, and letters for other words."""
     letters = [character for code in range(97, 123) for character in (chr(code), f"##{chr(code)}")]
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS, *letters])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -55,13 +55,13 @@ def make_host(folder: Path) -> None:
 
 
 def make_space(folder: Path) -> Path:
-    """A space of eight coordinates on the host in ``folder``/host; gives its file."""
+    """Make a space with eight coordinates from the host in ``folder``/host; returns its file."""
     CanonicalSpace.make([folder / "host"], dim=8).save(folder / "space.safetensors")
     return folder / "space.safetensors"
 
 
 def make_data(path: Path, sentences: int) -> None:
-    """Random sentences in which one word in four is of a kind that is tagged."""
+    """Write random sentences in which one word in four has the tag B-X."""
     draw = random.Random(0)
     rows = [[draw.randrange(len(WORDS)) for _ in range(draw.randint(4, 12))] for _ in range(sentences)]
     tagged = (
@@ -71,7 +71,7 @@ def make_data(path: Path, sentences: int) -> None:
 
 
 def work(command_line: list[str], cache: Path, log: Path) -> None:
-    """What a process does: the script's main."""
+    """Body of a process: runs the script's work."""
     os.environ["UNIHYPERLORA_CACHE"] = str(cache)
     torch.set_num_threads(1)
     with open(log, "w") as said:
@@ -83,7 +83,7 @@ def work(command_line: list[str], cache: Path, log: Path) -> None:
 
 
 def start(command_line: list[str], cache: Path, log: Path) -> multiprocessing.Process:
-    """A process of its own that does the work; forked, since the imports take longer than the training."""
+    """Start the work in a new process; forked, because imports take longer than the training."""
     log.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(target=work, args=(command_line, cache, log))
     process.start()
@@ -91,27 +91,27 @@ def start(command_line: list[str], cache: Path, log: Path) -> multiprocessing.Pr
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 over the tensors that were written, and over the float latents in the last checkpoint."""
+    """SHA-256 of the written tensors, and of the float latents in the last checkpoint."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     files = (folder / "model.safetensors", last / LATENTS_NAME)
-    return {path.name: content_digest(load_file(path), {}) for path in files}  # the order in a file is left open
+    return {path.name: content_digest(load_file(path), {}) for path in files}  # a file may order its tensors otherwise
 
 
 def stage(log: Path) -> int:
-    """How far a process has come, by what it has said: a number of STAGES."""
+    """Index in STAGES of the stage that a process has reached, according to its log."""
     return int(log.is_file() and "'loss'" in log.read_text())
 
 
 def wait_for(aim: int, process: multiprocessing.Process, log: Path) -> None:
-    """Return when a process has come to a stage, or past it, or has ended."""
+    """Wait until a process has reached a stage or has ended."""
     while process.exitcode is None and stage(log) < aim:
         process.join(0.01)
 
 
-def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
-    """Run once in peace, then under ``kills`` kills; see the module.
+def kill_and_compare(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> dict[str, object]:
+    """Run once without interruption, then with ``kills`` kills; see the module.
 
-    Scope delta tunes the adapter that scope task has left.
+    Scope "delta" tunes the adapter that scope "task" has trained.
     """
     name, log = f"{pathway}-{scope}", folder / "log"
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--pathway", pathway]
@@ -123,16 +123,16 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
     flags += ["--max_flops_overhead_pct", 1e9]
     flags = [str(flag) for flag in flags]
     began = time.perf_counter()
-    peaceful = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
+    unkilled = start([*flags, "--output_dir", str(folder / f"{name}-whole")], folder / f"{name}-cache-whole", log)
     reached = []
     for aim in range(len(STAGES)):
-        wait_for(aim, peaceful, log)
+        wait_for(aim, unkilled, log)
         reached.append(time.perf_counter() - began)
-    peaceful.join()
+    unkilled.join()
     seconds = time.perf_counter() - began
     lasts = [end - begin for begin, end in zip(reached, [*reached[1:], seconds], strict=True)]
-    if peaceful.exitcode != 0:
-        raise SystemExit(f"The run that nothing stops ended with {peaceful.exitcode}:\n{log.read_text()[-2000:]}")
+    if unkilled.exitcode != 0:
+        raise SystemExit(f"The unkilled run ended with status {unkilled.exitcode}:\n{log.read_text()[-2000:]}")
     whole = digest(folder / f"{name}-whole")
 
     draw, output = random.Random(f"{seed} {name}"), folder / f"{name}-killed"
@@ -148,7 +148,7 @@ def torment(pathway: str, scope: str, kills: int, folder: Path, seed: int) -> di
             how = (signal.SIGKILL, signal.SIGTERM)[len(deaths) % 2]
             os.kill(process.pid, how)
             process.join()
-        if process.exitcode == 0:  # it was done before it could be killed: compare, and begin a new round
+        if process.exitcode == 0:  # it finished before the kill: compare, and start a new round
             rounds += 1
             if digest(output) != whole:
                 return {"pathway": pathway, "scope": scope, "kills": deaths, "rounds": rounds, "identical": False}
@@ -175,10 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--kills", type=int, default=5, help="of each pathway and scope")
+    parser.add_argument("--kills", type=int, default=5, help="kills for each pathway and scope")
     parser.add_argument("--pathways", nargs="+", default=["inject", "stream"], choices=["inject", "stream"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the times of the kills")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the outcomes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -187,7 +187,7 @@ def main() -> None:
         make_space(folder)
         runs = []
         for pathway, scope in itertools.product(args.pathways, ("task", "delta")):
-            runs.append(torment(pathway, scope, args.kills, folder, args.seed))
+            runs.append(kill_and_compare(pathway, scope, args.kills, folder, args.seed))
             identical = "identical" if runs[-1]["identical"] else "DIFFERENT"
             sys.stdout.write(f"{pathway}, {scope}: {len(runs[-1]['kills'])} kills, weights {identical}\n")
             sys.stdout.flush()

@@ -1,17 +1,17 @@
-"""Start one small run by every launch config, and compare its losses with those of a single process.
+"""Starts a small run with every launch config, and compares its losses with those of a single process.
 
     python -m scripts.research.launch_check --output results/launch.json
 
-It needs no data and no network: a random encoder of two blocks, and sentences of random words. Each run sees batches
-of 32 sentences: 32 at once, in two halves one after the other, or in two processes. Of each launch the exit status,
-the time, the losses, their greatest difference to the single process's, and what its checkpoint holds are kept; of one
-that fails, the last error that it named. What cannot run on this machine is noted as not run, with the reason. The
-file is written after every launch; with --only or --pathways it keeps what it has of the others. Exits with 1 where a
-launch fails, a curve differs or a host got into a checkpoint.
+The script needs no data and no network: it makes a random encoder of two blocks and sentences of random words. Each
+run reads batches of 32 sentences: all at once, as two accumulated halves, or in two processes. For each launch it
+records the exit status, the time, the losses, their largest difference from the single process's, and the host tensors
+in the checkpoint; for a failed launch, the last error. A launch that this machine cannot run is recorded as not run,
+with the reason. The file is written after every launch; with --only or --pathways, earlier results of other launches
+stay. The script exits with 1 if a launch fails, a loss differs or a checkpoint holds tensors of a host.
 
-The stream is trained without its random parts (--fidelity 1, no dropout): those are drawn by each process
-for its own sentences, so that with them a curve is another one, as with another seed; ``stream, with noise``, in a few
-of the launches, shows how much.
+The stream is trained without its random parts (--fidelity 1, no dropout). Each process draws them for its own
+sentences, so with them the losses differ, as with another seed. ``stream, with noise`` shows how much, for some of the
+launches.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from scripts.research.kill_and_resume import make_data, make_host, make_space
 REPOSITORY = Path(__file__).parents[2]
 BATCH, STEPS = 32, 8
 PATHWAYS = ("inject", "stream", "stream, with noise")
-NOISY = ("python", "python, accumulated", "torchrun")  # the launches that show it
-LARGEST_DIFFERENCE = 1e-4  # what another order of summation does to a loss in a few steps
+NOISY = ("python", "python, accumulated", "torchrun")  # launches of "stream, with noise"
+LARGEST_DIFFERENCE = 1e-4  # of losses, caused by another order of summation over a few steps
 
 
 def make_adapter(pathway: str, folder: Path) -> None:
-    """The untrained adapter that all launches train."""
+    """Save the untrained adapter that all launches train."""
     own = {"pathway": pathway.split(",")[0]} | ({"dropout": 0.0} if pathway == "stream" else {})
     more = {"space": make_space(folder), "reader": "small"} if "stream" in pathway else {}
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def make_adapter(pathway: str, folder: Path) -> None:
 
 
 def launches(processes: int = 2) -> dict[str, tuple[list[str], int, int]]:
-    """Name → the words before the script, processes, batches a step."""
+    """Name → (command before the script, number of processes, batches per step)."""
     python = [sys.executable]
     configs = sorted((REPOSITORY / "hub_configs" / "accelerate").glob("*.yaml"))
     accelerate = [*python, "-m", "accelerate.commands.launch", "--config_file"]
@@ -63,7 +63,7 @@ def launches(processes: int = 2) -> dict[str, tuple[list[str], int, int]]:
 
 
 def why_not(name: str) -> str | None:
-    """Why a launch cannot run on this machine; None if it can."""
+    """Reason why a launch cannot run on this machine; None if it can."""
     if "gpu" in name and torch.cuda.device_count() < 2:
         return f"needs two GPUs; there are {torch.cuda.device_count()}"
     if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
@@ -72,7 +72,7 @@ def why_not(name: str) -> str | None:
 
 
 def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) -> dict[str, object]:
-    """One launch: status, seconds, losses, and the tensors of the host that its checkpoint holds."""
+    """Run one launch; returns its status, seconds, losses and the number of host tensors in its checkpoint."""
     before, processes, accumulated = how
     output = folder / f"{name}-{pathway}".replace(" ", "").replace(",", "-")
     flags = ["--model_name_or_path", folder / "host", "--train_file", folder / "train.jsonl", "--do_train"]
@@ -80,7 +80,7 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
     flags += ["--per_device_train_batch_size", BATCH // processes // accumulated, "--disable_tqdm", "true"]
     flags += ["--gradient_accumulation_steps", accumulated, "--seed", 0]
     flags += ["--fidelity", 1, "--copy_fidelity", 1] if pathway == "stream" else []
-    flags += ["--use_cpu"] if torch.accelerator.is_available() else []  # as a user would: not where it goes without
+    flags += ["--use_cpu"] if torch.accelerator.is_available() else []  # as a user with an accelerator would
     flags += ["--lr_scheduler_type", "constant", "--max_flops_overhead_pct", 1e9, "--output_dir", output]
     flags += ["--adapter", folder / pathway]
     command = [*before, str(REPOSITORY / "scripts" / "run_ner.py"), *map(str, flags)]
@@ -104,12 +104,12 @@ def run(name: str, how: tuple[list[str], int, int], pathway: str, folder: Path) 
 
 
 def host_tensors(path: Path) -> int:
-    """How many weights of a host a file of this script's own checkpoints holds."""
+    """Number of host tensors in a file of a checkpoint that this script wrote."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
     elif path.name.endswith("model_states.pt"):  # DeepSpeed's
-        state = torch.load(path, map_location="cpu", weights_only=False)  # written here, a moment ago
+        state = torch.load(path, map_location="cpu", weights_only=False)  # trusted: this script wrote it
         names = [name for name, value in (state["module"] or {}).items() if value.numel() > 0]
         names += list(state.get("frozen_param_fragments") or {})
     else:
@@ -118,13 +118,13 @@ def host_tensors(path: Path) -> int:
 
 
 def read_runs(path: Path) -> dict[tuple[str, str], dict[str, object]]:
-    """(pathway, launch) → what an earlier file says of it."""
+    """Read the records of an earlier file: (pathway, launch) → record."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
     return {(run["pathway"], run["launch"]): run for run in runs}
 
 
 def write_runs(path: Path, runs: dict[tuple[str, str], dict[str, object]]) -> None:
-    """In the order of the pathways and the launches."""
+    """Write the records in the order of the pathways and launches."""
     order = [(pathway, name) for pathway in PATHWAYS for name in launches() if (pathway, name) in runs]
     hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     kind = {"kind": "launch", "command": "python -m scripts.research.launch_check --output results/launch.json"}
@@ -136,10 +136,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--only", nargs="+", choices=sorted(launches()), help="and a single process, if the file has none"
+        "--only",
+        nargs="+",
+        choices=sorted(launches()),
+        help="launches; adds a single process if the file has none",
     )
     parser.add_argument("--pathways", nargs="+", default=list(PATHWAYS), choices=PATHWAYS)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file with what happened")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the outcomes")
     args = parser.parse_args()
     in_part = args.only or args.pathways != list(PATHWAYS)
     earlier = read_runs(args.output) if in_part else {}
@@ -168,7 +171,7 @@ def main() -> None:
                     single = losses
                 if losses and single:
                     result["largest_difference"] = max(abs(a - b) for a, b in zip(losses, single, strict=True))
-                    fine &= result["host_tensors_in_checkpoint"] == 0 and len(set(losses)) == STEPS  # it learns
+                    fine &= result["host_tensors_in_checkpoint"] == 0 and len(set(losses)) == STEPS  # the loss changes
                     fine &= noisy or result["largest_difference"] <= LARGEST_DIFFERENCE
                 runs[pathway, name] = result
                 write_runs(args.output, (read_runs(args.output) if in_part else {}) | runs)

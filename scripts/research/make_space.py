@@ -1,7 +1,7 @@
-"""Make a canonical space from hosts: ``python -m scripts.research.make_space --hosts A B --output FILE``.
+"""Makes a canonical space from hosts: ``python -m scripts.research.make_space --hosts A B --output FILE``.
 
-The space that the package ships is made so by ``make space HOSTS="A B"``. Beside FILE, FILE.json says what it was made
-from: the hosts by name, sizes and fingerprint, the text by its digest.
+``make space HOSTS="A B"`` makes the package's space in this way. FILE.json records the origin of the space: names,
+sizes and fingerprints of the hosts, and the digest of the text.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def main(command_line: list[str] | None = None) -> None:
     """Make a space and write it."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--hosts", nargs="+", required=True, help="Hub ids or folders")
-    parser.add_argument("--anchor_file", help="UTF-8 text, one sentence a line; the package's own if none")
-    parser.add_argument("--dim", type=int, default=64, help="coordinates a knot")
+    parser.add_argument("--anchor_file", help="UTF-8 text, one sentence per line; default: the package's own")
+    parser.add_argument("--dim", type=int, default=64, help="coordinates per knot")
     parser.add_argument("--name", default="own")
     parser.add_argument("--version", type=int, default=1)
     parser.add_argument("--output", required=True, type=Path)
@@ -41,7 +41,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def origin_of(space: CanonicalSpace, hosts: list[str]) -> dict[str, object]:
-    """What a space is and what it was made from; no folder of the machine."""
+    """Description of a space and of its origin, without local paths."""
     described = []
     for name in hosts:
         host = load_host(name)

@@ -1,15 +1,15 @@
-"""``benchmark.py tasks``: many tasks over one host, all for every sentence or one for each.
+"""``benchmark.py tasks``: cost of many tasks on one host, with all tasks or one task per sentence.
 
     python -m scripts.research.benchmark tasks --model_name_or_path HOST --output results/mixed-tasks.json
 
-For each number of tasks there is an adapter with as many, each with random values, on a host of its own. In every
-round the same sentences are scored by an adapter of one task, and then in these ways:
+For each number of tasks, an adapter with that many random tasks is made, on its own copy of the host. In every round
+the same sentences are scored by an adapter with one task, and then in these ways:
 
-- one pass (a stream alone): every sentence for all tasks, ``tasks=[…]``.
-- mixed batch: each sentence for a task of its own, drawn at random, ``task_ids=[…]``.
+- one pass (streams only): all tasks for every sentence, ``tasks=[…]``.
+- mixed batch: one task per sentence, drawn at random, ``task_ids=[…]``.
 
-Kept are the median over the rounds of the ratio to the one task of the same round, the least and the greatest, so that
-what else the machine does falls on all alike.
+Recorded are the median, the smallest and the largest ratio to the one task in the same round, so that other load on
+the machine affects both times equally.
 """
 
 import argparse
@@ -34,16 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="the host")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100], help="numbers of tasks")
     parser.add_argument("--pathways", nargs="+", default=["inject", "stream"], choices=["inject", "stream"])
-    parser.add_argument("--reader", choices=sorted(READERS), default="small", help="of each task of a stream")
-    parser.add_argument("--space", help="file of the canonical space; the package's own if none")
+    parser.add_argument(
+        "--reader", choices=sorted(READERS), default="small", help="size of each task's reader (stream)"
+    )
+    parser.add_argument("--space", help="file of the canonical space; default: the package's own")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=32, help="words a sentence, each of one sub-token")
+    parser.add_argument("--tokens", type=int, default=32, help="words per sentence, each of one sub-token")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, required=True)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for and write it to ``args.output``."""
+    """Run the measurements and write the record to ``args.output``."""
     rows = [row for pathway in args.pathways for row in measure_pathway(pathway, args)]
     write_json(
         args.output,
@@ -63,7 +65,7 @@ def measure(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def make_model(args: argparse.Namespace, pathway: str, tasks: int) -> UniHyperLoraForTokenClassification:
-    """The host with tasks t0, t1, …"""
+    """A model on its own host, with random tasks t0, t1, …"""
     torch.manual_seed(0)
     more = {"reader": args.reader, "space": args.space} if pathway == "stream" else {}
     config = UniHyperLoraConfig(pathway=pathway)
@@ -72,13 +74,13 @@ def make_model(args: argparse.Namespace, pathway: str, tasks: int) -> UniHyperLo
         model.add_task(f"t{number}", LABELS, **({"reader": args.reader} if pathway == "stream" else {}))
     for own in model.adapter.tasks.values():
         for stored in own.children():
-            if isinstance(stored, StoredTensor):  # δθ and head, which are zero in a new task; a reader never is
+            if isinstance(stored, StoredTensor):  # δθ and head are zero in a new task, the reader is not
                 stored.latent.copy_(0.1 * torch.randn_like(stored.latent))
     return model.eval()
 
 
 def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each number of tasks and each way."""
+    """Rows of the record, one for each number of tasks and each way."""
     one = make_model(args, pathway, 1)
     models = {n: make_model(args, pathway, n) for n in args.tasks}
     batch = sentences(args)
@@ -95,7 +97,7 @@ def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, ob
         return time.perf_counter() - start
 
     ratios: dict[tuple[str, int], list[float]] = {call: [] for call in calls}
-    for number in range(args.rounds + 1):  # the first one warms up
+    for number in range(args.rounds + 1):  # the first round warms up
         alone = seconds(one, task="t0")
         for call, which in calls.items():
             ratio = seconds(models[call[1]], **which) / alone
@@ -119,7 +121,7 @@ def measure_pathway(pathway: str, args: argparse.Namespace) -> list[dict[str, ob
 
 
 def sentences(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """A batch of random words of one sub-token each."""
+    """A batch of random words, each of one sub-token."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     words = [word for word, number in tokenizer.get_vocab().items() if word.isascii() and word.isalpha()]
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A run in a process of its own: its memory is its own to measure, and what ends it does not end the others."""
+"""Starts a run in a separate process, so that its memory can be measured and its crash does not end other runs."""
 
 import multiprocessing
 import os
@@ -11,19 +11,19 @@ from modeling_unihyperlora import UniHyperLoraError
 from scripts.research.runner import call
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-SHARED_IMPORTS = ["scripts.research.runner"]  # read once, by the process that the others are forked from
+SHARED_IMPORTS = ["scripts.research.runner"]  # imported once, by the process that forks the others
 
 
 class RunDied(UniHyperLoraError):
-    """The process of a run ended without a word, such as one that the system stopped for its memory."""
+    """The process of a run ended without an error message, for example because memory ran out."""
 
 
 def run_in_own_process(script: str, flags: list[str], do: Callable[[str, list[str]], object] = call) -> None:
-    """Do a run of a script in a new process and wait for its end.
+    """Run a script in a new process and wait for its end.
 
     Raises:
-        UniHyperLoraError: of the kind and with the words of the run's own.
-        RunDied: it came to another end.
+        UniHyperLoraError: the run's own error, of the same class and with the same message.
+        RunDied: the process ended in another way.
     """
     context = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":
@@ -41,8 +41,8 @@ def run_in_own_process(script: str, flags: list[str], do: Callable[[str, list[st
         raise getattr(modeling_unihyperlora, kind, UniHyperLoraError)(message)
     if process.exitcode:
         raise RunDied(
-            f"its process ended with status {process.exitcode}; what it wrote above may say why (-9 is often a lack "
-            "of memory). The same command again goes on with this run."
+            f"its process ended with status {process.exitcode}; its output above may say why (-9 often means that "
+            "memory ran out). Give the same command again to repeat this run."
         )
 
 
@@ -55,6 +55,6 @@ def _work(sender: Connection, do: Callable[[str, list[str]], object], script: st
 
 
 def _end_with_parent() -> None:
-    """Two processes must never write one folder: where the benchmark was killed, a new one may be on its way."""
+    """End this process with its parent: a restarted benchmark must not share a run's folder with this process."""
     multiprocessing.parent_process().join()
     os._exit(1)

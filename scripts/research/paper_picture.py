@@ -1,4 +1,4 @@
-"""The picture of the paper's comparison: score against stored bytes, a panel for each host and task."""
+"""Draws the paper's comparison: score against stored bytes, one panel per host and task."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ DRAWN = {  # method → colour, mark
     "full": ("#CC79A7", "X"),
     "probe": (COLOURS["probe"], "s"),
 }
-WHOLE = "whole file"  # drawn hollow
+WHOLE = "whole file"  # its markers are hollow
 PANEL, DPI = 2.7, 100  # inches
 FRONT = "#BBBBBB"
 
@@ -68,7 +68,7 @@ def _panel(axes, rows: list[Row]) -> None:
 
 
 def front_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (bytes, score) those that no other beats in both, from few bytes to many."""
+    """Pareto front of points (bytes, score): no other point has fewer bytes and a higher score. Ordered by bytes."""
     front: list[tuple[float, float]] = []
     for size, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or score > front[-1][1]:

@@ -1,13 +1,12 @@
-"""Score one adapter on hosts that have lost their upper blocks: no training, each is lined up alone.
+"""Scores an adapter on hosts without their upper blocks; each pruned host is aligned separately, without training.
 
     python -m scripts.research.pruned_hosts --adapter runs/conll --hosts mpnet-12l-768 minilm-l6-384 \
         --layers "2 4 6 8" "2 3 4" --validation_file dev.jsonl --output_dir runs/pruned
     python -m scripts.research.benchmark record runs/pruned --name conll2003-pruned-hosts
 
-Of each host the first blocks are kept, as many as --layers says, and the whole host is scored too. Writes
-pruned_hosts.json and pruned_hosts.png. Every score is that of one run of run_ner.py in its own folder under runs/;
-what is finished for the same flags, data and hosts is not done again. Flags that are not of this script go to the
-runs.
+--layers gives the numbers of first blocks to keep of each host; the whole host is scored too. The script writes
+pruned_hosts.json and pruned_hosts.png. Every score comes from a run of run_ner.py in its own folder under runs/. A
+finished run with the same flags, data and hosts is not repeated. Unknown flags are passed to the runs.
 """
 
 import argparse
@@ -27,19 +26,19 @@ from scripts.research.runner import Cell, Runner, digest_of, flag_name, name_of,
 from scripts.research.transfer_picture import INK, require_matplotlib
 from trainers.results import require_writable
 
-STEM = "pruned_hosts"  # of the two files
+STEM = "pruned_hosts"  # name of the two files without their suffixes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9")
 SET_HERE = ("model_name_or_path", "adapter", "do_train", "do_eval", "do_predict", "output_dir")
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do the runs that are missing, and write the curve and its picture.
+    """Run the missing runs, and write the scores and their picture.
 
     Returns:
         The content of ``pruned_hosts.json``.
 
     Raises:
-        UniHyperLoraError: bad input, or a run that fails; finished runs are kept.
+        UniHyperLoraError: the input is bad, or a run fails; finished runs are kept.
     """
     show_progress()
     args, passed = parse(command_line)
@@ -71,50 +70,50 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def parse(command_line: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Arguments of this script, and the flags that go to the runs.
+    """Parse the command line; returns this script's arguments and the flags for the runs.
 
     Raises:
-        ConfigError: they do not fit together.
+        ConfigError: an argument is not allowed, or two arguments contradict each other.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--adapter", required=True, help="Folder of a stream adapter.")
     parser.add_argument("--hosts", nargs="+", required=True, help="Hosts to prune: folders or Hub ids.")
-    parser.add_argument("--layers", nargs="+", required=True, help='For each host how many blocks to keep: "2 4 6 8".')
-    parser.add_argument("--validation_file", required=True, help="What is scored.")
+    parser.add_argument("--layers", nargs="+", required=True, help='Blocks to keep, for each host: "2 4 6 8".')
+    parser.add_argument("--validation_file", required=True, help="File to score.")
     parser.add_argument("--output_dir", required=True)
     args, passed = parser.parse_known_args(command_line)
     try:
         args.layers = [sorted({int(number) for number in of_host.split()}) for of_host in args.layers]
     except ValueError as error:
         raise ConfigError(
-            f'--layers takes numbers of blocks, one string a host, as "2 4 6 8" "2 3 4": {error}.'
+            f'--layers needs numbers of blocks, one string per host, such as "2 4 6 8" "2 3 4": {error}.'
         ) from error
     if len(args.layers) != len(args.hosts):
-        raise ConfigError(f"--layers has {len(args.layers)} strings for {len(args.hosts)} hosts; give one for each.")
+        raise ConfigError(f"--layers has {len(args.layers)} strings for {len(args.hosts)} hosts; give one per host.")
     for part in passed:
         if part.startswith("--") and flag_name(part) in SET_HERE:
-            raise ConfigError(f"{part} is chosen by this script for each run; leave it out.")
+            raise ConfigError(f"This script sets {part} for each run; leave it out.")
     require_writable(args.output_dir)
     require_matplotlib()
     return args, passed
 
 
 def prune(name: str, layers: int, folder: Path) -> Path:
-    """Save a host with its first ``layers`` blocks only, and its tokenizer.
+    """Save a host with only its first ``layers`` blocks, and its tokenizer.
 
     Raises:
-        ConfigError: the host has no more blocks than that, or it is not known where they are.
+        ConfigError: the host has fewer blocks, or its family cannot be pruned.
     """
     host = load_host(name)
     layout = layout_of(host)
     path = next((p for p in layout.paths("block") if p.endswith(".{}")), None) if layout else None
     if path is None or layout.shared_blocks:
-        raise ConfigError(f"Blocks of the family '{host.config.model_type}' cannot be cut off one by one.")
+        raise ConfigError(f"Hosts of the family '{host.config.model_type}' cannot be pruned by blocks. Give others.")
     blocks = host.get_submodule(path.removesuffix(".{}"))
     if not 1 <= layers <= len(blocks):
-        raise ConfigError(f"'{name}' has {len(blocks)} blocks; {layers} of them cannot be kept.")
+        raise ConfigError(f"'{name}' has {len(blocks)} blocks; {layers} cannot be kept. Correct --layers.")
     host.set_submodule(path.removesuffix(".{}"), nn.ModuleList(blocks[:layers]))
     host.config.num_hidden_layers = layers
     host.save_pretrained(folder)
@@ -123,7 +122,7 @@ def prune(name: str, layers: int, folder: Path) -> Path:
 
 
 def draw(curve: dict[str, object], path: Path) -> None:
-    """F1 over the number of blocks that are left, a line for each host."""
+    """Draw F1 against the number of remaining blocks, with one line per host."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -157,4 +156,4 @@ if __name__ == "__main__":
     except UniHyperLoraError as error:
         sys.exit(f"pruned_hosts: {error}")
     except KeyboardInterrupt:
-        sys.exit("pruned_hosts: interrupted; the same command goes on with the runs that are not finished.")
+        sys.exit("pruned_hosts: interrupted; the same command continues with the unfinished runs.")

@@ -1,4 +1,4 @@
-"""The records in results/: a JSON file for each thing that was measured, a JSON line for each run of the paper's."""
+"""The records in results/: one JSON file per measurement, one JSON line per run of the paper's comparison."""
 
 import importlib.metadata
 import json
@@ -17,17 +17,17 @@ SETTINGS = (
     "reader reader_bits delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q seed bf16 max_seq_length"
 ).split()
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
-WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # what transfer.py and pruned_hosts.py call their files
-ABLATION = "ablation.json"  # what ablation.py calls its own
-SEARCH = "search.json"  # and what --do_search does
-PAPER = "paper.jsonl"  # the runs of the paper's comparison, a line each, by name
+WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # files of transfer.py and pruned_hosts.py, without suffixes
+ABLATION = "ablation.json"  # file of ablation.py
+SEARCH = "search.json"  # file of --do_search
+PAPER = "paper.jsonl"  # runs of the paper's comparison, one line each, sorted by name
 
 
 def keep(folder: Path, name: str, results: Path) -> None:
-    """Write results/NAME.json from a folder that a run, a search or one of these commands wrote.
+    """Write results/NAME.json from the folder of a run, a search, transfer.py, pruned_hosts.py or ablation.py.
 
     Raises:
-        ConfigError: what is in the folder is not finished.
+        ConfigError: the folder holds nothing finished.
     """
     drawn = [stem for stem in WITH_PICTURE if (folder / f"{stem}.json").is_file()]
     if drawn:
@@ -39,17 +39,17 @@ def keep(folder: Path, name: str, results: Path) -> None:
 
 
 def keep_paper_run(folder: Path, kind: str, results: Path) -> None:
-    """Write the line of a run into results/paper.jsonl, in place of an earlier one of the same name.
+    """Write a run's line into results/paper.jsonl; replaces an earlier line of the same name.
 
-    Several processes may do so at a time.
+    Several processes may call this at the same time.
 
     Args:
-        folder: of the run; its name is that of the run.
-        kind: "paper", or "paper_rate" for a rate that was only tried.
-        results: the folder of the records.
+        folder: folder of the run; its name is the name of the run.
+        kind: "paper", or "paper_rate" for a trial of another learning rate.
+        results: folder of the records.
 
     Raises:
-        ConfigError: the folder is not one that a run finished.
+        ConfigError: the folder holds no finished run.
     """
     record = record_of(folder) | {"kind": kind, "name": folder.name}
     results.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def keep_paper_run(folder: Path, kind: str, results: Path) -> None:
 
 
 def read_paper_runs(path: Path) -> dict[str, dict]:
-    """Name → record of each line; none where there is no such file."""
+    """Name → record, for each line of the file; empty if there is no file."""
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8") as lines:
@@ -70,22 +70,22 @@ def read_paper_runs(path: Path) -> dict[str, dict]:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """Name → record of everything in a folder of records."""
+    """Name → record, for all records in a folder."""
     paths = sorted(folder.glob("*.json"))
     single = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     return single | read_paper_runs(folder / PAPER)
 
 
 def of_kind(records: dict[str, dict], kind: str | None) -> dict[str, dict]:
-    """Records of one kind; a run has none."""
+    """Records of one kind; None selects the records of single runs."""
     return {name: record for name, record in records.items() if record.get("kind") == kind}
 
 
 def record_of(folder: Path) -> dict[str, object]:
-    """All that is worth keeping of a finished run; folders on the machine are not.
+    """The record of a finished run; it contains no local paths.
 
     Raises:
-        ConfigError: the folder is not one that a run finished.
+        ConfigError: the folder holds no finished run.
     """
     try:
         results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
@@ -110,22 +110,22 @@ def record_of(folder: Path) -> dict[str, object]:
 
 
 def keep_with_picture(written: Path, name: str, results: Path) -> None:
-    """Keep a table and its picture: results/NAME.json and results/NAME.png.
+    """Copy a table and its picture to results/NAME.json and results/NAME.png.
 
     Args:
-        written: path of the two files without their endings.
-        name: what to call them.
-        results: where to.
+        written: path of the two files without their suffixes.
+        name: new name of the files.
+        results: folder of the records.
 
     Raises:
-        ConfigError: one of them cannot be read.
+        ConfigError: one of the files cannot be read.
     """
     try:
         matrix = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
         picture = written.with_suffix(".png").read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{written.parent} holds no whole matrix ({error}). Give the --output_dir of transfer.py or "
+            f"{written.parent} holds no complete table and picture ({error}). Give the --output_dir of transfer.py or "
             "pruned_hosts.py."
         ) from error
     with replacing(results / f"{name}.png") as temporary:
@@ -134,10 +134,10 @@ def keep_with_picture(written: Path, name: str, results: Path) -> None:
 
 
 def ablation_of(folder: Path) -> dict[str, object]:
-    """What ablation.py wrote, with the settings of its first run.
+    """The record of ablation.py's folder, with the settings of its first run.
 
     Raises:
-        ConfigError: it cannot be read, or its first run is not finished.
+        ConfigError: the table cannot be read, or the first run is not finished.
     """
     try:
         table = json.loads((folder / ABLATION).read_text(encoding="utf-8"))
@@ -150,7 +150,7 @@ def ablation_of(folder: Path) -> dict[str, object]:
 
 
 def search_of(folder: Path) -> dict[str, object]:
-    """What --do_search found, beside the run of its best trial."""
+    """The record of a search's folder: its trials, and the run with the best values."""
     best = record_of(folder)
     found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
     kept = {name: best[name] for name in ("settings", "pathway", "host", "data", "results", "versions", "hardware")}

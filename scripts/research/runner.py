@@ -1,4 +1,4 @@
-"""Runs that are done once: each has a folder of its own, and one that is finished there is not done again."""
+"""Runs that are done only once: each run has its own folder, and a finished run is not repeated."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from trainers.tasks import TASKS
 logger = logging.getLogger("scripts.research.runner")
 
 SCRIPTS = {task.script: task for task in TASKS.values()}  # name of the entry point → its kind of task
-LIMITS = ("max_flops_overhead_pct", "max_adapter_bytes", "logging_steps")  # change no result
+LIMITS = ("max_flops_overhead_pct", "max_adapter_bytes", "logging_steps")  # flags that do not change a run's result
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Cell:
     """One run.
 
     Attributes:
-        name: of its folder.
-        flags: its command line but for --output_dir and --adapter.
-        source: the run whose adapter is loaded.
-        control: makes (source folder, new folder) of that adapter the one that is loaded instead.
-        keep_weights: whether its weights are of use once it has its scores.
-        script: which does it, a key of SCRIPTS, where it is not that of the Runner.
+        name: name of its folder.
+        flags: its command line without --output_dir and --adapter.
+        source: the run whose adapter this run loads.
+        control: (source folder, new folder) → folder of a changed adapter to load instead of the source's.
+        keep_weights: whether to keep the weights after scoring.
+        script: key of SCRIPTS; by default that of the Runner.
     """
 
     name: str
@@ -43,19 +43,19 @@ class Cell:
 
 
 def call(script: str, flags: list[str]) -> None:
-    """A run in this process."""
+    """Run a script in this process."""
     run(SCRIPTS[script], flags)
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Does the runs of a matrix, none of them twice.
+    """Does the runs of a matrix, each only once.
 
     Attributes:
-        folder: where each run gets a folder of its own.
-        script: which does a run, a key of SCRIPTS.
-        digests: files and hosts as they stand on the command line → a digest of what they hold.
-        launch: does a run, of a script with a command line.
+        folder: folder for the runs' own folders.
+        script: key of SCRIPTS.
+        digests: file or host, as written on the command line → digest of its content.
+        launch: starts a run, given a script and a command line.
     """
 
     folder: Path
@@ -64,12 +64,13 @@ class Runner:
     launch: Callable[[str, list[str]], None] = call
 
     def run(self, cell: Cell) -> None:
-        """Do a run, and before it the one that it starts from, unless they are finished.
+        """Do a run, and before it its source, unless they are finished.
 
-        Of several processes one does it and the others wait, so that they may do columns of one matrix.
+        If several processes ask for the same run, one does it and the others wait. So several processes can share a
+        matrix.
 
         Raises:
-            UniHyperLoraError: the run fails, with its name in front.
+            UniHyperLoraError: the run failed; the message starts with its name.
         """
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ class Runner:
         write_json(folder / "cell.json", self._mark(cell))
 
     def results(self, cell: Cell) -> dict[str, object] | None:
-        """``all_results.json`` of a run that came to its end with the same flags, data and hosts; else None."""
+        """``all_results.json`` of a finished run with the same flags, data and hosts; None if there is none."""
         try:
             mark, results = (
                 json.loads((self.folder / cell.name / file).read_text(encoding="utf-8"))
@@ -119,7 +120,7 @@ class Runner:
 
 
 def _without_limits(mark: dict | None) -> dict | None:
-    """A mark without the flags that change no result."""
+    """A mark without the flags in ``LIMITS``."""
     if mark is None:
         return None
     flags = without(mark["flags"], lambda flag: flag in LIMITS)
@@ -127,18 +128,18 @@ def _without_limits(mark: dict | None) -> dict | None:
 
 
 def show_progress() -> None:
-    """What is run, to stderr."""
+    """Log the names of the runs to stderr."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("scripts.research").setLevel(logging.INFO)
 
 
 def name_of(host: str) -> str:
-    """What the matrix calls a host: the last part of its folder or Hub id."""
+    """Name of a host in the matrix: the last part of its folder or Hub id."""
     return Path(host).name
 
 
 def without(flags: list[str], unwanted: Callable[[str], bool]) -> list[str]:
-    """A command line without the flags of these names (no dashes) and their values."""
+    """Remove flags and their values from a command line; ``unwanted`` receives a flag's name without dashes."""
     kept, keep = [], True
     for part in flags:
         if part.startswith("--"):
@@ -149,14 +150,14 @@ def without(flags: list[str], unwanted: Callable[[str], bool]) -> list[str]:
 
 
 def flag_name(part: str) -> str:
-    """ "--name=value" or "--name" → "name"."""
+    """Name of a flag: "--name=value" or "--name" → "name"."""
     return part.removeprefix("--").split("=")[0]
 
 
 def digest_of(path: str) -> str:
-    """SHA-256 of a data file, or ``DataError``."""
+    """SHA-256 of a data file; raises ``DataError`` if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}).") from error
+        raise DataError(f"{path} cannot be read ({error}). Check the path.") from error

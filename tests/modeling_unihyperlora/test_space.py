@@ -272,7 +272,7 @@ class TestMaking:
             CanonicalSpace.make([])
         with pytest.raises(DataError, match="cannot be read"):
             CanonicalSpace.make([bert()], tmp_path / "none.txt", tokenizers=[TOKENIZER])
-        with pytest.raises(HostError, match="need hosts at least that wide"):
+        with pytest.raises(HostError, match="need hosts with at least"):
             (tmp_path / "anchors.txt").write_text("\n".join(map(" ".join, text(5))), encoding="utf-8")
             CanonicalSpace.make([bert()], tmp_path / "anchors.txt", dim=64, tokenizers=[TOKENIZER])
 

@@ -29,7 +29,7 @@ def contents(sentences: list[Sentence]) -> list[tuple[list[str], list[str]]]:
 
 def test_types_that_differ_in_capitals_alone_are_said(caplog):
     check_splits({}, ["O", "B-PER", "B-Per"], "this run")
-    assert "'B-PER' and 'B-Per' of this run differ in blanks or capitals alone" in caplog.text
+    assert "'B-PER' and 'B-Per' of this run differ only in blanks or capitals" in caplog.text
 
 
 def test_json_lines_with_strings(write_jsonl):

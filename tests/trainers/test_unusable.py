@@ -81,7 +81,7 @@ def test_the_order_of_a_streams_batches(tmp_path):
 
 def test_workers_that_stay_would_repeat_a_streams_noise(tmp_path):
     args = make_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True).args
-    with pytest.raises(ConfigError, match="the noise of the first one"):
+    with pytest.raises(ConfigError, match="the noise of the first epoch"):
         check_adapter_trainer(args, trains=True, has_sources=True)
 
 

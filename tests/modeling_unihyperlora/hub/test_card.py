@@ -77,12 +77,12 @@ def test_the_transfer_matrix(folder, record):
 def test_a_record_of_another_adapter_is_refused(folder, record):
     with pytest.raises(ConfigError, match="trained on other hosts"):
         card_text(folder, transfer=record(source_hosts=[{"name": "x", "fingerprint": "0"}]))
-    with pytest.raises(ConfigError, match="no record of scripts/transfer.py"):
+    with pytest.raises(ConfigError, match="not a record of scripts/transfer.py"):
         card_text(folder, transfer=record(kind="ablation"))
 
 
 def test_licences(folder, tiny_host, tmp_path, adapter_folder):
-    assert card_text(folder).count("not stated where it was loaded from") == 2
+    assert card_text(folder).count("not stated at its source") == 2
     card = card_text(folder, host_license="mit", data_license="cc-by-4.0")
     assert "licence of the host: mit" in card and "licence of the data: cc-by-4.0" in card
     host_card = tiny_host / "README.md"

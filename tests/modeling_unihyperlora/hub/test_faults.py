@@ -60,10 +60,10 @@ def test_a_push_survives(hub, adapter_folder, request_, kind, how):
     [
         (COMMIT, "status", {"status": 401}, "does not accept the token"),
         (COMMIT, "status", {"status": 403}, "may not write"),
-        (COMMIT, "status", {"status": 404}, "no such repository or branch"),
-        (COMMIT, "status", {"status": 409}, "at this moment"),
+        (COMMIT, "status", {"status": 404}, "the repository or branch does not exist"),
+        (COMMIT, "status", {"status": 409}, "at the moment"),
         (COMMIT, "status", {"status": 412}, "somebody else has pushed"),
-        (COMMIT, "status", {"status": 429, "headers": {"Retry-After": "60"}}, "fewer requests"),
+        (COMMIT, "status", {"status": 429, "headers": {"Retry-After": "60"}}, "limits the number of requests"),
         (COMMIT, "status", {"status": 500, "times": None}, "HTTP 500"),
         (COMMIT, "cut_upload", {"times": None}, "cannot be reached"),
         (PUT, "wrong_hash", {}, "other bytes than were sent"),
@@ -75,7 +75,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, adapter_folder, 
     fault = hub.fault(request_, kind, **how)
     with pytest.raises(HubError, match=says) as error:
         push_folder(adapter_folder("token"), "alice/ner", **OWN)
-    assert "untouched" in one_sentence(error) and fault.happened
+    assert "unchanged" in one_sentence(error) and fault.happened
     assert hub.store.state("alice/ner") == state
     hub.faults.clear()
     push_folder(adapter_folder("token"), "alice/ner", **OWN)  # and the next one goes through

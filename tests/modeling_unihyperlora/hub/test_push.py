@@ -137,7 +137,7 @@ def test_a_link_out_of_the_folder_is_not_pushed(hub, adapter_folder, tmp_path):
 
 
 def test_a_host_for_others_must_be_on_the_hub(hub, adapter_folder, tiny_host):
-    with pytest.raises(ConfigError, match="no name on the Hub"):
+    with pytest.raises(ConfigError, match="not a name on the Hub"):
         push_folder(adapter_folder(), "alice/ner", base_model_name_or_path=str(tiny_host))
 
 

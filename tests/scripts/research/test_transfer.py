@@ -393,7 +393,7 @@ class TestMatrix:
 
     def test_half_a_matrix_is_not_kept(self, tmp_path):
         (tmp_path / "transfer_matrix.json").write_text("{}")
-        with pytest.raises(ConfigError, match="holds no whole matrix"):
+        with pytest.raises(ConfigError, match="holds no complete table"):
             benchmark.main(["record", str(tmp_path), "--name", "x"])
 
 
