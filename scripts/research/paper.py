@@ -1,16 +1,15 @@
-"""The runs of the paper's comparison: run configs × hosts × seeds, each in a process of its own, none done twice.
+"""The runs of the paper's comparison: run configs × hosts × seeds, each in its own process, each done only once.
 
     python -m scripts.research.benchmark paper {probe,lora,unihyperlora}-iter1-{sst2,boolq} --seeds 0 1 2 \
         --output_dir runs/paper --source unihyperlora-source-iter1-{sst2,boolq} --hosts distilbert-base-uncased
 
-A config that tunes δθ starts from the adapter of that --source which is trained on the same data with the same seed;
-every other config starts anew. What ``evaluation.metric`` says decides the script: seqeval is run_ner.py, any other
-run_classification.py. Flags that are not of this command go to all runs. A finished run is not done again as long as
-its flags, its config, its local files and the package's space are the same, so the same command continues an
-interrupted benchmark. Where hosts and data are on this machine is said in a file (--local), so that no run config has
-to be changed:
+A config that tunes δθ starts from the adapter of the --source with the same data and the same seed; all other configs
+start anew. ``evaluation.metric`` selects the script: run_ner.py for seqeval, else run_classification.py. Unknown flags
+are passed to all runs. A finished run is not repeated while its flags, config, local files and the package's space
+stay the same, so the same command continues an interrupted benchmark. The file of --local gives the local paths of
+hosts and data, so that run configs need no change:
 
-    hosts:                       # the name in a run config, or of --hosts → a folder
+    hosts:                       # name in a run config or in --hosts → folder
       microsoft/mpnet-base: /data/hosts/mpnet
     data:                        # dataset.name of a run config → its files
       sst2: {train: /data/sst2/train.jsonl, validation: /data/sst2/validation.jsonl}
@@ -42,26 +41,29 @@ FILES = ("train", "validation")  # splits that a run reads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="+", help="Run configs: names METHOD-iter1-DATASET, or YAML files.")
-    what = "Run configs that train a task for all hosts; those that tune δθ start from the one of their data."
+    what = "Run configs that train a task for all hosts; configs that tune δθ start from the one with the same data."
     parser.add_argument("--source", nargs="+", default=[], help=what)
-    parser.add_argument("--hosts", nargs="+", help="Do every config on each of these hosts, in place of its own.")
-    parser.add_argument("--local", type=Path, help="YAML file: where hosts and data are on this machine.")
+    parser.add_argument("--hosts", nargs="+", help="Hosts to run every config on, instead of its own host.")
+    parser.add_argument("--local", type=Path, help="YAML file with the local paths of hosts and data.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--learning_rates", type=float, nargs="+", help="Try these in place of the config's; runs of their own."
+        "--learning_rates",
+        type=float,
+        nargs="+",
+        help="Learning rates to try in separate runs, instead of the config's.",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where each run gets a folder of its own.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the runs' own folders.")
 
 
 @dataclass(frozen=True)
 class Local:
-    """Where things are on this machine: host → folder, data set → split → file."""
+    """Local paths: host → folder, and data set → split → file."""
 
     hosts: dict[str, str]
     data: dict[str, dict[str, str]]
 
     def flags(self, config: RunConfig, host: str | None) -> list[str]:
-        """What the command line of a run has to say of its host and data."""
+        """Flags of a run for its host and data."""
         named = host or config.arguments.get("model_name_or_path")
         folder = self.hosts.get(named, host)
         flags = ["--model_name_or_path", folder] if folder else []
@@ -73,12 +75,12 @@ class Local:
 
 
 def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[tuple[Path, str]]:
-    """Do the runs that are missing; gives the folder and the kind of each, also of those that were finished.
+    """Run the missing runs; yields the folder and the kind of every run, including finished ones.
 
-    The kind is "paper_rate" for a run with one of --learning_rates, and "paper" for any other, the source's too.
+    The kind is "paper_rate" for a run with one of --learning_rates, else "paper".
 
     Raises:
-        UniHyperLoraError: bad input before the first run, or a run that fails; finished runs are kept.
+        UniHyperLoraError: the input is bad, or a run fails; finished runs are kept.
     """
     paths = dict.fromkeys(args.configs)
     configs = {path: read_run_config(path) for path in [*paths, *args.source]}
@@ -89,7 +91,7 @@ def run_all(args: argparse.Namespace, passed: list[str]) -> Iterator[tuple[Path,
         cell_of(path, configs, sources, host, rate, seed, local, passed)
         for host in dict.fromkeys(args.hosts or [None])
         for path in paths
-        if path not in args.source  # which is trained on its own host where a run needs it
+        if path not in args.source  # a source is trained on its own host, when a run needs it
         for rate in dict.fromkeys(args.learning_rates or [None])
         for seed in dict.fromkeys(args.seeds)
     ]
@@ -117,7 +119,7 @@ def cell_of(
     local: Local,
     passed: list[str],
 ) -> Cell:
-    """One run of a config; before one of δθ comes the source of its data and seed, on the source's own host."""
+    """One run of a config; a run that tunes δθ has the source with the same data and seed as its source."""
     config = configs[path]
     tunes = config.arguments.get("train_scope") == "delta"
     parts = [config.run_id, host and name_of(host), rate and f"lr{rate:g}", f"s{seed}"]
@@ -131,34 +133,34 @@ def cell_of(
 
 
 def data_of(config: RunConfig) -> str | None:
-    """What a run config calls its data set."""
+    """Name of a run config's data set."""
     return config.arguments.get("task_name")
 
 
 def said_by(config: RunConfig) -> str:
-    """A digest of what a run config says, its comments left out, and of the package's space where that is read."""
+    """Digest of a run config's content without comments, and of the package's space if the method uses it."""
     said = [config.arguments, digest_of(str(PACKAGE_SPACE)) if config.arguments["method"] == "unihyperlora" else None]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_local(path: Path | None) -> Local:
-    """Read the file of --local; relative paths in it are relative to the file.
+    """Read the file of --local; its relative paths are relative to the file.
 
     Raises:
-        ConfigError: it is unreadable, has another form, or names what is not there.
+        ConfigError: the file is unreadable, has another form, or names a path that does not exist.
     """
     if path is None:
         return Local({}, {})
-    form = "It has hosts: {NAME: FOLDER} and data: {NAME: {train: FILE, validation: FILE}}."
+    form = "Write hosts: {NAME: FOLDER} and data: {NAME: {train: FILE, validation: FILE}}."
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--local {path} cannot be read ({' '.join(str(error).split())}). {form}") from error
     if not isinstance(content, dict) or set(content) - {"hosts", "data"}:
-        raise ConfigError(f"--local {path} is no such file. {form}")
+        raise ConfigError(f"--local {path} has keys other than hosts and data. {form}")
     parts = [content.get(name) or {} for name in ("hosts", "data")]
     if not all(isinstance(part, dict) for part in [*parts, *parts[-1].values()]):
-        raise ConfigError(f"--local {path}: hosts or data is no block of names. {form}")
+        raise ConfigError(f"--local {path}: hosts or data is not a block of names. {form}")
     hosts, data = parts
     for name, files in data.items():
         if set(files) - {"test"} != set(FILES):
@@ -167,7 +169,7 @@ def read_local(path: Path | None) -> Local:
     def here(given: str) -> str:
         found = path.parent / str(given)
         if not found.exists():
-            raise ConfigError(f"--local {path} names {given}, which is not there. Correct the path.")
+            raise ConfigError(f"--local {path} names {given}, which does not exist. Correct the path.")
         return str(found)
 
     return Local(
@@ -177,22 +179,22 @@ def read_local(path: Path | None) -> Local:
 
 
 def check(args: argparse.Namespace, configs: dict[str, RunConfig], passed: list[str]) -> None:
-    """What can be refused before a run.
+    """Check the arguments before the first run.
 
     Raises:
-        ConfigError
+        ConfigError: an argument is not allowed, or two arguments contradict each other.
     """
     if passed and not passed[0].startswith("-"):
-        raise ConfigError(f"{passed[0]} stands behind a flag; run configs come first, before every flag.")
+        raise ConfigError(f"{passed[0]} comes after a flag; give run configs before all flags.")
     for part in passed:
         if part.startswith("--") and flag_name(part) in SET_HERE:
-            raise ConfigError(f"{part} is chosen by this command for each run; leave it out.")
+            raise ConfigError(f"This command sets {part} for each run; leave it out.")
     sources: dict[str | None, str] = {}
     for path in args.source:
         if configs[path].arguments.get("train_scope") != "task":
             raise ConfigError(
-                f"--source {path} trains no universal adapter (method unihyperlora, train_bias_delta_only false), so "
-                "none can start from it. Give the config of the source training."
+                f"--source {path} does not train a universal adapter (method unihyperlora, train_bias_delta_only "
+                "false), so no run can start from it. Give the config of the source training."
             )
         if path != sources.setdefault(data_of(configs[path]), path):
             raise ConfigError(
@@ -204,10 +206,10 @@ def check(args: argparse.Namespace, configs: dict[str, RunConfig], passed: list[
             raise ConfigError(f"{names[config.run_id]} and {path} have the same run_id {config.run_id}; rename one.")
         if config.arguments.get("train_scope") == "delta" and data_of(config) not in sources:
             raise ConfigError(
-                f"{path} tunes δθ of an adapter that exists, whose reader was trained on the same data "
-                f"({data_of(config)}); give its source training as --source."
+                f"{path} tunes δθ of an adapter whose reader was trained on the same data ({data_of(config)}); give "
+                "the config of that source training as --source."
             )
     hosts = [name_of(host) for host in dict.fromkeys(args.hosts or [])]
     if same := next((name for name in hosts if hosts.count(name) > 1), None):
-        raise ConfigError(f"--hosts has two of the name {same}, whose runs would have one folder. Rename a folder.")
+        raise ConfigError(f"--hosts has two hosts named {same}, whose runs would share a folder. Rename a folder.")
     require_writable(args.output_dir)

@@ -1,4 +1,4 @@
-"""The paper's comparison as Markdown, from the records of its runs alone: scores and costs, what the paper expects."""
+"""Renders the paper's comparison as Markdown from the records of its runs: scores, costs, the paper's expectations."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PICTURE = "paper-pareto.png"
 SOURCE = "unihyperlora-source"  # the method that trains a task for all hosts
-METHODS = {  # name of a run config's method → how it is called, in the order of the rows
+METHODS = {  # method of a run config → name in the table, in the order of the rows
     SOURCE: "unihyperlora, source training",
     "unihyperlora-task": "unihyperlora, a reader of this host's own",
     "unihyperlora": "unihyperlora, δθ 500 steps",
@@ -17,7 +17,7 @@ METHODS = {  # name of a run config's method → how it is called, in the order 
     "full": "full fine-tuning",
     "probe": "probe",
 }
-TUNED = {  # which map their δθ amends
+TUNED = {  # method → the map that its δθ changes
     "unihyperlora": "line-up",
     "unihyperlora-refined": "refined",
 }
@@ -34,12 +34,12 @@ COLUMNS = (
         "peak memory, MB",
     ),
 )
-WITHIN, LESS_MEMORY, MORE_THAN_LORA = 0.01, 0.97, 0.011  # what the paper expects
+WITHIN, LESS_MEMORY, MORE_THAN_LORA = 0.01, 0.97, 0.011  # thresholds of the paper's expectations
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one config on one host; they differ in their seed alone."""
+    """The runs of one config on one host; they differ only in their seed."""
 
     method: str
     data: str
@@ -60,24 +60,24 @@ class Row:
         return "eval_precision" in self.runs[0]["results"]
 
     def stored(self) -> dict[str, float]:
-        """Bytes that have to be kept for this host and task, by which count; float32 for what is no file of ours.
+        """Way of counting → bytes to store for this host and task; the weights of other methods count as float32.
 
-        A host more needs δθ alone: space, reader and head serve all hosts.
+        One more host needs only δθ: space, reader and head serve all hosts.
         """
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
         if self.method in TUNED:
             return {"for one more host": delta, "whole file": file}
         if self.method == "unihyperlora-task":
             return {"for one more task": self.task_bytes(), "whole file": file}
-        return {"": file if self.method in (SOURCE, "sat_lora") else file + head}  # whose file holds the head
+        return {"": file if self.method in (SOURCE, "sat_lora") else file + head}  # these files include the head
 
     def task_bytes(self) -> float:
-        """What the task adds to a file that has the space already: reader, head and δθ."""
+        """Bytes that the task adds to a file that has the space already: reader, head and δθ."""
         return sum(self.mean(name) or 0 for name in ("reader_bytes", "head_bytes", "delta_bytes"))
 
 
 def rows_of(records: Iterable[dict]) -> list[Row]:
-    """Records of ``benchmark.py paper`` by data, host and method, in this order; the source first."""
+    """Rows from the records of ``benchmark.py paper``, ordered by data, host and method; sources come first."""
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for record in records:
         method, data = record["run_config"].split("-iter1-")
@@ -88,27 +88,27 @@ def rows_of(records: Iterable[dict]) -> list[Row]:
 
 
 def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
-    """All of the comparison: the table, the picture, the expectations, the rates that were tried.
+    """The whole comparison: table, picture, expectations, and the learning rates that were tried.
 
     Args:
-        records: of kind "paper".
-        trials: the same with other rates, of kind "paper_rate".
+        records: records of kind "paper".
+        trials: records of kind "paper_rate", with other learning rates.
     """
     rows = rows_of(records)
     if not rows:
         return []
     lines = [
         *("", "## The paper's comparison", ""),
-        "From the runs in `paper.jsonl`, by `python -m scripts.research.benchmark paper` over methods and data sets:",
-        "for every method the same steps, batch and data order, and the rate in its row. Rates that were tried",
-        "beside it are below; where none is listed, none was.",
-        "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file there, without a label",
-        "of the host; a refined map has also seen the training text, without its labels, as the source's host reads",
-        "it. Reader, head and δθ are in the file. Training is wall-clock, on a machine that other work may share; CPU",
+        "From the runs in `paper.jsonl`, by `python -m scripts.research.benchmark paper` over methods and data sets.",
+        "All methods have the same steps, batches and data order; the learning rate is in the row. Other rates that",
+        "were tried are listed below.",
+        "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file on the host, without",
+        "labels of the host; a refined map also uses the training text without its labels, as read by the source's",
+        "host. The file includes reader, head and δθ. Training is wall-clock time on a possibly shared machine. CPU",
         "is the time of all threads of the run's process, from its start to the last score.",
-        "A stream's states are computed once a host and data set, and are in the CPU time of the first run there;",
-        "pages of their file, which the system may drop, are in its peak memory. What data, and how many",
-        "sentences of it, a run read is in its record.",
+        "A stream's states are computed once per host and data set, and count in the CPU time of the first run there.",
+        "Pages of their file count in its peak memory, although the system may drop them. A run's record says which",
+        "data, and how many sentences, it read.",
         *("", f"![Score against stored bytes]({PICTURE})", ""),
         *("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"),
     ]
@@ -142,11 +142,11 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-# ---- what the paper expects ----
+# ---- the paper's expectations ----
 
 
 def zero_shot(rows: list[Row]) -> list[str]:
-    """Before any tuning: within 1 % of the source of the same task, on the source's own host."""
+    """Zero-shot, before tuning: within 1 % of the score of the same task's source on its own host."""
     sources = {row.data: row for row in rows if row.method == SOURCE}
     moved = [row for row in rows if row.method in TUNED and row.data in sources and row.values("zero_shot_f1")]
 
@@ -161,7 +161,7 @@ def zero_shot(rows: list[Row]) -> list[str]:
 
 
 def against_sat_lora(rows: list[Row]) -> list[str]:
-    """δθ after 500 steps: at least equal to SAT-LoRA retrained."""
+    """δθ after 500 steps: at least equal to SAT-LoRA trained on this host."""
 
     def compare(row: Row) -> tuple[bool, list[str]]:
         ours, its = row.mean("eval_f1"), _beside(rows, row, "sat_lora").mean("eval_f1")
@@ -173,7 +173,7 @@ def against_sat_lora(rows: list[Row]) -> list[str]:
 
 
 def memory(rows: list[Row]) -> list[str]:
-    """97 % less memory than SAT-LoRA, by each way of counting."""
+    """97 % less memory than SAT-LoRA, for each way of counting."""
     lines = []
     counts: list[tuple[str, Callable[[Row], float], Callable[[Row], float]]] = [
         ("stored for one more host (δθ)", lambda r: r.stored()["for one more host"], _file),
@@ -194,7 +194,7 @@ def memory(rows: list[Row]) -> list[str]:
 
 
 def against_lora(rows: list[Row]) -> list[str]:
-    """+1.1 % over LoRA of a file that is no larger, on the smallest host."""
+    """1.1 % better than the best LoRA whose file is not larger, on the smallest host."""
     sizes = {row.host: row.mean("trainable_parameters") for row in rows if row.method == "full"}
     smallest = min(sizes, key=sizes.get) if sizes else None
     tuned = [row for row in rows if row.method in TUNED and row.host == smallest]
@@ -214,9 +214,9 @@ def against_lora(rows: list[Row]) -> list[str]:
 
 
 def _verdicts(title: str, rows: list[Row], heads: list[str], compare: Callable) -> list[str]:
-    """An expectation, in how many places it held, and by how much in each."""
+    """Markdown of an expectation: the number of rows in which it held, and the difference in each."""
     if not rows:
-        return ["", f"### {title}", "", "Not tested yet: the runs that it needs are not there."]
+        return ["", f"### {title}", "", "Not tested yet: the necessary runs are missing."]
     compared = [(row, *compare(row)) for row in rows]
     held = sum(holds for _, holds, _ in compared)
     word = "Held" if held == len(rows) else "Did not hold" if held == 0 else "Held in part"
@@ -235,7 +235,7 @@ def _tuned_beside(rows: list[Row], other: str) -> list[Row]:
 
 
 def _beside(rows: list[Row], row: Row, method: str) -> Row | None:
-    """Another method on the same data and host."""
+    """Row of another method with the same data and host; None if there is none."""
     found = (other for other in rows if (other.method, other.data, other.host) == (method, row.data, row.host))
     return next(found, None)
 
@@ -244,11 +244,11 @@ def _file(row: Row) -> float:
     return row.mean("adapter_bytes")
 
 
-# ---- the rates that were tried ----
+# ---- the learning rates that were tried ----
 
 
 def rates(rows: list[Row], trials: list[dict]) -> list[str]:
-    """Score by learning rate, one seed; the first is the one that the config has."""
+    """Table of scores by learning rate, one seed each; the config's own rate is bold."""
     tried: dict[tuple[str, str, str], dict[float, float]] = {}
     for record in trials:
         method, data = record["run_config"].split("-iter1-")

@@ -1,4 +1,4 @@
-"""The tables of results/README.md, and the short one of README.md, as Markdown from the records alone."""
+"""Renders the tables of results/README.md and the short table of README.md as Markdown, from the records only."""
 
 import statistics
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA 
 
 
 def rendered(records: dict[str, dict]) -> str:
-    """The tables as Markdown: runs that differ in nothing but their seed share a row; a table for each matrix."""
+    """Text of results/README.md; in its first table, runs that differ only in their seed share a row."""
     matrices, ablations, searches, compared, trials, records = (
         of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)
     )
@@ -23,10 +23,10 @@ def rendered(records: dict[str, dict]) -> str:
         "# Results",
         "",
         "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page.",
-        "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags, the",
-        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score;",
-        "the states' share of it is what a stream's sources took to read anchors and text, next to none where an",
-        "earlier run had read them.",
+        "F1 on the whole validation split, mean ± standard deviation over the seeds: seqeval's micro F1 for tags,",
+        "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
+        "The states' part of it is the time for computing the sources' states of anchors and text; it is near zero if",
+        "an earlier run has cached them.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -68,7 +68,7 @@ def rendered(records: dict[str, dict]) -> str:
 
 
 def ablation_table(name: str, ablation: dict) -> list[str]:
-    """An ablation as Markdown lines: a row for each change, with the difference to what ships."""
+    """An ablation as Markdown lines: a row for each change, with the difference from the shipped design."""
     shipped = ablation["rows"][0]["f1"]
     hosts = sorted(shipped, key=lambda host: host != "source")  # the source first
     settings, sentences = ablation["settings"], ablation["data"]["splits"]["train"]["sentences"]
@@ -76,8 +76,8 @@ def ablation_table(name: str, ablation: dict) -> list[str]:
         *("", f"## {name}", ""),
         f"The stream with one thing changed, trained on {ablation['host']} on {sentences:,} sentences of "
         f"{ablation['data']['name']} ({settings['max_steps']} steps × {settings['per_device_train_batch_size']}), "
-        f"seed {settings['seed']}; F1 there and zero-shot, and the difference to the first row.",
-        *([f"The space that ships is {ablation['space']}."] if ablation.get("space") else []),
+        f"seed {settings['seed']}; F1 on this host and zero-shot on others, and the difference from the first row.",
+        *([f"The shipped space is {ablation['space']}."] if ablation.get("space") else []),
         *([f"The space hosts are {', '.join(ablation['space_hosts'])}."] if ablation.get("space_hosts") else []),
         "",
         "| | " + " | ".join(f"{host} | Δ" for host in hosts) + " |",
@@ -90,7 +90,7 @@ def ablation_table(name: str, ablation: dict) -> list[str]:
 
 
 def transfer_table(name: str, matrix: dict) -> list[str]:
-    """A transfer matrix as Markdown lines: its picture, and its targets as rows."""
+    """A transfer matrix as Markdown lines: its picture, and one row per target."""
     metric = "macro F1" if matrix["task"] == "classification" else "F1"
     size = _count(matrix["adapter_bytes"])
     columns = [column["label"] for column in matrix["columns"]]
@@ -103,13 +103,13 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
         "refined / own",
         "gap recovered",
         "calibration, s",
-        "R² a knot",
+        "R² per knot",
     ]
     lines = [
         *["", f"## {name}", ""],
         f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
         f"Zero-shot: no label of the target, no gradient step.{_space(matrix)}",
-        "Gap recovered: (zero-shot − probe) / (own − probe), where those two are 3 points apart or more.",
+        "Gap recovered: (zero-shot − probe) / (own − probe), if own and probe differ by 3 points or more.",
         *["", f"![Scores of one adapter file on hosts it has not seen]({name}.png)", ""],
         *["| " + " | ".join(names) + " |", "|---" * len(names) + "|"],
     ]
@@ -130,7 +130,7 @@ def _space(matrix: dict) -> str:
 
 
 def summary(records: dict[str, dict]) -> str:
-    """What a reader wants first: data, method, host, how it came there, F1, size."""
+    """The short table of README.md: data, method, host, scope, F1, size."""
     lines = ["| data | method | host | scope | seeds | F1 | file, B | CPU, s |", "|---" * 8 + "|"]
     for key, runs in _rows(of_kind(records, None)):
         scores = mean_and_deviation((run["results"]["eval_f1"] for run in runs), digits=3)
@@ -141,7 +141,7 @@ def summary(records: dict[str, dict]) -> str:
 
 
 def _rows(records: dict[str, dict]) -> list[tuple[tuple, list[dict]]]:
-    """Runs that differ in nothing but their seed, together; in the order of what they are called."""
+    """Groups of runs that differ only in their seed, ordered by their keys."""
     rows: dict[tuple, list[dict]] = {}
     for record in records.values():
         rows.setdefault(_row_key(record), []).append(record)
@@ -178,7 +178,7 @@ def mean_and_deviation(values: Iterable[float | None], digits: int = 4) -> str:
 
 
 def cpu_seconds(runs: list[dict], which: str = "cpu_seconds") -> str:
-    """Of early records some do not have it."""
+    """Mean and deviation of CPU seconds; some early records lack the figure."""
     return mean_and_deviation((run["results"].get(which) for run in runs), digits=0)
 
 

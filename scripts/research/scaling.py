@@ -1,11 +1,11 @@
-"""``benchmark.py scaling``: how what an adapter costs grows with tokens, sentences, batch and hosts.
+"""``benchmark.py scaling``: how an adapter's costs grow with tokens, sentences, batch size and hosts.
 
     python -m scripts.research.benchmark scaling --model_name_or_path HOST --hosts HOST SMALLER \
         --output results/scaling.json
 
-Each quantity is measured at several sizes in turn, ``--rounds`` times after a warm-up, and the median kept. The slope
-is that of the logarithm of the seconds over the logarithm of the size (least squares): 1 is proportional, less is
-less. The bare host stands beside the adapter in the same rounds.
+Each quantity is measured at several sizes in turn, ``--rounds`` times after a warm-up; the median is recorded. The
+slope is the least-squares slope of log seconds over log size: 1 means proportional, below 1 means slower growth. The
+bare host is measured in the same rounds as the adapter.
 """
 
 import argparse
@@ -40,18 +40,20 @@ BATCH, WORDS = 8, 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name_or_path", required=True, help="the host of all but the calibrations")
-    parser.add_argument("--hosts", nargs="+", required=True, help="hosts that are lined up")
-    parser.add_argument("--space", help="file of the canonical space; the package's own if none")
+    parser.add_argument("--model_name_or_path", required=True, help="host of everything except the alignments")
+    parser.add_argument("--hosts", nargs="+", required=True, help="hosts to align")
+    parser.add_argument("--space", help="file of the canonical space; default: the package's own")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--sentences", type=int, nargs="+", default=[64, 128, 256], help="whose states are kept")
+    parser.add_argument(
+        "--sentences", type=int, nargs="+", default=[64, 128, 256], help="sentences to cache states of"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for and write it to ``args.output``."""
+    """Run the measurements and write the record to ``args.output``."""
     torch.manual_seed(0)
     space = CanonicalSpace.default() if args.space is None else CanonicalSpace.load(args.space)
     make = UniHyperLoraForTokenClassification.from_host
@@ -84,9 +86,9 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def medians(sizes: list[int], rounds: int, do: dict[str, Callable[[int], object]]) -> dict[str, dict[int, float]]:
-    """Name → size → median seconds; in each round everything is done once at every size."""
+    """Name → size → median seconds; each round does everything once at every size."""
     found: dict[str, dict[int, list[float]]] = {name: {size: [] for size in sizes} for name in do}
-    for number in range(rounds + 1):  # the first one warms up
+    for number in range(rounds + 1):  # the first round warms up
         for size in sizes:
             for name, act in do.items():
                 start = time.perf_counter()
@@ -97,7 +99,7 @@ def medians(sizes: list[int], rounds: int, do: dict[str, Callable[[int], object]
 
 
 def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tuple]:
-    """Scoring, over the tokens of a sentence."""
+    """Time of scoring, by tokens per sentence."""
     host = load_host(args.model_name_or_path).eval()
     ids = random_ids(host, BATCH, max(args.tokens))
 
@@ -108,19 +110,19 @@ def forward(models: dict[str, nn.Module], args: argparse.Namespace) -> list[tupl
     contenders = {"bare host": host} | {f"host with pathway {name}": model.eval() for name, model in models.items()}
     do = {name: lambda tokens, model=model: score(model, tokens) for name, model in contenders.items()}
     return [
-        (f"scoring {BATCH} sentences, {name}", "tokens a sentence", seconds)
+        (f"scoring {BATCH} sentences, {name}", "tokens per sentence", seconds)
         for name, seconds in medians(args.tokens, args.rounds, do).items()
     ]
 
 
 def random_ids(host: nn.Module, sentences: int, tokens: int) -> torch.Tensor:
-    """Of the upper part of the vocabulary, where no special token is."""
+    """Random ids (sentences, tokens) from the upper part of the vocabulary, which has no special tokens."""
     size = host.config.vocab_size
     return torch.randint(min(1000, size // 2), size, (sentences, tokens))
 
 
 def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
-    """A step of a stream on states that are kept, over the sentences of its batch; the host has no part in it."""
+    """Time of a stream's training step on cached states, without the host, by sentences per batch."""
     model.train().set_train_scope("task")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     dim = model.config.space["dim"]
@@ -136,31 +138,31 @@ def training_step(model: nn.Module, args: argparse.Namespace) -> list[tuple]:
         optimizer.zero_grad()
 
     seconds = medians(args.batches, args.rounds, {"step": step})["step"]
-    return [(f"a training step of the stream, {WORDS} words a sentence", "sentences a batch", seconds)]
+    return [(f"a training step of the stream, {WORDS} words per sentence", "sentences per batch", seconds)]
 
 
 def states(args: argparse.Namespace) -> list[tuple]:
-    """The states of a training text, read once a host, over its sentences."""
+    """Time of computing the states of a training text, by sentences."""
     host = load_host(args.model_name_or_path).eval()
     words = WordReader(host, load_tokenizer(args.model_name_or_path))
     ids = random_ids(host, max(args.sentences), WORDS).tolist()
     windows = [{"input_ids": row, "attention_mask": [1] * WORDS, "labels": [0] * WORDS} for row in ids]
 
     def read(sentences: int) -> None:
-        kept = os.environ.get("UNIHYPERLORA_CACHE")
+        before = os.environ.get("UNIHYPERLORA_CACHE")
         with tempfile.TemporaryDirectory() as empty:
             os.environ["UNIHYPERLORA_CACHE"] = empty
             WordStates(host, words, windows[:sentences])
         os.environ.pop("UNIHYPERLORA_CACHE")
-        if kept is not None:
-            os.environ["UNIHYPERLORA_CACHE"] = kept
+        if before is not None:
+            os.environ["UNIHYPERLORA_CACHE"] = before
 
     seconds = medians(args.sentences, args.rounds, {"read": read})["read"]
-    return [(f"states of a training text, once a host, {WORDS} tokens a sentence", "sentences", seconds)]
+    return [(f"states of a training text, once per host, {WORDS} tokens per sentence", "sentences", seconds)]
 
 
 def line_up(hosts: list[str], space: CanonicalSpace) -> list[dict[str, object]]:
-    """Lining up each host, and what it computes for a token; the hosts do not know of each other, so times add up."""
+    """Time of aligning each host, and its multiply-adds per token; alignments are independent, so times add up."""
     rows = []
     for name in hosts:
         host = load_host(name).eval()

@@ -1,10 +1,10 @@
-"""The tables of docs/SCALING.md, and those of searches in results/README.md, from what was recorded."""
+"""Renders the tables of docs/SCALING.md, and the tables of searches in results/README.md, from the records."""
 
 from collections import Counter
 
 
 def scaling_page(text: str, records: dict[str, dict]) -> str:
-    """docs/SCALING.md with each of its tables drawn anew; one that there is no record for says so."""
+    """docs/SCALING.md with all tables rendered anew; a table without a record says "Not measured yet."."""
     drawn = {"launch": launch_table, "scaling": slope_table, "mixed_tasks": task_table, "kills": kill_table}
     for kind, table in drawn.items():
         begin, end = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
@@ -18,8 +18,8 @@ def scaling_page(text: str, records: dict[str, dict]) -> str:
 
 
 def launch_table(record: dict) -> list[str]:
-    """A row for each launch and pathway."""
-    lines = ["| launch | trained | processes | exit status | time, s | loss off by at most | host tensors saved |"]
+    """Table with a row for each launch and pathway."""
+    lines = ["| launch | trained | processes | exit status | time, s | largest loss difference | host tensors saved |"]
     lines.append("|---" * 7 + "|")
     for run in record["runs"]:
         cells = [run["launch"], run["pathway"]]
@@ -34,14 +34,14 @@ def launch_table(record: dict) -> list[str]:
 
 
 def slope_table(record: dict) -> list[str]:
-    """A row for each quantity with its seconds and slope, then one for each host that was lined up."""
+    """Table with the seconds and slope of each quantity, and a table of the aligned hosts."""
     lines = [f"Host {record['host']}, {record['threads']} threads, median of {record['rounds']} rounds.", ""]
     lines += ["| what | over | seconds (size) | slope |", "|---|---|---|---|"]
     for row in record["rows"]:
         pairs = zip(row["seconds"], row["sizes"], strict=True)
         told = ", ".join(f"{seconds:.3g} ({size})" for seconds, size in pairs)
         lines.append(f"| {row['what']} | {row['size']} | {told} | {row['slope']:.2f} |")
-    lines += ["", "| host lined up | blocks × width | multiply-adds a token, millions | s |", "|---|---|---|---|"]
+    lines += ["", "| aligned host | blocks × width | multiply-adds per token, millions | s |", "|---|---|---|---|"]
     for row in record["calibrations"]:
         shape = f"{row['blocks']} × {row['width']}"
         work = f"{row['multiply_adds_a_token'] / 1e6:.1f}"
@@ -50,12 +50,12 @@ def slope_table(record: dict) -> list[str]:
 
 
 def task_table(record: dict) -> list[str]:
-    """A row for each number of tasks, a column for each pathway and way."""
+    """Table with a row for each number of tasks, and a column for each pathway and way."""
     ways = list(dict.fromkeys((row["pathway"], row["way"]) for row in record["rows"]))
     lines = [
         f"Host {record['host']}, {record['batch_size']} sentences of {record['tokens']} words, {record['threads']} "
-        f"threads, a {record['reader']} reader for each task of the stream: time over that of one task in the same "
-        f"round, median of {record['rounds']} (least – greatest).",
+        f"threads, a {record['reader']} reader for each task of the stream. Time relative to one task in the same "
+        f"round: median of {record['rounds']} rounds (smallest – largest).",
         "",
         "| tasks | " + " | ".join(f"{pathway}, {way}" for pathway, way in ways) + " |",
         "|---" * (1 + len(ways)) + "|",
@@ -65,18 +65,18 @@ def task_table(record: dict) -> list[str]:
         lines.append(f"| {n:,} | " + " | ".join(_times(rows[way]) for way in ways) + " |")
     held = {row["pathway"]: row["bytes_in_memory_a_task"] for row in record["rows"]}
     told = ", ".join(f"{size:,} B ({name})" for name, size in held.items())
-    return [*lines, "", f"A task of nine labels takes in memory, in float32: {told}."]
+    return [*lines, "", f"Memory of a task with nine labels, in float32: {told}."]
 
 
 def _times(row: dict) -> str:
-    """A ratio; in brackets its range, and of a mixed batch how many tasks are in it where they are not all."""
+    """A ratio, and in brackets its range and, if a mixed batch lacks some tasks, the number of tasks in it."""
     fewer = f", {row['tasks_in_the_batch']} of them" if row["tasks_in_the_batch"] < row["tasks"] else ""
     return f"{row['ratio']:.2f} ({row['least']:.2f} – {row['greatest']:.2f}{fewer})"
 
 
 def kill_table(record: dict) -> list[str]:
-    """A row for each pathway and scope."""
-    lines = ["| trained | scope | kills | where they fell | weights afterwards |", "|---|---|---|---|---|"]
+    """Table with a row for each pathway and scope."""
+    lines = ["| trained | scope | kills | stage of the kills | weights afterwards |", "|---|---|---|---|---|"]
     for run in record["runs"]:
         signals = Counter(kill["signal"] for kill in run["kills"])
         stages = Counter(kill["stage"] for kill in run["kills"])
@@ -88,7 +88,7 @@ def kill_table(record: dict) -> list[str]:
 
 
 def search_tables(searches: dict[str, dict]) -> list[str]:
-    """Each search: how its trials ended, the best one, and what mattered."""
+    """For each search: outcomes of its trials, the best trial, and the importances of the hyperparameters."""
     lines: list[str] = []
     for name, record in searches.items():
         found, settings = record["search"], record["settings"]
@@ -105,14 +105,14 @@ def search_tables(searches: dict[str, dict]) -> list[str]:
             f"`--do_search` on {record['data']['name']}, host {record['host']}, pathway {record['pathway']}, "
             f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}: {len(trials)} trials in "
             f"{seconds / 60:.0f} minutes, {complete} with a score, {pruned} pruned, {infeasible} over budget and "
-            f"not trained, {failed} killed or failed, of which {len(again)} tried again when the search went on.",
+            f"not trained, {failed} killed or failed, of which {len(again)} were retried when the search was resumed.",
             "",
             f"Best: trial {best['number']}, {found['metric']} {best['values'][0]:.4f}; retrained "
             f"{record['results'][found['metric']]:.4f}.",
             "",
-            "| knob | best | share of the score's variance |",
+            "| hyperparameter | best | share of the score's variance |",
             "|---|---|---|",
         ]
-        for knob, share in sorted(found["importances"].items(), key=lambda item: -item[1]):
-            lines.append(f"| {knob} | {best['params'][knob]:.4g} | {share:.2f} |")
+        for name, share in sorted(found["importances"].items(), key=lambda item: -item[1]):
+            lines.append(f"| {name} | {best['params'][name]:.4g} | {share:.2f} |")
     return lines

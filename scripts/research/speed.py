@@ -1,4 +1,4 @@
-"""What an adapter costs in time, memory and bytes beside the bare host and PEFT's methods.
+"""Costs of an adapter in time, memory and bytes, compared with the bare host and PEFT's methods.
 
     python -m scripts.research.benchmark latency --model_name_or_path H [--adapter DIR] --output F.json
     python -m scripts.research.benchmark slopes --model_name_or_path H --output F.json
@@ -7,9 +7,10 @@
     python -m scripts.research.benchmark calibrate --model_name_or_path H [--adapter DIR] --output F.json
     python -m scripts.research.benchmark size --model_name_or_path H [--adapter DIR] --output F.json
 
-Contenders run in turns in one process. What counts is the ratio to the first of them in the same turn: its median over
-the turns, and the quartiles. Milliseconds are those of the first, to say how long a turn is. ``memory`` takes the
-high-water mark of a fresh process for each. What would take longer than ``--seconds`` allows is left out and listed.
+Contenders run in turns in one process. The result is the ratio to the first contender in the same turn: median and
+quartiles over the turns. Milliseconds of the first contender show the length of a turn. ``memory`` measures the peak
+memory of a fresh process for each contender. Measurements that would take longer than ``--seconds`` are left out and
+listed.
 """
 
 import argparse
@@ -47,7 +48,7 @@ SLOPES = {  # what varies → (blocks, width, tokens)
 }
 SLOPE_BATCH = 8
 SLOPE_ANCHOR_SENTENCES = 40
-SHORTEST = 0.02  # seconds of one measurement; a faster contender runs several times
+SHORTEST = 0.02  # minimum seconds of a measurement; a faster contender runs several times
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
 MEMORY_ROUNDS, MEMORY_STEPS = 2, 3
 WITH_MEMORY = ("lora", "stream", "stream_delta", "inject_delta", "inject_delta_checkpointed", "lora_checkpointed")
@@ -57,9 +58,9 @@ VERSIONS = ("torch", "transformers", "peft")
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="The host: Hub id or folder.")
-    parser.add_argument("--adapter", help="Folder of a trained adapter; a fresh one by default.")
-    parser.add_argument("--reader", choices=sorted(READERS), default="large", help="Of a fresh stream's task.")
-    parser.add_argument("--space", help="File of a fresh stream's canonical space; the package's own by default.")
+    parser.add_argument("--adapter", help="Folder of a trained adapter; default: a new adapter.")
+    parser.add_argument("--reader", choices=sorted(READERS), default="large", help="Reader of a new stream's task.")
+    parser.add_argument("--space", help="File of a new stream's canonical space; default: the package's own.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
@@ -68,12 +69,12 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 512], help="Tokens of a sentence.")
         parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="Sentences of a batch.")
     if command in ("latency", "slopes", "train"):
-        most = 60.0 if command == "train" else 20.0  # a step back through a host takes longer
-        parser.add_argument("--seconds", type=float, default=most, help="At most, for one batch size and length.")
+        most = 60.0 if command == "train" else 20.0  # a backward pass through a host takes longer
+        parser.add_argument("--seconds", type=float, default=most, help="Maximum for one batch size and length.")
 
 
 def run(command: str, args: argparse.Namespace) -> None:
-    """Measure what a command says, and write it to ``args.output``."""
+    """Run the measurement of a command, and write the record to ``args.output``."""
     torch.set_num_threads(args.threads)
     ground = Ground(args.model_name_or_path, args.adapter, args.device, reader=args.reader, space=args.space)
     measured = {
@@ -105,11 +106,11 @@ def run(command: str, args: argparse.Namespace) -> None:
 
 
 def race(contenders: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, object]:
-    """Let contenders run in turns; the first is what the others are compared with.
+    """Let contenders run in turns, and compare them with the first one.
 
     Returns:
-        ``rounds``, ``first_ms``, and of every other ``ratio``, ``quartiles`` of it and ``more_ms``, the median of what
-        it takes more; or ``left_out`` with the reason.
+        ``rounds``, ``first_ms``, and for every other contender ``ratio``, ``quartiles`` of the ratio, and ``more_ms``,
+        the median of its extra time; or only ``left_out`` with the reason.
     """
     (first, run_first), *_ = contenders.items()
     alone = _timed(run_first, 1, device)
@@ -124,7 +125,7 @@ def race(contenders: dict[str, Callable[[], object]], seconds: float, device: st
     spent: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
-        shift = number % len(names)  # nobody always runs after the same one
+        shift = number % len(names)  # so that the order changes
         for name in names[shift:] + names[:shift]:
             spent[name].append(_timed(contenders[name], repeats[name], device))
     figures: dict[str, object] = {"rounds": rounds, "first_ms": _ms(statistics.median(spent[first]))}
@@ -164,11 +165,11 @@ def _ms(seconds: float) -> float:
     return round(1000 * seconds, 3)
 
 
-# ---- what is measured ----
+# ---- the measurements ----
 
 
 def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """A forward pass of every contender over that of the bare host, by batch and length."""
+    """Time of every contender's forward pass relative to the bare host's, by batch size and length."""
     names = ["host", *PATHWAYS, *(name for name in args.peers if name != "host")]
     models = {name: ground.forward(name) for name in names}
     cells = []
@@ -181,7 +182,7 @@ def latency(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
 
 def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """How overhead and host grow with blocks, width and tokens, on random hosts: exponents of fitted powers."""
+    """Growth of the overhead and of the host's time with blocks, width and tokens, as exponents of fitted powers."""
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder) / "space.safetensors"
@@ -207,7 +208,7 @@ def slopes(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
 
 def slope_space(ground: Ground, folder: Path) -> CanonicalSpace:
-    """A space of few anchors, so that lining up the random hosts takes little time; a map is as large as any."""
+    """A space with few anchors, so that aligning the random hosts is fast; its maps have the usual size."""
     text = folder / "anchors.txt"
     text.write_text("\n".join(map(" ".join, anchors()[:SLOPE_ANCHOR_SENTENCES])), encoding="utf-8")
     return CanonicalSpace.make([random_host(2, 128, ground)], text, tokenizers=[ground.tokenizer])
@@ -226,7 +227,7 @@ def random_host(blocks: int, width: int, ground: Ground) -> torch.nn.Module:
 
 
 def _exponent(sizes: list[float], values: list[float]) -> float | None:
-    """p of the power a·size^p that fits best; None of fewer than two, or where one is not above 0."""
+    """Exponent p of the best-fitting power a·size^p; None for fewer than two values, or if one is not positive."""
     if len(values) < 2 or min(values) <= 0:
         return None
     x, y = ([math.log(value) for value in series] for series in (sizes, values))
@@ -234,10 +235,10 @@ def _exponent(sizes: list[float], values: list[float]) -> float | None:
 
 
 def train(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """A training step over one of LoRA: on 8 windows of 128 tokens, and on 32 sentences as they are.
+    """Time of a training step relative to LoRA's: on 8 windows of 128 tokens, and on 32 sentences of natural length.
 
-    An epoch has as many steps for all of them, so the ratio of steps is that of epochs; the stream's states are
-    computed before, once.
+    An epoch has the same number of steps for all contenders, so the ratio also holds for epochs. The stream's states
+    are computed once, before.
     """
     cells = []
     with _cache_of_its_own():
@@ -254,14 +255,14 @@ def train(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _in_turn(step: Callable[[range], None], batches: Iterator[range]) -> Callable[[], None]:
-    """A step on the next batch with every call; every contender has the batches in the same order."""
+    """A function that takes a step on the next batch; all contenders get the batches in the same order."""
     return lambda: step(next(batches))
 
 
 def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """High-water mark of a training process over that of LoRA: 8 windows of 128 tokens, a fresh process each time.
+    """Peak memory of a training process relative to LoRA's: 8 windows of 128 tokens, a fresh process each time.
 
-    A first round is not counted: in it the stream lines its host up and computes its states, which it then keeps.
+    The first round does not count: in it the stream aligns its host and computes the states that it then caches.
     """
     marks: dict[str, list[dict]] = {name: [] for name in WITH_MEMORY}
     root = str(Path(__file__).parents[2])
@@ -291,7 +292,7 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 def memory_of_one(
     name: str, host: str, device: str, threads: str, adapter: str, reader: str, space: str
 ) -> dict[str, float]:
-    """Train a contender for some steps in this process; megabytes at most, and above those with the host loaded."""
+    """Train a contender for some steps in this process; returns its peak megabytes, and above the loaded host."""
     torch.set_num_threads(int(threads))
     ground = Ground(host, adapter or None, device, reader=reader, space=space or None)
     ground.new_host()
@@ -304,7 +305,7 @@ def memory_of_one(
 
 
 def _peak(device: str) -> float:
-    """Megabytes that this process held at most: on the GPU those of tensors, on the CPU all that is resident."""
+    """Peak megabytes of this process: of tensors on the GPU, or of resident memory on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     import resource  # not on Windows
@@ -313,9 +314,9 @@ def _peak(device: str) -> float:
 
 
 def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """Seconds to line a host up, over a bare pass over the anchors; seconds to load with that done, over the host's.
+    """Time of aligning a host relative to a bare pass over the anchors, and of loading an adapter relative to a host.
 
-    A first, untimed round warms up.
+    Adapters are loaded with the alignment cached. The first round warms up and does not count.
     """
     spent: dict[str, list[float]] = {
         name: [] for name in ("host_on_anchors", "calibrate", "load_host", "load_adapter")
@@ -336,7 +337,7 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         words, sentences = model.bound_stream.words, model.adapter.space.sentences()
         layers = layers_read(words.num_layers)
         for _ in range(1 + CALIBRATE_ROUNDS):
-            for path in cache.glob("*.safetensors"):  # the map, and the host's states of the anchors
+            for path in cache.glob("*.safetensors"):  # the cached map, and the cached states of the anchors
                 path.unlink()
             host = timed("load_host", ground.new_host)
             timed("host_on_anchors", lambda: word_states(here, words, sentences, layers))
@@ -356,7 +357,7 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
 
 def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
-    """Bytes of the files by part, and multiply-adds, of both pathways over LoRA's."""
+    """Bytes of the files by part, and multiply-adds, of both pathways and of LoRA."""
     lora = ground._forward_model("lora")
     lora_bytes = sum(p.numel() * p.element_size() for n, p in lora.named_parameters() if ".lora_" in n)
     rank_adds = sum(p.numel() for n, p in lora.named_parameters() if ".lora_" in n)
@@ -381,14 +382,14 @@ def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 
 
 def reader_bytes(ground: Ground, size: str) -> int:
-    """Bytes of a fresh task's reader of a size."""
+    """Bytes of a new task's reader of a given size."""
     model = Ground(ground.host, None, ground.device, ground.make_host, size, ground.space).pathway_model("stream")
     return measure(model)["reader_bytes"]
 
 
 @contextmanager
 def _cache_of_its_own() -> Iterator[Path]:
-    """States and calibrations of a benchmark do not stay."""
+    """Context with a temporary cache, so that a benchmark leaves no states or maps behind."""
     before = os.environ.get("UNIHYPERLORA_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["UNIHYPERLORA_CACHE"] = folder

@@ -1,6 +1,6 @@
-"""What scripts/research/speed.py races: adapters of both pathways on a host, the bare host, and PEFT's methods on it.
+"""The contenders of scripts/research/speed.py: adapters of both pathways, the bare host, and PEFT's methods.
 
-Every contender has a copy of the host to itself, so that no hook of one costs another anything.
+Every contender has its own copy of the host, so that its hooks do not slow down others.
 """
 
 import math
@@ -37,15 +37,15 @@ LEARNING_RATE = 1e-3
 
 @dataclass
 class Ground:
-    """Where a race takes place.
+    """Makes the contenders on one host and device.
 
     Args:
         host: Hub id or folder.
-        adapter: folder or Hub id of an adapter; a fresh one where None, or where it is of the other pathway.
+        adapter: folder or Hub id of an adapter; a new adapter is made if it is None or of the other pathway.
         device: "cpu" or "cuda".
-        make_host: gives a new copy of the host; loads ``host`` by default.
-        reader: size of a fresh stream's reader.
-        space: file of a fresh stream's canonical space; the package's own when None.
+        make_host: makes a copy of the host; by default loads ``host``.
+        reader: size of a new stream's reader.
+        space: file of a new stream's canonical space; by default the package's own.
     """
 
     host: str
@@ -63,7 +63,7 @@ class Ground:
         return host.eval().to(self.device)
 
     def batch(self, sentences: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Running text: the package's anchor sentences, from another one on in every row, each row full."""
+        """A batch of running text without padding: the package's anchor sentences, each row from another start."""
         text, rows = anchors(), []
         for row in range(sentences):
             start = row * 9 % len(text)
@@ -73,7 +73,7 @@ class Ground:
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def pathway_model(self, pathway: str, router: str = "token") -> UniHyperLoraForTokenClassification:
-        """An adapter of a pathway: the one given if it is of it, else a fresh one with atoms that do something."""
+        """The given adapter if it has this pathway, else a new one with random weights instead of zeros."""
         own = {"host": self.new_host()} | ({"tokenizer": self.tokenizer} if pathway == "stream" else {})
         if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == pathway:
             changes = {"router": router} if pathway == "inject" else {}
@@ -85,20 +85,20 @@ class Ground:
         model = UniHyperLoraForTokenClassification.from_host(labels=LABELS, **own)
         task, generator = model.adapter.tasks["default"], torch.Generator(device=self.device).manual_seed(0)
         fresh = [task.head_weight.latent, *([] if pathway == "stream" else [model.adapter.atoms_out.latent])]
-        with torch.no_grad():  # they are zero
+        with torch.no_grad():  # these are zero in a new adapter
             for latent in fresh:
                 latent.normal_(0, 0.05, generator=generator)
         return model.eval()
 
     def stream_folder(self, folder: Path) -> str:
-        """The adapter given if it is a stream, else a fresh one, saved in ``folder``."""
+        """Folder of the given adapter if it is a stream, else of a new stream, which is saved to ``folder``."""
         if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == "stream":
             return self.adapter
         self.pathway_model("stream").save_pretrained(folder)
         return str(folder)
 
     def forward(self, name: str) -> Callable[[dict[str, torch.Tensor]], object]:
-        """A contender of ``PATHWAYS`` or ``PEERS`` as a function of a batch of token ids."""
+        """A contender of ``PATHWAYS`` or ``PEERS``, as a function of a batch."""
         model = self._forward_model(name)
         return lambda batch: model(**batch)
 
@@ -130,11 +130,11 @@ class Ground:
     # ---- training ----
 
     def step(self, name: str, sentences: Sequence[list[str]], tokens: int) -> Callable[[Sequence[int]], None]:
-        """A training step of a contender of ``TRAINED`` as a function of the numbers of its sentences.
+        """A training step of a contender of ``TRAINED``, as a function of the indices of its sentences.
 
         Args:
-            sentences: what is trained on, with labels drawn at random.
-            tokens: longest window.
+            sentences: sentences to train on, with random labels.
+            tokens: maximum length of a window.
         """
         windows = Windows(sentences, self.tokenizer, tokens)
         if name.startswith("lora"):
@@ -173,7 +173,7 @@ class Ground:
 
 
 class Windows(Dataset):
-    """Sentences as a host reads them, with random labels at the sub-tokens that begin a word."""
+    """Tokenised sentences with a random label at the first sub-token of each word."""
 
     def __init__(self, sentences: Sequence[list[str]], tokenizer, tokens: int):
         self.items = []
@@ -199,7 +199,7 @@ def anchors() -> list[list[str]]:
 
 
 def texts(count: int, words: int | None) -> list[list[str]]:
-    """Sentences of the package's anchor text, as they are or ``words`` long each."""
+    """``count`` sentences of the package's anchor text, unchanged or with exactly ``words`` words each."""
     text = anchors()
     if words is None:
         return [text[index % len(text)] for index in range(count)]

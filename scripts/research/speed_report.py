@@ -1,4 +1,4 @@
-"""The page and the picture of what speed.py measured: results/speed.md and results/speed.png."""
+"""Renders the measurements of speed.py: results/speed.md and results/speed.png."""
 
 from pathlib import Path
 
@@ -23,19 +23,19 @@ COMMANDS = "latency slopes train memory calibrate size".split()
 
 
 def write(records: dict[str, dict], folder: Path) -> None:
-    """Write speed.md, and speed.png where there is something to draw.
+    """Write speed.md, and speed.png if there are records of ``latency``.
 
     Args:
-        records: those of kind "speed", by name.
-        folder: where to.
+        records: name → record, of kind "speed".
+        folder: output folder.
     """
     ordered = sorted(records.items(), key=lambda item: (COMMANDS.index(item[1]["what"]), item[0]))
     lines = [
         "# What an adapter costs",
         "",
         "Written by `python -m scripts.research.benchmark render` from `speed-*.json` beside this page; `make bench`",
-        "measures anew. Contenders run in turns in one process. A ratio is that to the first of them in the same",
-        "turn: its median over the turns, with the quartiles in brackets.",
+        "measures anew. Contenders run in turns in one process. Ratios compare a contender with the first one in the",
+        "same turn: median over the turns, quartiles in brackets.",
     ]
     drawn = [record for _, record in ordered if record["what"] == "latency"]
     if not drawn:
@@ -86,15 +86,15 @@ def _race(record: dict) -> list[str]:
         shapes = ", ".join(f"{cell['batch']} × {cell['tokens']}" for cell in left)
         lines += ["", f"Left out: {shapes} ({left[0]['left_out']})."]
     if record["first"] == "lora":
-        lines += ["", "A ratio of steps is one of epochs: an epoch has as many steps for all; the stream's states are"]
-        lines += ["computed once before."]
+        lines += ["", "The ratio of steps is also that of epochs, which have the same number of steps for all. The"]
+        lines += ["stream's states are computed once, before."]
     return lines
 
 
 def _slopes(record: dict) -> list[str]:
     lines = [
-        f"What the adapter adds to a host with random weights, batch {record['batch']}, as a power of what varies; an",
-        "exponent at most that of the host means that the overhead grows no faster.",
+        f"Time that the adapter adds to a host with random weights, batch {record['batch']}, as a power of the varied",
+        "size. If the exponent is at most the host's, the overhead grows no faster than the host's time.",
         "",
     ]
     rows = []
@@ -133,7 +133,7 @@ def _memory(record: dict) -> list[str]:
 def _calibrate(record: dict) -> list[str]:
     rows = []
     for name, base, text in (
-        ("calibrate", "host_on_anchors", "line a new host up / the bare host on the anchors"),
+        ("calibrate", "host_on_anchors", "align a new host / the bare host on the anchors"),
         ("load_adapter", "load_host", "load the adapter on a warm host, calibration cached / load the host"),
     ):
         own = record[name]
@@ -168,7 +168,7 @@ TABLES = {
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Ratio to the bare host against length at batch 8, a panel for each host; bars are the quartiles.
+    """Draw the ratio to the bare host against length at batch 8, one panel per host; bars are the quartiles.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -1,15 +1,15 @@
-"""Train an adapter on some hosts, score the same file on hosts it has never seen, and draw what came out.
+"""Trains an adapter on some hosts, scores the same file on unseen hosts, and draws the result.
 
     python -m scripts.research.transfer --source_hosts A B --target_hosts C D --train_file train.jsonl \
         --validation_file dev.jsonl --seeds 0 1 2 --output_dir runs/matrix --num_train_epochs 6
-    python -m scripts.research.transfer --source_hosts A B C D --leave_one_out …  # each is the others' target once
+    python -m scripts.research.transfer --source_hosts A B C D --leave_one_out …  # each host is the target once
     python -m scripts.research.transfer … --only zero_shot probe                  # these columns first, others later
 
-Writes transfer_matrix.json and transfer_matrix.png, and in unlabelled.txt the text of the training file, which one
-of the columns lines the targets up on. Every score is that of one run of run_ner.py (or of run_classification.py) in
-its own folder under runs/; a run that is finished for the same flags, data and hosts is not done again, so the same
-command continues a matrix that was interrupted. Flags that are not of this script go to the runs; those on learning
-rates and on how a stream begins do not go to the baselines, which have --baseline_args.
+The script writes transfer_matrix.json and transfer_matrix.png, and unlabelled.txt with the text of the training file,
+on which the column "refined" aligns the targets. Every score comes from a run of run_ner.py (or run_classification.py)
+in its own folder under runs/. A finished run with the same flags, data and hosts is not repeated, so the same command
+continues an interrupted matrix. Unknown flags are passed to the runs. Baselines do not get the flags for learning
+rates and for new streams; they have --baseline_args.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from trainers.tasks import TASKS
 logger = logging.getLogger("scripts.research.transfer")
 
 METRICS = {"ner": ("f1",), "classification": ("f1", "accuracy")}
-LEAST_GAP = 0.03  # of F1, between a stream and a probe, for the gap recovered to mean something
-SET_HERE = (  # flags of the runs that are this script's to choose
+LEAST_GAP = 0.03  # minimum F1 difference of a stream and a probe for a meaningful "gap recovered"
+SET_HERE = (  # flags that this script sets for each run
     "model_name_or_path adapter method pathway lora_r train_scope do_train do_eval do_predict seed refine_file "
     "refine_host"
 ).split()
@@ -45,13 +45,13 @@ Value = float | list[float] | None
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do the runs that are missing, and write the matrix and its picture.
+    """Run the missing runs, and write the matrix and its picture.
 
     Returns:
         The content of ``transfer_matrix.json``.
 
     Raises:
-        UniHyperLoraError: bad input, or a run that fails; finished runs are kept.
+        UniHyperLoraError: the input is bad, or a run fails; finished runs are kept.
     """
     show_progress()
     args, passed = parse(sys.argv[1:] if command_line is None else command_line)
@@ -80,32 +80,38 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def parse(command_line: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Arguments of this script, and the flags that go to the runs."""
+    """Parse the command line; returns this script's arguments and the flags for the runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--source_hosts", nargs="+", required=True, help="Hosts that the adapter is trained on: folders or Hub ids.")
-    add("--target_hosts", nargs="+", default=[], help="Hosts that it has never seen.")
-    add("--leave_one_out", action="store_true", help="Each source host is the target of an adapter of the others.")
+    add("--source_hosts", nargs="+", required=True, help="Hosts to train the adapter on: folders or Hub ids.")
+    add("--target_hosts", nargs="+", default=[], help="Unseen hosts to score the adapter on.")
+    add("--leave_one_out", action="store_true", help="Score each source host with an adapter of the others.")
     add("--task", choices=sorted(TASKS), default="ner")
-    add("--train_file", help="For the source, and for what is trained on a target to compare with.")
-    add("--validation_file", help="What is scored.")
+    add("--train_file", help="File to train the adapter and the comparisons on.")
+    add("--validation_file", help="File to score.")
     add("--seeds", type=int, nargs="*", default=[0])
     add("--output_dir", required=True)
-    add("--only", nargs="+", choices=COLUMNS, default=COLUMNS, help="Do these; of others take what is finished.")
-    add("--delta_steps", type=int, default=500, help="Steps on δθ alone, on a target's labels.")
+    add(
+        "--only",
+        nargs="+",
+        choices=COLUMNS,
+        default=COLUMNS,
+        help="Columns to run; others only show finished runs.",
+    )
+    add("--delta_steps", type=int, default=500, help="Training steps of δθ, on a target's labels.")
     add("--baseline_steps", type=int, default=500, help="Steps of the probe and of LoRA.")
-    add("--baseline_seeds", type=int, nargs="+", help="Seeds of the probe and of LoRA, if not --seeds.")
-    add("--baseline_args", default="", help='Further flags of the probe and of LoRA, as "--bf16 --use_cpu".')
-    add("--lora_hosts", nargs="+", default=[], help="Targets that get a LoRA; all by default.")
+    add("--baseline_seeds", type=int, nargs="+", help="Seeds of the probe and of LoRA; default: --seeds.")
+    add("--baseline_args", default="", help='Further flags of the probe and of LoRA, such as "--bf16 --use_cpu".')
+    add("--lora_hosts", nargs="+", default=[], help="Targets to train a LoRA on; default: all.")
     args, passed = parser.parse_known_args(with_value_joined(command_line, "--baseline_args"))
     args.baseline_seeds = args.baseline_seeds or args.seeds
     return args, passed
 
 
 def with_value_joined(command_line: list[str], flag: str) -> list[str]:
-    """``flag value`` as ``flag=value``: argparse takes a value that begins with dashes for another flag."""
+    """Join ``flag value`` to ``flag=value``, since argparse reads a value that starts with dashes as a flag."""
     if flag not in command_line[:-1]:
         return command_line
     at = command_line.index(flag)
@@ -113,10 +119,10 @@ def with_value_joined(command_line: list[str], flag: str) -> list[str]:
 
 
 def check(args: argparse.Namespace, passed: list[str]) -> None:
-    """What can be refused before a host is loaded.
+    """Check the arguments before any host is loaded.
 
     Raises:
-        ConfigError
+        ConfigError: an argument is not allowed, or two arguments contradict each other.
     """
     if args.leave_one_out and args.target_hosts:
         raise ConfigError("--leave_one_out makes each of --source_hosts a target; leave --target_hosts out.")
@@ -126,34 +132,34 @@ def check(args: argparse.Namespace, passed: list[str]) -> None:
         raise ConfigError("No target: give --target_hosts, or --leave_one_out.")
     if both := sorted({*map(_same, args.source_hosts)} & {*map(_same, args.target_hosts)}):
         raise ConfigError(
-            f"{both[0]} is a source and a target, so its score would not be zero-shot. Take it out of one of the two, "
-            "or give all hosts as --source_hosts with --leave_one_out."
+            f"{both[0]} is a source and a target, so its score would not be zero-shot. Remove it from one of the two "
+            "lists, or give all hosts as --source_hosts with --leave_one_out."
         )
     names = [name_of(host) for host in (*args.source_hosts, *args.target_hosts)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"Two hosts are called {twice[0]}; the matrix needs a name for each, so rename a folder.")
+        raise ConfigError(f"Two hosts are called {twice[0]}; the matrix needs different names, so rename a folder.")
     targets = args.target_hosts or args.source_hosts
     if unknown := [host for host in args.lora_hosts if name_of(host) not in map(name_of, targets)]:
-        raise ConfigError(f"--lora_hosts {unknown[0]} is no target. Choose from: {', '.join(map(name_of, targets))}.")
+        raise ConfigError(f"--lora_hosts {unknown[0]} is not a target. Choose: {', '.join(map(name_of, targets))}.")
     if not args.seeds or len({*args.seeds}) < len(args.seeds):
-        raise ConfigError("--seeds needs one number or more, each once.")
+        raise ConfigError("--seeds needs one or more different numbers.")
     for name in ("delta_steps", "baseline_steps"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} trains nothing; give 1 or more.")
     for part in passed:
         if part.startswith("--") and flag_name(part) in SET_HERE:
-            raise ConfigError(f"{part} is chosen by this script for each run; leave it out.")
+            raise ConfigError(f"This script sets {part} for each run; leave it out.")
     require_writable(args.output_dir)
     require_matplotlib()
 
 
 def _same(host: str) -> str:
-    """One spelling for one host, however its folder is written."""
+    """Canonical form of a host: the absolute path of a folder, or the Hub id."""
     return str(Path(host).resolve()) if Path(host).is_dir() else host
 
 
 def description_of(host: str) -> dict[str, object]:
-    """What the matrix says of a host."""
+    """Description of a host for the matrix."""
     loaded = load_host(host)
     return describe_host(loaded, name_of(host), num_layers_of(loaded))
 
@@ -163,7 +169,7 @@ def all_hosts(args: argparse.Namespace) -> list[str]:
 
 
 def write_training_text(args: argparse.Namespace, passed: list[str]) -> None:
-    """The words of the training file without its labels, one sentence a line."""
+    """Write the words of the training file without labels, one sentence per line."""
     task = TASKS[args.task]
     flags = ["--train_file", args.train_file, "--output_dir", args.output_dir]
     _, data_args, _ = parse_run([*passed, *flags], task.arguments)
@@ -177,9 +183,9 @@ def write_training_text(args: argparse.Namespace, passed: list[str]) -> None:
 
 
 def matrix_of(plan: Plan, runner: Runner, hosts: dict[str, dict], passed: list[str]) -> dict[str, object]:
-    """Everything that is finished, by target; what is not is None.
+    """The matrix: target → figures; figures of unfinished runs are None.
 
-    A figure is {mean, sd, seeds: {seed: value}}; the sd of one seed is None.
+    A figure is {mean, sd, seeds: {seed: value}}; with one seed, sd is None.
     """
     args, keys = plan.args, column_keys(plan.args)
     rows = {name_of(target): row_of(plan, runner, target, keys) | hosts[target] for target in plan.targets}
@@ -207,7 +213,7 @@ def matrix_of(plan: Plan, runner: Runner, hosts: dict[str, dict], passed: list[s
 
 
 def column_keys(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Column → what its keys in the matrix begin with, and what a reader is told that it is; best first."""
+    """Column → (prefix of its keys in the matrix, label), in the order of the matrix."""
     return {
         "zero_shot": ("zero_shot", "zero-shot"),
         "refined": ("refined", "zero-shot + unlabelled text"),
@@ -257,7 +263,7 @@ def row_of(plan: Plan, runner: Runner, target: str, keys: dict[str, tuple[str, s
 
 
 def summarise(values: Mapping[int, Value]) -> dict[str, object] | None:
-    """Seed → value as mean, sample standard deviation and the values; lists item by item. None if there is none."""
+    """Mean, sample standard deviation and values over seeds; lists are summarised by item. None without values."""
     known = {seed: value for seed, value in values.items() if value is not None}
     if not known:
         return None
@@ -277,9 +283,9 @@ def ratio(part: float | None, whole: float | None) -> float | None:
 
 
 def gap_recovered(moved: dict | None, probe: dict | None, own: dict | None) -> float | None:
-    """How much of what a stream trained there has over a linear probe is there zero-shot, on the means.
+    """(zero-shot − probe) / (own stream − probe), on the means over seeds.
 
-    None where that is less than ``LEAST_GAP``: then a few tenths of a point would be most of it.
+    None if own stream and probe differ by less than ``LEAST_GAP``: a few tenths of a point would then dominate.
     """
     if moved is None or probe is None or own is None or own["mean"] - probe["mean"] < LEAST_GAP:
         return None
@@ -287,14 +293,14 @@ def gap_recovered(moved: dict | None, probe: dict | None, own: dict | None) -> f
 
 
 def all_cells(plan: Plan) -> list[Cell]:
-    """Every run, the sources first."""
+    """All runs, sources first."""
     sources = [plan.source(target, seed) for target in plan.targets for seed in plan.args.seeds]
     others = [plan.cells(column, target).values() for column in COLUMNS for target in plan.targets]
     return [*sources, *(cell for cells in others for cell in cells)]
 
 
 def without_folder(part: str) -> str:
-    """Part of a command line, of a path only the last part: nothing that names a folder of the machine."""
+    """Part of a command line, with a path shortened to its last part, so that no local folder is recorded."""
     flag, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
     return flag + equals + (Path(value).name if "/" in value else value)
 
@@ -305,4 +311,4 @@ if __name__ == "__main__":
     except UniHyperLoraError as error:
         sys.exit(f"transfer: {error}")
     except KeyboardInterrupt:
-        sys.exit("transfer: interrupted; the same command goes on with the runs that are not finished.")
+        sys.exit("transfer: interrupted; the same command continues with the unfinished runs.")

@@ -1,4 +1,4 @@
-"""The picture of a transfer matrix: scores on hosts that the file has not seen, beside what training there gives."""
+"""Draws a transfer matrix: zero-shot scores on unseen hosts, beside the scores of training on those hosts."""
 
 import importlib.util
 import itertools
@@ -8,7 +8,7 @@ from pathlib import Path
 from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.storage import replacing
 
-# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+# Okabe and Ito's palette, which is readable with any colour vision.
 COLOURS = {
     "zero_shot": "#0072B2",
     "refined": "#0072B2",
@@ -32,12 +32,12 @@ HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind text th
 BAR, LANE, GAP = 1.5, 0.78, 0.9  # heights: the zero-shot bar, a line below it, the space between two hosts
 INCHES_A_UNIT, FRAME = 0.205, 1.5
 RIGHT_EDGE = 1.36  # leaves room for the text beside a mark at 1
-ROOM_INSIDE = 0.35  # a shorter bar has its number beside it
+ROOM_INSIDE = 0.35  # shorter bars have their number outside
 WIDTH, DPI = 9.0, 100
 
 
 def require_matplotlib() -> None:
-    """Raise ``ConfigError`` where matplotlib is not installed."""
+    """Raise ``ConfigError`` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("The picture needs matplotlib, which is not installed: pip install 'unihyperlora[plots]'.")
 
@@ -78,13 +78,13 @@ def draw(matrix: dict[str, object], path: str | Path) -> None:
 
 
 def _lanes(matrix: dict, row: dict) -> list[tuple[str, str, dict]]:
-    """(kind, label, figure) of what a target has besides zero-shot, in the order of the columns."""
+    """(kind, label, figure) of a target's columns other than zero-shot, in order."""
     columns = [(column, row[f"{column['key']}_f1"]) for column in matrix["columns"][1:]]
     return [(_kind(column["key"]), column["label"], figure) for column, figure in columns if figure]
 
 
 def _draw_target(axes, top: float, name: str, row: dict, lanes: list[tuple[str, str, dict]]) -> None:
-    """One host: a strong bar for the zero-shot score, a line with a mark for each other figure."""
+    """Draw one host: a thick bar for the zero-shot score, a thin line with a mark for each other figure."""
     shape = f"{row['num_layers']} blocks × {row['hidden_size']}"
     axes.text(-0.02, top + 0.35, name, ha="right", va="center", fontsize=10, fontweight="bold", color=INK)
     axes.text(-0.02, top + 1.25, shape, ha="right", va="center", fontsize=8.5, color="#555555")
@@ -107,12 +107,12 @@ def _draw_target(axes, top: float, name: str, row: dict, lanes: list[tuple[str, 
 
 
 def _end(figure: dict) -> float:
-    """Where the text beside a mark begins."""
+    """Position where the text beside a mark starts."""
     return figure["mean"] + (figure["sd"] or 0) + 0.018
 
 
 def _kind(key: str) -> str:
-    """ "delta_500" → "delta", "lora_r8" → "lora", others as they are."""
+    """Kind of a column: "delta_500" → "delta", "lora_r8" → "lora"; other keys are unchanged."""
     first = key.split("_")[0]
     return first if first in MARKS else key
 

@@ -1,4 +1,4 @@
-"""The runs of a transfer matrix: which they are, and what each is called with."""
+"""The runs of a transfer matrix, with their command lines."""
 
 import argparse
 import functools
@@ -16,23 +16,23 @@ COLUMNS = ("zero_shot", "refined", "own_stream", "probe", "delta", "shuffled", "
 BASELINES = ("probe", "lora")
 LORA_R = 8
 FILES = ("train_file", "validation_file")
-TEXT = "unlabelled.txt"  # the words of the training file, which "refined" reads
-CHECK_EVERY = 100  # steps of δθ between two checkpoints, of which the best is kept
+TEXT = "unlabelled.txt"  # words of the training file, for the column "refined"
+CHECK_EVERY = 100  # steps between two checkpoints of δθ; the best checkpoint is kept
 
 
 class Plan:
-    """Which runs make up the matrix.
+    """The runs of a matrix.
 
     Args:
-        args: the arguments of scripts/research/transfer.py.
-        passed: further flags, for the runs.
+        args: arguments of scripts/research/transfer.py.
+        passed: further flags for the runs.
     """
 
     def __init__(self, args: argparse.Namespace, passed: list[str]):
         self.args = args
         always = ["--save_strategy", "no", "--do_eval"]
         always += [part for name in FILES if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
-        loading = without(passed, lambda flag: flag in STREAM_FLAGS)  # of a stream that begins
+        loading = without(passed, lambda flag: flag in STREAM_FLAGS)  # without flags for a new stream
         self._begin = [*always, *passed, *package_space(passed), "--pathway", "stream", "--cache_eval_states"]
         self._begin.append("--do_train")
         self._load = [*always, *loading, "--cache_eval_states"]
@@ -41,7 +41,7 @@ class Plan:
         self.targets: list[str] = args.source_hosts if args.leave_one_out else args.target_hosts
 
     def cells(self, column: str, target: str) -> dict[int, Cell]:
-        """Seed → run of a column on a target; none where the column leaves the target out."""
+        """Seed → run of a column on a target; empty if the column leaves the target out."""
         chosen = {"lora": self.args.lora_hosts or self.targets}
         chosen["refined"] = self.targets if self.args.train_file else []
         if name_of(target) not in map(name_of, chosen.get(column, self.targets)):
@@ -51,7 +51,7 @@ class Plan:
         return {seed: make.get(column, self._loaded)(column, target, seed) for seed in seeds}
 
     def sources(self, target: str) -> list[str]:
-        """The hosts that the adapter for a target is trained on."""
+        """Hosts to train the adapter for a target on."""
         return [host for host in self.args.source_hosts if host != target]
 
     def source(self, target: str, seed: int) -> Cell:
@@ -94,5 +94,5 @@ class Plan:
 
 
 def package_space(flags: list[str]) -> list[str]:
-    """The package's space as a flag where the flags name none: so a run is stale when the package has another one."""
+    """A --space flag for the package's space if the flags name no space, so that a new space makes runs outdated."""
     return [] if {*SPACE_FLAGS} & {*map(flag_name, flags)} else ["--space", str(PACKAGE_SPACE)]

@@ -138,7 +138,7 @@ def test_an_ablation_is_a_table_of_differences(tmp_path, monkeypatch):
     text = rendered(read_records(tmp_path / "results"))
     assert "| no x | 0.8100 | +0.0100 | 0.6000 | -0.1000 |" in text
     assert "3,500 sentences of tweets (5 steps × 2), seed 0" in text
-    assert "The space that ships is english 1 abc." in text and "The space hosts are a, b." in text
+    assert "The shipped space is english 1 abc." in text and "The space hosts are a, b." in text
 
 
 def test_a_line_of_the_papers_runs_is_replaced_by_the_same_run(tmp_path):

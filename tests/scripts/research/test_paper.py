@@ -90,7 +90,7 @@ def test_it_goes_on_where_it_stopped(config, done, results, tmp_path):
 def test_tuning_starts_from_the_source_of_its_seed(config, done, results, tmp_path):
     source, tuned = config("unihyperlora", "source-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
     command = ["paper", tuned, "--seeds", "3", "--output_dir", str(tmp_path / "runs")]
-    with pytest.raises(ConfigError, match="give its source training as --source"):
+    with pytest.raises(ConfigError, match="source training as --source"):
         benchmark.main(command)
     benchmark.main([*command, "--source", source])
     assert done == ["source-x-s3", "unihyperlora-iter1-x-s3"]
@@ -162,7 +162,7 @@ def test_every_config_on_every_host(config, done, results, tmp_path):
         file.write("# a comment\n")
     benchmark.main(command)
     assert not done, "a comment changes no run"
-    with pytest.raises(ConfigError, match="two of the name small"):
+    with pytest.raises(ConfigError, match="two hosts named small"):
         benchmark.main([*command, "/hosts/small"])
 
 
@@ -209,9 +209,9 @@ def test_where_things_are_on_this_machine(config, done, results, tmp_path):
     ("content", "expected"),
     [
         ("hosts: {some/host: nowhere}", "names nowhere, which is not there"),
-        ("data: {x: {train: local.yaml}}", "data 'x' has train. It has hosts"),
+        ("data: {x: {train: local.yaml}}", "data 'x' has train. Write hosts"),
         ("host: {a: b}", "is no such file"),
-        ("hosts: [a]", "is no block of names"),
+        ("hosts: [a]", "is not a block of names"),
         ("hosts: {a: b", "cannot be read"),
     ],
 )
@@ -292,11 +292,11 @@ def wait_for(what, seconds: float = 120):
 def test_what_is_refused_before_the_first_run(config, done, results, tmp_path):
     lora, tuned = config("lora", "lora-iter1-x"), config("unihyperlora", "unihyperlora-iter1-x", tunes=True)
     where = ["--output_dir", str(tmp_path / "runs")]
-    with pytest.raises(ConfigError, match="--seed is chosen by this command"):
+    with pytest.raises(ConfigError, match="This command sets --seed"):
         benchmark.main(["paper", lora, *where, "--seed", "1"])
-    with pytest.raises(ConfigError, match="trains no universal adapter"):
+    with pytest.raises(ConfigError, match="does not train a universal adapter"):
         benchmark.main(["paper", tuned, *where, "--source", lora])
-    with pytest.raises(ConfigError, match="unihyperlora-iter1-x.yaml stands behind a flag"):
+    with pytest.raises(ConfigError, match="unihyperlora-iter1-x.yaml comes after a flag"):
         benchmark.main(["paper", lora, *where, tuned])
     (tmp_path / "copy.yaml").write_text((tmp_path / "lora-iter1-x.yaml").read_text())
     with pytest.raises(ConfigError, match="have the same run_id lora-iter1-x"):

@@ -44,7 +44,7 @@ def test_more_or_fewer_blocks_than_there_are(layers, host, tmp_path):
 def test_shared_blocks_cannot_be_cut(tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     AlbertModel(AlbertConfig(vocab_size=20, embedding_size=16, **shape)).save_pretrained(tmp_path / "albert")
-    with pytest.raises(ConfigError, match="'albert' cannot be cut"):
+    with pytest.raises(ConfigError, match="'albert' cannot be pruned"):
         pruned_hosts.prune(str(tmp_path / "albert"), 1, tmp_path / "pruned")
 
 
@@ -81,7 +81,7 @@ def test_a_curve_from_one_adapter(host, write_jsonl, tmp_path, monkeypatch):
     "change,match",
     [
         (["--layers", "2", "3"], "2 strings for 1 hosts"),
-        (["--layers", "two"], "takes numbers"),
+        (["--layers", "two"], "needs numbers"),
         (["--adapter=x"], None),
     ],
 )
@@ -89,6 +89,6 @@ def test_bad_flags(change, match, host, tmp_path):
     command = ["--adapter", "a", "--hosts", host, "--layers", "2", "--validation_file", "f"]
     command += ["--output_dir", str(tmp_path / "out"), *change]
     if match is None:
-        command, match = [*command, "--do_train"], "--do_train is chosen by this script"
+        command, match = [*command, "--do_train"], "This script sets --do_train"
     with pytest.raises(ConfigError, match=match):
         pruned_hosts.main(command)
