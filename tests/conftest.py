@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, and a tiny host with its tokenizer, made here and thrown away."""
+"""Fixtures for all tests: no network, and a tiny temporary host with its tokenizer."""
 
 import os
 
@@ -44,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def piece_tokenizer(pieces: list[str], length: int) -> PreTrainedTokenizerFast:
-    """WordPiece over these pieces in their order, special ones among them, with words between blanks."""
+    """WordPiece with these pieces, including special tokens, in this order; blanks separate words."""
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -56,7 +56,7 @@ def piece_tokenizer(pieces: list[str], length: int) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
-    """Maps and states are kept in a folder of the tests, not in that of the user."""
+    """Cache maps and states in a folder of the tests, not in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIHYPERLORA_CACHE", str(tmp_path_factory.mktemp("unihyperlora")))
         yield

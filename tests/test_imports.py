@@ -1,4 +1,4 @@
-"""Who imports whom: no circle, and nothing that imports upwards, also by an import inside a function."""
+"""Imports: no circles and no upward imports, also inside functions."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -11,7 +11,7 @@ PACKAGES = ("modeling_unihyperlora", "trainers", "scripts")  # from the bottom t
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """Module → the modules of the packages that its code imports, wherever in it.
+    """Module → modules of the packages that it imports anywhere in its code.
 
     An import of a name from a package is an import of the module that has this name, or else of the package.
     """

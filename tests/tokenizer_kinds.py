@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained on a few lines; what holds for one has to hold for all."""
+"""Small tokenizers of all kinds, trained on a few lines, for tests that must hold for all of them."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ KINDS = (
 
 @functools.cache
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """As ``AutoTokenizer`` would load it from a host; 300 entries at most. Do not change it, others use it too."""
+    """A tokenizer as ``AutoTokenizer`` loads it, with at most 300 entries. Shared by tests, so do not change it."""
     backend, trainer = _backend(kind)
     backend.train_from_iterator(LINES, trainer)
     if kind.endswith("legacy"):  # as the first Llama: no pre-tokenizer, blanks are written by the normaliser

@@ -1,4 +1,4 @@
-"""A Hub on this machine: speaks the Hub's HTTP API to the real ``huggingface_hub`` client, with faults on demand."""
+"""A local Hub for tests: speaks the Hub's HTTP API to the real ``huggingface_hub`` client, with faults on demand."""
 
 from .clients import client_environment, run_client
 from .faults import Fault

@@ -1,4 +1,4 @@
-"""Clients of the loopback Hub: fresh processes, since the client reads its environment when it is imported."""
+"""Clients of the local Hub: fresh processes, since the client reads its environment at import."""
 
 import json
 import os
@@ -47,14 +47,14 @@ def run_client(
     cwd: Path | None = None,
     timeout: float = 240,
 ) -> object:
-    """Run ``code`` in a fresh process and return what it left in ``result``.
+    """Run ``code`` in a fresh process and return the value of its variable ``result``.
 
     Args:
         package: whether the process can import the package.
         offline: with HF_HUB_OFFLINE=1.
 
     Raises:
-        RuntimeError: the process failed; with what it printed.
+        RuntimeError: the process failed; the message has its output.
     """
     environment = dict(environment) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
     command = [python, "-c", code + FINISH]

@@ -1,4 +1,4 @@
-"""Faults on demand: what goes wrong, at which requests, and how often."""
+"""Faults on demand: a fault's kind, the requests that it affects, and how often it happens."""
 
 import re
 import threading
@@ -9,7 +9,7 @@ KINDS = ("status", "slow", "cut_upload", "cut_download", "truncated", "wrong_byt
 
 @dataclass
 class Fault:
-    """One thing that goes wrong.
+    """One fault.
 
     Args:
         request: regular expression; searched in "METHOD /path".
@@ -17,7 +17,7 @@ class Fault:
             after half of the request's body; "cut_download" after half of the answer's; "truncated" answers in good
             form with half of the body; "wrong_bytes" answers with one byte changed; "wrong_hash" finds that an
             uploaded file does not have the hash it was announced with.
-        times: how often; None for always.
+        times: number of times that the fault happens; None for always.
     """
 
     request: str
@@ -50,7 +50,7 @@ class Faults:
             self._faults.clear()
 
     def take(self, request: str, *kinds: str) -> Fault | None:
-        """The first fault of one of ``kinds`` that is due at this request; it counts as having happened."""
+        """Return the first due fault of ``kinds`` for this request, and count it as happened."""
         with self._lock:
             for fault in self._faults:
                 due = fault.times is None or fault.happened < fault.times

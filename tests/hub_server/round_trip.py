@@ -1,4 +1,4 @@
-"""The whole way on a loopback Hub, recorded: train, push, load in clean processes on two hosts, every fault.
+"""Records a round trip on a local Hub: train, push, load in clean processes on two hosts, all faults.
 
     python -m tests.hub_server.round_trip --hosts SOURCE_FOLDER OTHER_FOLDER --train_file train.jsonl \
         --validation_file dev.jsonl --work /tmp/round-trip --output results/hub-round-trip.json
@@ -91,7 +91,7 @@ def code(body: str, **values) -> str:
 
 
 def traffic(hub: HubServer, repo: str, folder: Path) -> dict[str, int]:
-    """Requests, and bytes to and from the server, since the last call, for one repository and its weights."""
+    """Requests and bytes to and from the server since the last call, for one repository and its weights."""
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     taken = [r for r in hub.take_requests() if repo in r.path or weights in r.path or "/api/repos/" in r.path]
     sums = {"to_hub_bytes": sum(r.received for r in taken), "from_hub_bytes": sum(r.sent for r in taken)}
@@ -171,7 +171,7 @@ def record(arguments: argparse.Namespace) -> dict:
 def try_fault(
     hub: HubServer, work: Path, host: str, way: str, name: str, request: str, kind: str, how: dict, survivable: bool
 ) -> dict:
-    """One push over other content, or one load into an empty cache, with something going wrong."""
+    """Push over other content, or load into an empty cache, with one fault."""
     environment = client_environment(hub.url, work / f"fault-{way}-{name}".replace(" ", "-"))
     repo, before = "alice/faults", None
     if way == "push":

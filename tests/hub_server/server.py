@@ -1,4 +1,4 @@
-"""The loopback Hub's HTTP side: one handler, a table of routes, faults in between.
+"""HTTP server of the local Hub: one handler, a table of routes, and faults.
 
 Large files are answered with a redirect to another host name (localhost for 127.0.0.1), as the real Hub does: the
 client follows relative redirects within one host by itself and would then miss the headers of the first answer.
@@ -21,7 +21,7 @@ from .store import LARGE_SUFFIXES, Refused, Repo, Store, small_entry
 
 @dataclass
 class Request:
-    """One answered request: bytes are those of the whole message, header lines and all."""
+    """One answered request; its bytes are those of the whole message, including headers."""
 
     method: str
     path: str
@@ -31,13 +31,13 @@ class Request:
 
 
 class HubServer:
-    """Runs in threads of this process between ``with HubServer() as hub:`` and the end of the block.
+    """Runs in threads of this process inside a block ``with HubServer() as hub:``.
 
     Attributes:
         url: what HF_ENDPOINT has to be.
         store: its repositories.
-        faults: what is going to go wrong.
-        requests: what was asked, in order of the answers.
+        faults: faults that will happen.
+        requests: requests in the order of their answers.
     """
 
     def __init__(self):
@@ -62,13 +62,13 @@ class HubServer:
         return self.faults.add(Fault(request, kind, **how))
 
     def take_requests(self) -> list[Request]:
-        """The requests since the last call."""
+        """Return the requests since the last call."""
         taken, self.requests = self.requests, []
         return taken
 
 
 class _Counting:
-    """A file of a socket that counts what goes through."""
+    """A socket's file that counts the bytes passing through."""
 
     def __init__(self, file):
         self.file, self.count = file, 0
@@ -92,7 +92,7 @@ class _Counting:
 
 
 class _Cut(Exception):
-    """The connection is closed here."""
+    """Raised to close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile, self.wfile = _Counting(self.rfile), _Counting(self.wfile)
 
     def log_message(self, *_) -> None:
-        """Nothing on the terminal; ``HubServer.requests`` has it."""
+        """Log nothing to the terminal; ``HubServer.requests`` records the requests."""
 
     def parse_request(self) -> bool:
         self.before = (self.rfile.count - len(self.raw_requestline), self.wfile.count)
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refused(404, f"No such endpoint: {self.asked}")
 
     def _answer(self, status: int, content: object = None, headers: dict[str, str] | None = None) -> None:
-        """JSON, or bytes as they are; a HEAD request gets the header lines alone."""
+        """Send JSON or raw bytes; a HEAD request gets only the headers."""
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         announced = len(body)
         sent, cut = body, False

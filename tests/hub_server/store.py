@@ -1,4 +1,4 @@
-"""What the Hub keeps: users, repositories with commits, branches and tags, and large files by their SHA-256."""
+"""Storage of the local Hub: users, repositories with commits, branches and tags, large files by SHA-256."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
 class Refused(Exception):
-    """An answer that is no success: status, the Hub's error code, a sentence."""
+    """An error answer: HTTP status, the Hub's error code, and a message."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -54,7 +54,7 @@ class Store:
     # ---- who may do what ----
 
     def user(self, authorization: str | None) -> str | None:
-        """The user of an Authorization header; None for nobody."""
+        """The user of an Authorization header; None without a valid token."""
         if not authorization:
             return None
         user = self.users.get(authorization.removeprefix("Bearer "))
@@ -119,7 +119,7 @@ class Store:
     def change(
         self, repo: Repo, branch: str, added: dict[str, Entry], deleted: list[str], parent: str | None, pull: bool
     ) -> tuple[str, int | None]:
-        """One commit on a branch, all or nothing: its id, and the number of the pull request if that was wanted."""
+        """Make an atomic commit on a branch; returns its id, and the number of the pull request if any."""
         head = self.resolve(repo, branch)
         if not pull and branch not in repo.branches:
             raise Refused(404, f"Invalid rev id: {branch}", "RevisionNotFound")
@@ -155,7 +155,7 @@ class Store:
             return self.change(self.repos[name], "main", entries, [], None, pull=False)[0]
 
     def state(self, name: str) -> dict[str, dict[str, str]]:
-        """All of a repository's names → commits → files, to compare before and after."""
+        """The whole state of a repository, names → commits → files, to compare before and after."""
         repo = self.repos[name]
         return {
             branch: {path: entry.oid for path, entry in repo.commits[commit][1].items()} | {"commit": commit}

@@ -1,4 +1,4 @@
-"""Random hosts of every family, adapters in which every part matters, and a float64 reference of the whole method."""
+"""Random hosts of all families, adapters with random values in all parts, and a float64 reference of the method."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def stir():
-    """stir(model, seed) gives every tensor of the adapter but its space a random value: no part can be forgotten."""
+    """stir(model, seed) sets all tensors of the adapter except its space to random values; so every part matters."""
 
     def stir_(model, seed: int = 1, scale: float = 1.0):
         generator = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def _reference(model, batch: dict[str, torch.Tensor], task: str | None = None) -
 
 
 class _Run:
-    """The adapter in float64 and the choices of the current block."""
+    """The adapter in float64, and the routing of the current block."""
 
     def __init__(self, model, values, task):
         self.values, self.task, self.config = values, task, model.config
@@ -155,7 +155,7 @@ class _Run:
         return x.transpose(1, 2) if self.family == "squeezebert" else x
 
     def wave(self, name: str, width: int) -> torch.Tensor:
-        """P(w) (w, D), entry by entry as the formula is printed."""
+        """P(w) (w, D), computed entry by entry from the paper's formula."""
         a, f, p, s = self.values[f"projector.{name}"]
         columns = []
         for m in range(len(a)):
@@ -231,7 +231,7 @@ class _Linear(nn.Module):
         return self.linear.weight
 
     def rows(self, position: int, outputs: int) -> list[int]:
-        """Which outputs of the layer are those of the role at this position."""
+        """Indices of the layer's outputs that belong to the role at this position."""
         if self.run.family in ("deberta", "gpt_neox"):  # head by head, in each the query's, the key's, the value's
             width = outputs // (self.run.heads * len(self.kinds))
             starts = [(head * len(self.kinds) + position) * width for head in range(self.run.heads)]
@@ -262,7 +262,7 @@ class _Linear(nn.Module):
 
 @pytest.fixture
 def saved(make_model, tmp_path):
-    """A model and the folder that it was saved to."""
+    """A model, and the folder with its saved files."""
     model = make_model()
     model.save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"

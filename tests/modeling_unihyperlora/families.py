@@ -65,7 +65,7 @@ STREAM_ONLY = sorted(_STREAM_ONLY)
 def tiny_host(
     family: str = "bert", width: int = 32, layers: int = 3, seed: int = 0, inner: int | None = None, **changes
 ) -> nn.Module:
-    """A random encoder of a family without dropout, in evaluation mode; states of its tokens are unlike each other."""
+    """A random encoder of a family without dropout, in evaluation mode; its tokens have clearly different states."""
     shape = dict(zip(_NAMES.get(family, _COMMON), (width, layers, 4, inner or 2 * width), strict=True))
     shape.pop(None, None)
     if family == "t5":

@@ -1,4 +1,4 @@
-"""Small streams: random BERTs that read forty words, a canonical space of twelve coordinates, readers of six units."""
+"""Small streams: random BERTs with forty words, a canonical space of twelve coordinates, readers with six units."""
 
 import functools
 import tempfile
@@ -42,7 +42,7 @@ def text(seed: int, sentences: int = 60) -> list[list[str]]:
 
 @functools.cache
 def small_space(seed: int = 5, dim: int = D) -> CanonicalSpace:
-    """A space of 480 anchors, made on ``bert()``. Do not change it, others use it too."""
+    """A space of 480 anchors, made on ``bert()``. Shared by tests, so do not change it."""
     with tempfile.TemporaryDirectory() as folder:
         anchors = Path(folder) / "anchors.txt"
         anchors.write_text("\n".join(map(" ".join, text(seed))), encoding="utf-8")
@@ -50,7 +50,7 @@ def small_space(seed: int = 5, dim: int = D) -> CanonicalSpace:
 
 
 def small_stream(host=None, labels=LABELS, task: str = "people", cls=UniHyperLoraForTokenClassification, **given):
-    """A stream on a host, by default on the one that the space was made on; every value of the task is random."""
+    """A stream on a host, by default the host of the space; all values of the task are random."""
     given = {"reader": READER, "tokenizer": TOKENIZER, "space": small_space()} | given
     host = bert() if host is None else host
     model = cls.from_host(host, labels=labels, task=task, config=UniHyperLoraConfig(), **given).eval()
@@ -58,7 +58,7 @@ def small_stream(host=None, labels=LABELS, task: str = "people", cls=UniHyperLor
 
 
 def stirred(model, task: str, seed: int = 1):
-    """Every tensor of a task has random values, so that none can be left out unnoticed."""
+    """Set all tensors of a task to random values, so that every tensor matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.adapter.tasks[task].named_modules():
@@ -73,5 +73,5 @@ def batch(sentences: tuple[str, ...] = ("word1 unknown word3", "word7 word2"), t
 
 
 def tensors_of(fit) -> list[torch.Tensor]:
-    """All of a host's map."""
+    """All tensors of a host's map."""
     return [x for part in (*fit.knots, fit.landmarks) for x in part if isinstance(x, torch.Tensor)]

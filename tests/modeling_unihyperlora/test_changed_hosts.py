@@ -1,4 +1,4 @@
-"""Hosts that are not as their family ships them, families that only the user knows, and several at once."""
+"""Changed hosts, host families with a user's layout, and several adapters at once."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ LABELS = ["O", "B-A", "I-A"]
 
 
 def keep(linear: nn.Linear, rows: slice = slice(None), columns: slice = slice(None)) -> nn.Linear:
-    """A layer with some of its outputs and inputs."""
+    """A linear layer reduced to some of its outputs and inputs."""
     weight = linear.weight.detach()[rows, columns]
     smaller = nn.Linear(weight.shape[1], weight.shape[0])
     smaller.weight.data, smaller.bias.data = weight.clone(), linear.bias.detach()[rows].clone()
@@ -39,7 +39,7 @@ def keep(linear: nn.Linear, rows: slice = slice(None), columns: slice = slice(No
 
 
 def without_a_head_and_some_neurons(host):
-    """A pruned host: block 0 has three heads of four, block 1 a third of its feed-forward width."""
+    """A pruned host: block 0 has three of four heads, block 1 a third of its feed-forward width."""
     attention, second = host.encoder.layer[0].attention, host.encoder.layer[1]
     kept = slice(8, 32)  # heads of 8
     for name in ("query", "key", "value"):
@@ -139,7 +139,7 @@ class TestChanged:
         assert ([p.requires_grad for p in host.parameters()], [m.training for m in host.modules()]) == flags
 
     def test_moved_and_halved_on_the_way(self, make_model, make_batch):
-        """to(…) goes for adapter and host together; what was asked for stays when the adapter is gone."""
+        """to(…) moves adapter and host together; the host keeps the new dtype and device after detach."""
         model, batch = make_model(), make_batch()
         model.to("cpu").to(torch.bfloat16)
         with torch.no_grad():
@@ -157,7 +157,7 @@ class TestChanged:
         assert "12/12 sites" in model.describe()
 
     def test_multiply_adds_of_shared_blocks_count_at_each_depth(self, make_host):
-        """Of grouped convolutions only those that there are."""
+        """Of grouped convolutions, only the existing weights count."""
         bert = 3 * (4 * 32 * 32 + 2 * 32 * 64)
         assert linear_multiply_adds(make_host("bert")) == bert
         assert linear_multiply_adds(make_host("albert")) == bert + 16 * 32  # and the map of its embeddings
@@ -168,7 +168,7 @@ class TestChanged:
 class TestSentenceTransformers:
     @pytest.mark.parametrize("inner", ["", "0_Transformer"])
     def test_folder(self, inner, tiny_host, tmp_path):
-        """With the transformers model at the root or in a folder of its own, as older ones have it."""
+        """A sentence-transformers folder with the transformers model at its root or in a subfolder (older folders)."""
         shutil.copytree(tiny_host, tmp_path / "st" / inner, dirs_exist_ok=True)
         modules = [{"idx": 0, "name": "0", "path": inner, "type": "sentence_transformers.models.Transformer"}]
         (tmp_path / "st" / "modules.json").write_text(json.dumps(modules))
@@ -326,7 +326,7 @@ class TestTogether:
 
 
 def test_a_host_has_the_layers_that_it_returns(make_host):
-    """An encoder that the package does not know and that says the wrong thing about itself."""
+    """An unknown encoder whose config states a wrong number of layers."""
     host = make_host("rembert")
     host.config.num_hidden_layers = 2
     host.encoder.layer = host.encoder.layer[:1]
@@ -354,7 +354,7 @@ def test_machine_code_computes_with_the_values_of_the_file(make_model, make_batc
 
 @pytest.mark.parametrize("positions", [-1, 0])
 def test_a_host_without_a_largest_position(positions, make_host):
-    """XLNet says -1: its positions are relative."""
+    """XLNet has -1 because its positions are relative."""
     host = make_host("deberta-v2")
     host.config.max_position_embeddings = positions
     assert torch.isfinite(

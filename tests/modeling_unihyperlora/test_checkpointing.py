@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the host: the same gradients from fewer kept tensors, and nothing left behind."""
+"""Gradient checkpointing of the host: the same gradients with fewer saved tensors, and the host is restored."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ FAMILIES = ["bert", "albert", "distilbert", "mpnet", "deberta-v2", "squeezebert"
 
 
 def loss_and_gradients(model, batch) -> tuple[float, dict[str, torch.Tensor], int]:
-    """Loss, gradients by name, and how many bytes were kept for the way back, each tensor once."""
+    """Loss, gradients by name, and bytes saved for the backward pass, each tensor counted once."""
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_every_other_block(make_model, make_batch):
 
 
 def test_blocks_are_left_as_they_were(make_model, make_batch):
-    """Also after an error in the middle, and where a block had a forward of its own."""
+    """Blocks are restored also after an error, and if a block had its own forward."""
     model, batch = make_model(), make_batch()
     first, last = model.injection.map.blocks[0], model.injection.map.blocks[-1]
     own = first.forward
@@ -70,7 +70,7 @@ def test_blocks_are_left_as_they_were(make_model, make_batch):
 
 
 def test_the_way_back_may_be_another_adapters_pass(make_model, make_host, make_batch):
-    """Two adapters on one host, whose ways back come after both ways there."""
+    """Two adapters on one host, with both backward passes after both forward passes."""
     host, batch = make_host(), make_batch()
     models = [make_model(host=host, seed=seed) for seed in (0, 1)]
     expected = [loss_and_gradients(model, batch)[1] for model in models]

@@ -1,4 +1,4 @@
-"""Saving that fails: what was there stays, and nothing half-written is left."""
+"""Failed saves: earlier files stay, and no half-written file is left."""
 
 import errno
 
@@ -76,13 +76,13 @@ class TestFailedSave:
         assert not (tmp_path / "new").exists()
 
     def test_beyond_half_precision(self, saved):
-        """Finite in training, infinite in the file: the loader would refuse it, so it is not written."""
+        """A value that is finite in training but infinite in the file is not written: loading would refuse it."""
         with torch.no_grad():
             saved[0].adapter.router_bias.latent[3] = 1e6
         self.assert_refused(*saved, "'router_bias' holds values too large for torch.float16")
 
     def test_weights_and_config_are_replaced_together(self, saved, monkeypatch):
-        """A failure with the second file of the pair leaves the first as it was: they always belong together."""
+        """If writing the second file fails, the first file stays unchanged, so that they always belong together."""
         model, folder = saved
         model.add_task("other", ["x", "y"])
         monkeypatch.setattr(storage, "_json", lambda content: (_ for _ in ()).throw(OSError("full")))

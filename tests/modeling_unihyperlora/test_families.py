@@ -1,6 +1,6 @@
-"""Every host family, feature by feature: scripts/research/host_families.py makes a table of these tests.
+"""All host families, feature by feature; scripts/research/host_families.py makes a table of these tests.
 
-The name of a test is the name of a feature, the first word of it the pathway.
+A test's name is the pathway and the name of the feature.
 """
 
 import copy
@@ -38,7 +38,7 @@ NO_MERGE = {"albert", "deberta-v2", "squeezebert"}
 
 
 def state_of(host) -> tuple:
-    """Everything that an adapter could leave behind: weights, hooks, attributes, flags."""
+    """Everything that an adapter could change on a host: weights, hooks, attributes, flags."""
     hooks = [
         (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs), sorted(vars(m)))
         for name, m in host.named_modules()
@@ -70,7 +70,7 @@ def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.fixture
 def injected(stir):
-    """injected(family) → the model of that family's task, every part of its adapter random."""
+    """injected(family) → a model for the family's task, with random values in all parts of its adapter."""
 
     def make(family: str, host=None, seed: int = 0, **config):
         cls = UniHyperLoraForSequenceClassification if family == "vit" else UniHyperLoraForTokenClassification
@@ -104,7 +104,7 @@ class TestInject:
             assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
     def test_inject_gradient_scope(self, family, injected):
-        """What a scope trains has a gradient, nothing else has, the host least of all."""
+        """Only parameters of the train scope have a gradient; the host has none."""
         model, batch = injected(family), inputs(family)
         for scope, head_is_new in (("task", True), ("delta", True), ("delta", False)):
             model.config.tasks["ner"]["trained"] = not head_is_new
@@ -124,7 +124,7 @@ class TestInject:
             assert all(p.grad is None for p in model.host.parameters())
 
     def test_inject_detach(self, family, injected):
-        """Bit-equal weights, hooks, flags and outputs, also after a forward that broke off in the middle."""
+        """The host is restored bit for bit, with its hooks and flags, also after an aborted forward pass."""
         host, batch = tiny_host(family, layers=2).train(), inputs(family)
         next(host.parameters()).requires_grad_(False)
         before = state_of(host)
@@ -143,7 +143,7 @@ class TestInject:
             assert torch.equal(host(**batch).last_hidden_state, plain)
 
     def test_inject_merge(self, family, injected):
-        """Exact with the static router, or refused with a reason; undone bit for bit."""
+        """Merging is exact with the static router, or refused with a reason; unmerging restores all bits."""
         model, batch = injected(family, router="static"), inputs(family)
         before = {name: tensor.clone() for name, tensor in model.host.state_dict().items()}
         with torch.no_grad():
@@ -160,7 +160,7 @@ class TestInject:
         assert all(torch.equal(t, before[name]) for name, t in model.host.state_dict().items())
 
     def test_inject_two_adapters(self, family, injected):
-        """On one host each computes what it would alone, in whatever order they leave."""
+        """Two adapters on one host compute the same as alone, in whatever order they are detached."""
         host, batch = tiny_host(family, layers=2), inputs(family)
         before = state_of(host)
         with torch.no_grad():
@@ -198,7 +198,7 @@ class TestInject:
 
     @pytest.mark.slow  # seconds a family
     def test_inject_compile(self, family, injected):
-        """torch.compile traces the host with the hooks in it and computes the same."""
+        """torch.compile traces the host with its hooks and gives the same result."""
         model, batch = injected(family), inputs(family)
         with torch.no_grad():
             expected = model(**batch).logits
@@ -244,7 +244,7 @@ def stream_folder(tokenizer, stir, tmp_path_factory):
 
 @pytest.fixture
 def streamed(stream_folder, tokenizer, tmp_path_factory, monkeypatch):
-    """streamed(host) → the stream adapter on it, calibrated; nothing is kept between tests."""
+    """streamed(host) → the stream adapter aligned with the host; nothing is shared between tests."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
     def load(host, folder=stream_folder):
@@ -256,7 +256,7 @@ def streamed(stream_folder, tokenizer, tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize("family", TEXT)
 class TestStream:
     def test_stream_save_load(self, family, streamed, tmp_path):
-        """Calibrated from scratch, a second load scores the same to the bit; so does a second generation."""
+        """A second load with a new alignment gives the same logits bit for bit; so does a saved copy."""
         batch = inputs(family)
         model = streamed(tiny_host(family, layers=2))
         model.save_pretrained(tmp_path)
@@ -271,7 +271,7 @@ class TestStream:
             assert not torch.equal(model(**batch).logits, logits), "the stream did nothing"
 
     def test_stream_gradient_scope(self, family, streamed):
-        """What a scope trains has a gradient, nothing else has, the space and the host least of all."""
+        """Only parameters of the train scope have a gradient; the space and the host have none."""
         batch, model = inputs(family), streamed(tiny_host(family, layers=2))
         of_task = {name for name, _ in model.adapter.named_parameters() if name.startswith("tasks.ner.")}
         head = {"tasks.ner.head_weight.latent", "tasks.ner.head_bias.latent"}
@@ -311,7 +311,7 @@ class TestStream:
         assert (out_low - out).norm() < 0.5 * out.norm()
 
     def test_stream_task_model(self, family, streamed):
-        """The host inside a task model is used, and the task model is as it was afterwards."""
+        """The host inside a task model is used, and the task model is unchanged afterwards."""
         from transformers import AutoModelForSequenceClassification
 
         config = tiny_host(family, layers=2).config

@@ -1,4 +1,4 @@
-"""The fast ways of computing against the plain ones, in float64 and with loops; compiled programs; what is trained."""
+"""Fast implementations against plain ones in float64 with loops; compiled models; gradients."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Of many lengths, from one word on."""
+    """Sentences of many lengths, from one word."""
     generator = torch.Generator().manual_seed(seed)
     lengths = 1 + torch.randperm(count, generator=generator) % 23
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths.tolist()]
@@ -29,7 +29,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture
 def stream(make_host, tmp_path, monkeypatch):
-    """A stream on a random BERT with the tiny tokenizer, every value of its task is random."""
+    """A stream on a random BERT with the tiny tokenizer; all values of its task are random."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     lines = sentences(60, seed=9)
     (tmp_path / "anchors.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -142,7 +142,7 @@ class TestStream:
 
 
 class TestCompiled:
-    """``fullgraph``: one graph, or an error."""
+    """Compiles with ``fullgraph``: a graph break is an error."""
 
     @pytest.mark.parametrize("gradient", [False, True])
     def test_one_graph_with_the_same_numbers(self, either, gradient):
@@ -175,7 +175,7 @@ class TestCompiled:
 class TestWhatIsTrained:
     @staticmethod
     def leaves_of(loss: torch.Tensor) -> set[int]:
-        """Tensors that a backward pass would give a gradient to."""
+        """Tensors that would receive a gradient in a backward pass."""
         seen, leaves, waiting = set(), set(), [loss.grad_fn]
         while waiting:
             node = waiting.pop()

@@ -1,4 +1,4 @@
-"""Hosts that cannot carry an injected update are refused untouched, and how one is told from another."""
+"""Hosts that do not support an injected update are refused unchanged; identification of hosts."""
 
 from types import SimpleNamespace
 

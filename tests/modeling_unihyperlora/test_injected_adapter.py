@@ -82,7 +82,7 @@ class TestRoute:
 
     @pytest.mark.parametrize("seed", range(3))
     def test_expected_count_and_gates_have_the_gradient_of_the_probability(self, seed):
-        """dσ(s)/ds = σ(1-σ) for each of the k best, also below the null choice, so that an atom can come back."""
+        """dσ(s)/ds = σ(1-σ) for each of the k best atoms, also below the null choice, so that atoms can reopen."""
         state, rows, bias, _, scores = routed(64, 3, seed)
         weights = draw(5, 3, seed=seed + 9)
         for pick in ("probabilities", "gates"):
@@ -294,7 +294,7 @@ class TestDimensionProjector:
 
 
 class TestProject:
-    """All of it for one host: what the token path works with."""
+    """``project``: the adapter in the coordinates of one host."""
 
     @pytest.mark.parametrize("width", WIDTHS)
     @pytest.mark.parametrize("blocks", DEPTHS)

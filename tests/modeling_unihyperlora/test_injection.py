@@ -52,7 +52,7 @@ def test_forward_is_the_papers_formula(family, router, top_k, make_model, make_b
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_are_those_of_the_formula(family, seed, make_model, make_batch, reference):
-    """Gradient of a loss over logits and E[k], for every stored value, against autograd through the reference."""
+    """Gradients of a loss of logits and E[k], for all stored values, against autograd through the reference."""
     model = make_model(family, seed=seed)
     batch = make_batch(tokens=5, seed=seed)
     weights = torch.randn(2, 5, len(LABELS), generator=torch.Generator().manual_seed(seed))
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_formula(family, seed, make_model, make_batch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_layer_of_the_blocks_is_a_site(family, make_model):
-    """But what maps relative positions, and the bottlenecks around MobileBERT's blocks."""
+    """Except layers for relative positions, and the bottlenecks around MobileBERT's blocks."""
     model = make_model(family)
     sites = model.injection.map.sites
     no_site = ("embedding", "pooler", "pos_", "bottleneck")
@@ -251,7 +251,7 @@ def test_two_tasks_share_the_dictionary_and_differ_in_output(router, make_model,
 
 
 def test_other_tasks_and_values_are_never_served_from_what_was_kept(make_model, make_batch):
-    """Projected atoms are kept between passes without gradient; a change of any part must show at once."""
+    """Projected atoms are cached between passes without gradients; a change of any part must take effect at once."""
     model, batch = make_model(), make_batch()
     with torch.no_grad():
         last = model(**batch).logits
@@ -367,7 +367,7 @@ class TestMeanGate:
 
     @staticmethod
     def expected_after_one_pass(model, batch, before, reference):
-        """Blocks in turn: mean over real tokens of the gates, moved towards by one per cent."""
+        """For each block in turn, move the running mean by one per cent towards the mean gates of the real tokens."""
         gates = []
         hooks = [
             block.register_forward_hook(lambda *_: gates.append(model.injection.current.routing))

@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` takes beside the folder, and which files it reads or refuses."""
+"""Arguments of ``from_pretrained``, and the files that it reads or refuses."""
 
 import json
 
@@ -160,7 +160,7 @@ class TestArguments:
 
 class TestConfigurations:
     def test_keys_that_are_not_the_adapters_own_do_no_harm(self, folders, expected, tmp_path):
-        """A pipeline or a user may put them into the configuration; they are not saved, and the file is read."""
+        """Keys that a pipeline or a user adds to the configuration are not saved, and the file loads."""
         model = load(folders)
         for name, value in {"max_length": 128, "label_names": ["labels"], "my_own_key": {"a": 1}}.items():
             setattr(model.config, name, value)
@@ -177,7 +177,7 @@ class TestConfigurations:
             UniHyperLoraConfig(delta_stpe=0.1)
 
     def test_a_configuration_of_the_first_format_says_how_to_get_on(self, folders, tmp_path):
-        """Such a file has keys that are no more; which one is unknown is not the point."""
+        """Such a file has old keys; the error must name the format, not an unknown key."""
         content = json.loads((folders[0] / "config.json").read_text())
         old = {"stream_dim": 32, "stream_width": 160, "stream_hidden": 128, "projector": "anchored", "router": "token"}
         del content["space"]

@@ -1,4 +1,4 @@
-"""Sentences of several tasks in one batch: each scored as if its task were alone."""
+"""Sentences of several tasks in one batch: each is scored as if its task were alone."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ TASK_IDS = ["places", "all", "people", "places", "people"]
 
 @pytest.fixture(params=PATHWAYS)
 def model_of(request, make_host, stir, tmp_path, monkeypatch):
-    """model_of(class) → an adapter of three tasks with 3, 2 and 5 labels, in which every part matters."""
+    """model_of(class) → an adapter of three tasks with 3, 2 and 5 labels, with random values in all parts."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     generator = torch.Generator().manual_seed(1)
     lines = [" ".join(WORDS[i] for i in torch.randint(40, (8,), generator=generator)) for _ in range(40)]

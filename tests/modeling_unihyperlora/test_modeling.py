@@ -1,4 +1,4 @@
-"""The models as a user of transformers meets them: Auto classes, hosts of any size, wrong arguments, a pipeline."""
+"""The models through the interface of transformers: Auto classes, hosts of any size, wrong arguments, a pipeline."""
 
 import json
 
@@ -129,7 +129,7 @@ class TestOtherHosts:
     def test_any_width_depth_and_family(
         self, family, width, layers, adapter_folder, make_host, make_batch, make_model, reference
     ):
-        """The very same file, by the formula, on hosts that it was not made on."""
+        """The same file follows the formula on hosts that it was not made on."""
         model = UniHyperLoraForTokenClassification.from_pretrained(
             adapter_folder, host=make_host(family, width=width, layers=layers, seed=layers)
         )

@@ -1,4 +1,4 @@
-"""The portable stream: the way of one word, in float64, and one file on hosts of other shapes."""
+"""The stream: the computation for one word in float64, and one file on hosts of other shapes."""
 
 import json
 
@@ -48,7 +48,7 @@ def model():
 
 class TestStream:
     def test_the_way_of_a_word_is_that_of_the_formulas(self, model):
-        """What the reader is given of every word, recomputed in float64 with loops."""
+        """The reader's input for every word, recomputed in float64 with loops."""
         seen = {}
         hook = model.adapter.tasks["people"].reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
         inputs = batch()
@@ -78,7 +78,7 @@ class TestStream:
                 assert (amended - z).abs().max() > 1e-2
 
     def test_a_piece_inside_a_word_has_its_words_scores(self, model):
-        """But B-PER is I-PER there."""
+        """Except that B-PER becomes I-PER there."""
         logits = model(**batch()).logits
         assert torch.equal(logits[0, 2, 0], logits[0, 3, 0]) and not torch.equal(logits[0, 1], logits[0, 2])
         assert torch.equal(logits[0, 3, 1:], logits[0, 2, 1:].sort().values)

@@ -1,4 +1,4 @@
-"""What holds for adapters and hosts of any shape, tried on random ones."""
+"""Properties of adapters and hosts of any shape, tested on random ones."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def configs(draw) -> UniHyperLoraConfig:
 @few
 @given(config=configs(), seed=st.integers(0, 2**16), scale=st.floats(1e-6, 1e3))
 def test_a_file_gives_back_what_was_saved(config, seed, scale):
-    """Values as they are computed with, bit for bit, and the same tensors when saved again."""
+    """Loaded values equal the values in use, bit for bit, and saving again gives the same tensors."""
     torch.manual_seed(seed)
     adapter = make_adapter(config)
     for module in adapter.modules():
@@ -90,7 +90,7 @@ def test_a_file_gives_back_what_was_saved(config, seed, scale):
     seed=st.integers(0, 100),
 )
 def test_any_shape_of_host(family, heads_width, layers, inner, router, tokens, seed, stir):
-    """All sites are found, the update does something finite, a merged one the same, and the host comes back."""
+    """All sites are found, the update is finite and not zero, merging gives the same, and the host is restored."""
     host = tiny_host(family, width=8 * heads_width, layers=layers, inner=inner, seed=seed)
     ids = torch.randint(2, VOCABULARY, (2, tokens), generator=torch.Generator().manual_seed(seed))
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
@@ -122,7 +122,7 @@ def test_knots_of_any_depth(layers):
 
 @given(groups=st.integers(1, 4), width=st.integers(1, 4), roles=st.integers(1, 3))
 def test_joined_roles_come_apart_again(groups, width, roles):
-    """A fused layer's outputs: ``groups`` times the same number of each role's, in the order of the roles."""
+    """A fused layer's outputs have ``groups`` groups, each with an equal part for every role, in their order."""
     parts = [torch.arange(groups * width) + 1000 * role for role in range(roles)]
     joined = Site(0, ("query", "key", "value")[:roles], nn.Linear(1, 1), groups).join(parts)
     expected = [

@@ -51,7 +51,7 @@ class TestReader:
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("shape", [(5, 4), *READERS.values()])
     def test_values_and_gradients_are_those_of_torchs_layer(self, shape, bits):
-        """More sentences than are read together, none like another in length, each on its own in float64."""
+        """More sentences than one group, all of different lengths, compared with each sentence alone in float64."""
         torch.manual_seed(0)
         reader = Reader(6, *shape, bits=bits, dropout=0.0)
         lengths = torch.randperm(2 * TOGETHER + 3) + 1
@@ -249,7 +249,7 @@ class TestSizes:
         assert all(parameter.requires_grad for parameter in host.parameters())
 
     def test_ten_small_tasks_in_a_file_under_a_megabyte_with_the_packages_space(self, tmp_path):
-        """Each has a small reader and nine labels, as CoNLL-2003; the host reads every anchor as an unknown word."""
+        """Each task has a small reader and CoNLL-2003's nine labels; all anchors are unknown words to the host."""
         labels = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for prefix in "BI")]
         names = [f"ner{number}" for number in range(10)]
         model = small_stream(labels=labels, task=names[0], space=None, reader="small")

@@ -1,4 +1,4 @@
-"""SAT-LoRA, the adapter that is bound to one host: its formula, its file, and that it goes on no other host."""
+"""SAT-LoRA, the adapter that is bound to one host: its formula, its file, and the refusal of other hosts."""
 
 import json
 
@@ -148,7 +148,7 @@ def test_it_goes_on_no_other_host(shared, make_host, make_model, make_batch, tmp
 
 
 def test_it_is_inspected_and_staged_like_any_other(make_host, make_model, tmp_path):
-    """Whatever reads an adapter's file without its host has to make the right kind of adapter for it."""
+    """Code that reads an adapter's file without its host must make the right kind of adapter."""
     make_model("bert", host=make_host("bert"), **BOUND).save_pretrained(tmp_path / "saved")
     report = inspect_adapter(tmp_path / "saved")
     bits = {row["name"].partition(".")[0]: row["bits"] for row in report["tensors"]}

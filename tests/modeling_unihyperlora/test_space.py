@@ -1,4 +1,4 @@
-"""The canonical space: its file, how it is made, and lining a host up with it, each against float64."""
+"""The canonical space: its file, making it, and aligning a host with it, each against float64."""
 
 import json
 
@@ -196,7 +196,7 @@ class TestCommonCoordinates:
             np.testing.assert_allclose(np.cov(z[k].T.numpy()), np.eye(5), atol=1e-2)
 
     def test_of_several_hosts_they_are_the_directions_that_the_hosts_share(self):
-        """In float64 by the hosts' ridge projections: left singular vectors are eigenvectors of their sum."""
+        """Float64 reference: left singular vectors are eigenvectors of the sum of the hosts' ridge projections."""
         generator = np.random.default_rng(0)
         shared = generator.normal(size=(400, 6))
         hosts = [
@@ -291,7 +291,7 @@ class TestMaking:
 
 class TestLiningUp:
     def test_once_for_ten_adapters_of_a_space(self, own_cache, tmp_path, monkeypatch):
-        """Made afresh, loaded, on copies of the host: the regression is computed once, the anchors are read once."""
+        """New and loaded adapters on copies of a host compute the regression once and read the anchors once."""
         narrow = small_space(dim=D - 1)  # made before anything is counted
         calls = {"fit_host": 0, "word_states": 0}
 
@@ -373,7 +373,7 @@ class TestLiningUp:
 class TestFit:
     @pytest.mark.parametrize("width,seed", [(48, 0), (40, 1), (31, 2)])
     def test_is_kernel_ridge_regression_with_the_penalty_that_predicts_best(self, width, seed):
-        """All again in float64, with a kernel matrix instead of features: 400 anchors are all landmarks."""
+        """Recomputed in float64 with a kernel matrix instead of features; all 400 anchors are landmarks."""
         generator = np.random.default_rng(seed)
         states = generator.normal(size=(3, 400, width)) * generator.uniform(0.1, 9, width) + 3
         target = states[:2, :, :7] / 9 + generator.normal(size=(2, 400, 7))
@@ -423,7 +423,7 @@ class TestFit:
         assert kept / best > 0.98
 
     def test_landmarks_are_the_means_of_the_anchors_next_to_them(self):
-        """Lloyd's rounds again in float64, one group after the other."""
+        """Lloyd's rounds recomputed in float64, one cluster after the other."""
         points = torch.randn(300, 5)
         expected = points[torch.randperm(300, generator=torch.Generator().manual_seed(0))[:20]].double().numpy()
         first = expected.copy()
@@ -437,13 +437,13 @@ class TestFit:
         assert torch.equal(_means(points, 300).sort(dim=0).values, points.sort(dim=0).values), "none to bring together"
 
     def test_finds_what_is_not_linear(self):
-        """The product of two dimensions, of which a line sees nothing."""
+        """The map finds the product of two dimensions, which a linear map cannot find."""
         states = torch.randn(1, 3000, 4)
         fit = fit_host(states, [0], states[:, :, :1] * states[:, :, 1:2])
         assert fit.r2[0] > 0.8
 
     def test_predictions_are_correlated_as_what_they_predict(self):
-        """Also where one direction of the coordinates shows much less in the host than the others."""
+        """Also if the host shows one direction of the coordinates much less than the others."""
         states = torch.randn(1, 3000, 30)
         target = states[:, :, :5] * torch.tensor([3.0, 1, 1, 1, 0.3]) + torch.randn(1, 3000, 5)
         target = target @ torch.linalg.qr(torch.randn(5, 5))[0]

@@ -1,4 +1,4 @@
-"""transformers' own Trainer on an adapter, which is all that a user without the package has."""
+"""transformers' own Trainer on an adapter, for users without the package."""
 
 import pytest
 import torch

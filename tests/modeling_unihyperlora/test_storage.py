@@ -1,4 +1,4 @@
-"""The adapter's file: what was trained comes back, and nothing else is ever let in."""
+"""The adapter's file: trained values come back, and every other content is refused."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def assert_untouched(host, before: tuple) -> None:
 
 @pytest.fixture
 def refuses(make_host):
-    """refuses(folder, error, match): loading raises it and nothing else, and the host stays as it was."""
+    """refuses(folder, error, match): loading raises this error, and the host is unchanged."""
 
     def check(folder, error=AdapterFileError, match=None):
         host = make_host()
@@ -70,7 +70,7 @@ def refuses(make_host):
 
 
 def rewrite(folder, change, sign: bool = True) -> None:
-    """Apply ``change`` to the tensors of the file and sign the result, as one who knows the format could."""
+    """Apply ``change`` to the tensors of the file and write a valid digest, as an attacker could."""
     path = folder / WEIGHTS_NAME
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -207,7 +207,7 @@ class TestSize:
 
 class TestDamagedFile:
     def test_any_bit_flip_is_found(self, saved):
-        """300 bits anywhere and 300 of the header: each is refused, and the adapter stays as it was."""
+        """Flips of 300 bits anywhere and of 300 in the header: each is refused, and the adapter is unchanged."""
         model, folder = saved
         path, raw = folder / WEIGHTS_NAME, (folder / WEIGHTS_NAME).read_bytes()
         adapter = UniHyperLoraAdapter(model.config)
@@ -287,7 +287,7 @@ def with_value(value: float):
 
 
 class TestWrongContents:
-    """Files that are signed rightly, so that it is the check of the contents that refuses them."""
+    """Files with a valid digest, which the check of the contents must refuse."""
 
     FLOATS = [
         "atoms_in.scale",

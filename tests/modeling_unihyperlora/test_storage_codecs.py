@@ -1,4 +1,4 @@
-"""Each codec against NumPy in float64, and the promise that what is stored is what was trained, bit for bit."""
+"""Each codec against NumPy in float64, and stored values equal to trained values, bit for bit."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def sample(shape, magnitude: float, seed: int = 0) -> torch.Tensor:
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 → the nearest of those whose lower 16 bits are zero, ties to even, by arithmetic on the bits."""
+    """Round float32 to bfloat16 (nearest, ties to even) by arithmetic on the bits."""
     bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
     return rounded.astype(np.uint32).view(np.float32)
@@ -172,7 +172,7 @@ def test_latent_of_lower_precision_still_gives_float32(name):
 
 
 def test_value_is_not_an_alias_of_the_latent():
-    """A codec that happens to change nothing must not hand out the parameter itself."""
+    """A codec that changes nothing must not return the parameter itself."""
     stored = StoredTensor(torch.ones(2, 2), Half())
     value = stored()
     value.detach().zero_()

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, with ill will."""
+"""Malicious files from others."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Several tasks of one stream: in one pass, mixed in a batch, taken out of a file and put into another one."""
+"""Several tasks of one stream: in one pass, mixed in a batch, and moved from one file to another."""
 
 import json
 
@@ -34,7 +34,7 @@ PLACES = ["O", "B-LOC", "I-LOC", "B-SEA", "I-SEA"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three adapters of one space, and one of another space: each has a task of its own."""
+    """Three adapters of one space and one of another space, each with its own task."""
     made = {
         "people": small_stream(),
         "places": stirred(small_stream(labels=PLACES, task="places", reader={"width": 7, "hidden": 5}), "places", 2),

@@ -1,4 +1,4 @@
-"""Words: the same ones on every tokenizer, from raw text and from words that the caller gives."""
+"""Words are the same on every tokenizer, from raw text and from given words."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ HOSTS = {"bert": "encoder", "llama": "decoder"}
 
 
 def rule(text: str) -> list[str]:
-    """The words of a text, character by character."""
+    """The words of a text, found character by character."""
     words, current, alone = [], "", False
     for character in text:
         kind = unicodedata.category(character)
@@ -66,7 +66,7 @@ def rule(text: str) -> list[str]:
 
 
 def found(tokenizer, encoded, text: str) -> list[str]:
-    """The words that token ids alone tell, cut out of the text."""
+    """The words found from token ids only, as parts of the text."""
     places = word_places(*begins_of(vocabulary_flags(tokenizer), torch.tensor([encoded["input_ids"]])))
     ends = zip(places.first[0], places.last[0], strict=True)
     offsets = encoded["offset_mapping"]
@@ -149,7 +149,7 @@ class TestWordsOfATokenizer:
             assert ids[places.first[0, number] : places.last[0, number] + 1].tolist() == own
 
     def test_the_hosts_own_tokenizer_has_the_same_words_in_plain_text(self, kind):
-        """A user may read with it; only what it glues into one entry of its vocabulary cannot be told apart."""
+        """The host's own tokenizer works too, except for words that share one entry of its vocabulary."""
         text = "Zoe Lind met Eve (Lima Bay) at Bonn, in May."
         own = make_tokenizer(kind)
         encoded = own(text, return_offsets_mapping=True)
@@ -229,7 +229,7 @@ class TestStatesAndTags:
 
     @pytest.mark.parametrize("family", HOSTS)
     def test_a_given_word_is_read_at_one_token(self, kind, family, make_tagger):
-        """Its first one on an encoder, its last one on a decoder; the states are the host's at that token."""
+        """An encoder reads a word at its first token, a decoder at its last; the state is the host's at that token."""
         model = make_tagger(kind, family)
         words = model.stream.words
         encoded = words.tokenizer(GIVEN, is_split_into_words=True, return_tensors="pt")
@@ -250,7 +250,7 @@ class TestStatesAndTags:
                 assert any(inside == words[at : at + len(inside)] for at in range(len(words))), entity
 
     def test_the_stock_pipeline_takes_words(self, kind, make_tagger):
-        """Every word is one entity or none: all its tokens have one type."""
+        """Every word is one entity or none: all its tokens have the same type."""
         model = make_tagger(kind)
         tag = pipeline("token-classification", model=model, tokenizer=model.stream.words.tokenizer)
         encoded = model.stream.words.tokenizer(GIVEN, is_split_into_words=True, return_tensors="pt")
@@ -371,7 +371,7 @@ class TestBadInput:
                 assert torch.isfinite(model(**encoded).logits).all()
 
     def test_a_word_without_a_token_takes_no_other_words_tag(self, kind, make_tagger):
-        """A joiner alone is dropped by some normalisers; the words around it keep their own tokens."""
+        """Some normalisers drop a lone joiner; the words around it keep their own tokens."""
         words = ["Anna", "\u200b", "Rome"]
         model = make_tagger(kind)
         encoded = model.stream.words.tokenizer(words, is_split_into_words=True, return_tensors="pt")

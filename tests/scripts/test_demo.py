@@ -1,4 +1,4 @@
-"""The demo's own parts; its training is that of run_ner."""
+"""The demo's own functions; its training is tested with run_ner."""
 
 import hashlib
 import sys
@@ -15,7 +15,7 @@ from trainers.ner_data import Sentence, read_file
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package on the path whose code must not run; returns its folder and the sums of its one file."""
+    """An importable package whose code must not run; returns its folder and the checksum of its only file."""
     folder = tmp_path / "pretend_package"
     (folder / "data").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")

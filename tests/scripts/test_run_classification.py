@@ -1,4 +1,4 @@
-"""scripts/run_classification.py from end to end on a tiny host; what it shares with run_ner.py is tested there."""
+"""scripts/run_classification.py from end to end on a tiny host; shared behaviour is tested with run_ner.py."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""scripts/run_ner.py from end to end on a tiny host: what it writes, and how it refuses bad input."""
+"""scripts/run_ner.py from end to end on a tiny host: its output, and its errors for bad input."""
 
 import json
 import math
@@ -310,7 +310,7 @@ def test_a_refusal_is_one_line(tmp_path):
 
 
 def iob1(rows: list[tuple]) -> list[tuple]:
-    """The same rows in IOB1, in which no two entities stand side by side."""
+    """The rows in IOB1; no two entities are adjacent."""
     return [(words, [tag.replace("B-", "I-") for tag in tags]) for words, tags in rows]
 
 

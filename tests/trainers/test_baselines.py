@@ -1,4 +1,4 @@
-"""The baselines: which layers they change, what they train, what is saved and counted."""
+"""The baselines: changed layers, trained weights, saved files and figures."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the trainer: what is in them, and that a run is taken up where it was left."""
+"""Checkpoints of the trainer: their contents, and resuming from them."""
 
 import math
 
@@ -47,7 +47,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("scope", ["task", "delta"])
     def test_resumed_run_ends_as_the_uninterrupted_one(self, scope, tmp_path):
-        """Bit for bit, from a model that starts with other values, on a host that has dropout layers."""
+        """Weights are equal bit for bit, from a model that starts with other values, on a host with dropout."""
         settings = {
             "max_steps": 6,
             "save_strategy": "steps",
@@ -91,7 +91,7 @@ class TestCheckpoints:
         assert changed(trainer.model.adapter, last)
 
     def tuned_delta(self, folder, scores, model=None, resume: bool = False, **arguments):
-        """Up to three steps on δθ that go off its grid, with these scores in turn; the trainer and what it changed."""
+        """Train δθ for up to three steps beyond its grid, with these scores; returns the trainer and the changes."""
         scores = iter(scores)
         trainer = make_trainer(
             folder,

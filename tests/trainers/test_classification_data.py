@@ -1,4 +1,4 @@
-"""Readers of labelled texts: columns found, labels named, and one clear error for everything else."""
+"""Readers of labelled texts: columns, label names, and one clear error for anything else."""
 
 import csv
 import json
@@ -236,7 +236,7 @@ def test_a_csv_field_may_be_long(write):
 
 
 def test_columns_without_a_name_may_be_several(write):
-    """A table that was written with commas at the end of each line."""
+    """A CSV file with commas at the end of each line."""
     assert contents(read_file(write("a.csv", "text,label,,\nx,1,,\n"))) == [("x", None, "1")]
 
 
@@ -254,7 +254,7 @@ def dataset_of(rows: dict, **features) -> datasets.Dataset:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """hub(dataset): what ``load_dataset`` returns from now on."""
+    """hub(dataset) makes ``load_dataset`` return this data set."""
     return lambda dataset: monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
 
 

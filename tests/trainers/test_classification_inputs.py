@@ -1,4 +1,4 @@
-"""Encoded texts and pairs, and the two scores against plain counts."""
+"""Encoded texts and pairs, and both scores against plain counts."""
 
 import numpy as np
 import pytest

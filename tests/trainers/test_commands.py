@@ -1,4 +1,4 @@
-"""The command ``unihyperlora``: its help, what it refuses, and that its subcommands are what the scripts run."""
+"""The command ``unihyperlora``: its help, its errors, and that its subcommands equal the scripts."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""Controls: the same adapter on the same host, with an alignment that is wrong."""
+"""Controls: the same adapter on the same host, with a wrong alignment."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def changed(one, two) -> set[str]:
 
 
 def fits(model) -> list[float]:
-    """R² a knot, but for the first: a random host's embeddings say nothing of a word's neighbours."""
+    """R² of each knot except the first: a random host's embeddings do not depend on a word's neighbours."""
     return model.stream.fit.r2[1:]
 
 

@@ -1,4 +1,4 @@
-"""Viterbi decoding under a scheme's rules against every path there is."""
+"""Viterbi decoding with a scheme's rules, compared with all possible paths."""
 
 import itertools
 
@@ -13,7 +13,7 @@ NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
 
 def is_legal(path: tuple[int, ...], scheme: str) -> bool:
-    """Written out: in IOB2 an I-X stands only behind B-X or I-X, in IOB1 a B-X does."""
+    """The rules written out: in IOB2 an I-X only follows B-X or I-X; in IOB1 a B-X does."""
     before, bound = "O", {"IOB2": "I-", "IOB1": "B-"}[scheme]
     for tag in (NAMES[i] for i in path):
         if tag.startswith(bound) and before[1:] != tag[1:]:

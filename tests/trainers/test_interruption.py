@@ -1,4 +1,4 @@
-"""Whatever ends a run, another one that resumes ends with the same weights, bit for bit."""
+"""However a run is interrupted, the resumed run ends with the same weights, bit for bit."""
 
 import errno
 import os
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("most", [1_000, 6_000, 10_000])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, most):
-    """No file may grow beyond so many bytes from step 3 on: another file of checkpoint-4 is cut off each time."""
+    """From step 3 on, files have a size limit, so that each time another file of checkpoint-4 is truncated."""
     trainer = make_trainer(tmp_path / "cut", make_model())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))))
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, mos
 
 
 def test_no_step_is_taken_after_the_last_one(whole, tmp_path):
-    """Stopped when all was done but the last save; 24 sentences make 3 steps an epoch, so 5 end within one."""
+    """The run is stopped after its last step, before the last save; step 5 is inside an epoch of 3 steps."""
     trainer = make_trainer(tmp_path / "cut", make_model(), max_steps=5)
     trainer.train()
     before = snapshot(trainer.model.adapter)
@@ -153,7 +153,7 @@ def test_half_written(tmp_path, content):
 
 
 def test_the_name_of_a_folder_means_nothing(whole, tmp_path):
-    """Copied and renamed, a checkpoint is what it was; the last one is that of the most steps."""
+    """A copied and renamed checkpoint stays valid; the last checkpoint is the one with the most steps."""
     source, folder = tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(source / "checkpoint-4", folder / "the one that I like")
     shutil.copytree(source / "checkpoint-2", folder / "checkpoint-9")

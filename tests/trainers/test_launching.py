@@ -1,4 +1,4 @@
-"""Several processes: what all of them use is computed once, and no launcher puts the host into a checkpoint."""
+"""Several processes: shared results are computed once, and no launcher writes the host to a checkpoint."""
 
 import json
 import multiprocessing
@@ -67,7 +67,7 @@ def test_every_launcher_has_the_same_losses_and_leaves_the_host_out(tmp_path):
 
 @pytest.mark.parametrize("processes,accelerator,on_cpu", [(2, False, True), (2, True, False), (1, False, False)])
 def test_several_processes_without_an_accelerator_are_joined_on_the_cpu(processes, accelerator, on_cpu, monkeypatch):
-    """Where use_cpu is left out, accelerate joins none of them."""
+    """Without use_cpu, accelerate would not connect the processes."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # which would wait for the other one

@@ -1,4 +1,4 @@
-"""Readers of tagged text: what they accept, and one clear error for everything else."""
+"""Readers of tagged text: accepted files, and one clear error for anything else."""
 
 import json
 import logging
@@ -206,7 +206,7 @@ def test_line_breaks_of_another_age(tmp_path):
 
 
 def readers(tmp_path, monkeypatch, word: str, tag: str):
-    """The same word with the same tag in every kind of source, as functions that read it."""
+    """Functions that read the same word and tag from every kind of source."""
     row = {"tokens": ["Anna", word], "ner_tags": ["O", tag]}
     json_lines = write(tmp_path, json.dumps(row) + "\n", "a.jsonl")
     ids = write(tmp_path, json.dumps(row | {"ner_tags": [0, 1]}) + "\n", "ids.jsonl")
@@ -297,7 +297,7 @@ def test_tags_are_all_there_or_none_is():
 
 
 def test_labels_that_nobody_uses_are_checked_too():
-    """They may be predicted, and a line of predictions.txt has to be read again."""
+    """Unused labels can be predicted, and predictions.txt must stay readable."""
     with pytest.raises(DataError, match="The labels of this run: the tag 'B-work of art' is empty or has a space"):
         check_splits({"train": [Sentence(["a"], ["O"], "x")]}, ["O", "B-work of art"], "this run")
 

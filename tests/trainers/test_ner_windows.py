@@ -1,4 +1,4 @@
-"""Windows: every word is scored once, whatever its length, and predictions come back sentence by sentence."""
+"""Windows: every word is scored once, whatever its length, and predictions are returned by sentence."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def sentence(text: str, tags: str | None = None) -> Sentence:
 
 
 def scored(windows: SentenceWindows) -> list[int]:
-    """The labels that a loss would see, over all windows."""
+    """All labels that a loss would use, over all windows."""
     return [label for row in windows for label in row["labels"] if label != IGNORED]
 
 
@@ -31,7 +31,7 @@ def as_batch(rows: list[list[int]], fill: int) -> np.ndarray:
 
 
 def as_logits(label_ids: np.ndarray, count: int = len(LABELS)) -> np.ndarray:
-    """(windows, T, C) in which each of these ids is by far the best."""
+    """Logits (windows, T, C) in which these ids have by far the highest values."""
     return 9.0 * np.eye(count)[np.maximum(label_ids, 0)]
 
 
@@ -105,7 +105,7 @@ def test_no_room_for_a_word(tokenizer):
 
 
 def most_context(lengths: list[int], spans: list[tuple[int, int]], word: int) -> int:
-    """Sub-tokens on the shorter side of a word in the span where it has most, by plain counting."""
+    """Largest context of a word in any span, in sub-tokens on its shorter side, by plain counting."""
     sides = []
     for first, end in spans:
         if first <= word < end:
@@ -152,7 +152,7 @@ def test_a_sentence_that_fits_is_one_window_and_long_ones_overlap_by_half(tokeni
 
 
 def test_an_entity_across_the_border_is_whole(tokenizer):
-    """The scores of both windows are put together before the rules of the sentence are kept."""
+    """The scores of both windows are joined before the sentence is decoded."""
     tags = "B-PER " + "I-PER " * 11
     windows = SentenceWindows([sentence("anna " * 12, tags)], tokenizer, LABELS, 8)
     assert len(windows) > 2
@@ -164,7 +164,7 @@ def test_an_entity_across_the_border_is_whole(tokenizer):
 
 
 def test_a_window_alone_does_not_begin_a_sentence(tokenizer):
-    """I-LOC in the second window is allowed by B-LOC in the first, and B-LOC in the first is not drawn from it."""
+    """B-LOC in the first window allows I-LOC in the second; I-LOC does not pull B-LOC into the first."""
     windows = SentenceWindows([sentence("anna " * 6)], tokenizer, LABELS, 5)
     label_ids = as_batch([row["labels"] for row in windows], IGNORED)
     logits = as_logits(label_ids)
@@ -213,7 +213,7 @@ def test_all_sub_tokens_may_be_labelled(tokenizer, tags, labels, scheme, expecte
 
 
 def test_scores_are_those_of_whole_sentences(tokenizer):
-    """An entity that a window border cuts counts once, as in the sentence."""
+    """An entity across a window border counts once, as in the sentence."""
     sentences = [sentence("anna and ben flew to the rome", "B-PER I-PER I-PER O O B-LOC I-LOC")]
     windows = SentenceWindows(sentences, tokenizer, LABELS, 4)  # two words a window
     assert [window.first_word for window in windows.windows] == [0, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Two ONNX files tag and classify as the torch model does, without torch; files that do not belong together do not.
+"""Two ONNX files give the torch model's tags and classes without torch; mismatched files are refused.
 
 In quick tests a session that computes the host with torch stands in for the host's file, which takes torch's exporter
 half a minute to write.
@@ -31,7 +31,7 @@ TEXTS = ["word1 word2, unknown word3", "", "word7", " ".join(sum(text(2, 30), []
 
 
 class TorchSession:
-    """Runs the host with torch, as the session of a host's file would."""
+    """Replaces the session of a host's file: runs the host with torch."""
 
     def __init__(self, model):
         self.graph = HostGraph(model).eval()
@@ -46,7 +46,7 @@ class TorchSession:
 
 
 def write_pair(model, folder, **changes):
-    """The reader's file, the tokenizer, and a host's file that says what it should and computes nothing."""
+    """Write the reader's file, the tokenizer, and a host's file with valid metadata that computes nothing."""
     tokenizer = onnx_file.tokenizer_text(model.stream.words.tokenizer)
     said = onnx_file.host_metadata(model, tokenizer) | changes
     value = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", "tokens"])
@@ -67,7 +67,7 @@ def write_pair(model, folder, **changes):
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """A function from a model to its reader's file with a host that torch computes."""
+    """A function that opens a model's reader file with a host that torch computes."""
 
     def made(model):
         opened = onnx_runtime._opened
@@ -90,7 +90,7 @@ def tagger(**given):
 
 @pytest.mark.parametrize("size", [128, 20])
 def test_it_tags_as_torch_does(pair, size):
-    """Also a text that is longer than the host reads at once, one without a word, and unknown words."""
+    """Also texts longer than the host's window, a text without words, and unknown words."""
     model = tagger()
     found = pair(model).tag(TEXTS, max_seq_length=size, batch_size=2)
     expected = tag(model, TEXTS, max_seq_length=size, batch_size=3)
@@ -225,7 +225,7 @@ def without_torch(*typed: object) -> subprocess.CompletedProcess:
 
 
 def test_the_runtime_needs_no_torch(tmp_path):
-    """The host's file computes nothing here, so that reading a text fails where the runtime asks it for states."""
+    """The host's file computes nothing here, so reading a text fails when the runtime asks for states."""
     host, reader = write_pair(tagger(), tmp_path, format="99")
     done = without_torch("tag", reader, "word1 word2", "--runtime", "onnx", "--host", host)
     assert done.returncode == 1 and done.stderr.startswith(f"unihyperlora tag: {host} has format '99'")

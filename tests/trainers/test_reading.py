@@ -1,4 +1,4 @@
-"""What every kind of data shares; the readers' own tests have the lines and the splits."""
+"""Functions shared by all readers; the readers' own tests cover lines and splits."""
 
 import pytest
 

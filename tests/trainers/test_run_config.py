@@ -1,4 +1,4 @@
-"""Run configurations: what the shipped files mean, and that nothing in a file is read past."""
+"""Run configurations: the meaning of the shipped files, and that no key is ignored."""
 
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def test_hydra_composes_the_same(name):
 
 
 def test_a_composed_run():
-    """One of each part; the method wins over what is common."""
+    """A composed configuration has all parts; the method overrides the common part."""
     arguments = read_run_config("unihyperlora-source-iter1-amazon").arguments
     said = {"task_name": "amazon", "train_split": "train[:20000]", "hub_model_id": "unihyperlora-amazon"}
     said |= {"model_name_or_path": "microsoft/mpnet-base", "warmup_steps": 180, "per_device_train_batch_size": 32}

@@ -1,4 +1,4 @@
-"""The order of an epoch: all sentences, in views that differ, and the same again after an interruption."""
+"""The order of an epoch: all sentences, in different views, and the same order after an interruption."""
 
 import numpy as np
 

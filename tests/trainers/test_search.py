@@ -1,4 +1,4 @@
-"""--do_search from end to end on a tiny host: trials, the budget, what fails, what is killed, and going on."""
+"""--do_search from end to end on a tiny host: trials, budget, failures, kills, and resuming."""
 
 import json
 import re
@@ -27,7 +27,7 @@ RATES = {"learning_rate": {"type": "loguniform", "low": 1e-3, "high": 1e-1}}
 
 @pytest.fixture
 def command(tiny_host, tmp_path, write_jsonl):
-    """command({…search space…}, "--n_trials", 3, metric=…) → the command line; what is by keyword is in the block."""
+    """command({…search space…}, "--n_trials", 3, metric=…) → the command line; keywords become keys of the block."""
     data = write_jsonl("data.jsonl", ROWS)
 
     def make(space: dict | None, *flags, output: str = "out", pathway: str = "inject", **block) -> list[str]:

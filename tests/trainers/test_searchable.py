@@ -1,4 +1,4 @@
-"""trainer.hyperparameter_search: a total of trials over calls, what it may vary, and a model of its own each time."""
+"""trainer.hyperparameter_search: total trials over several calls, allowed names, and a new model for each trial."""
 
 import optuna
 import pytest

@@ -145,7 +145,7 @@ def source_of(host, tokenizer, space, windows) -> Source:
 
 @pytest.fixture
 def made(tokenizer, windows, space, tmp_path):
-    """A trainer on two sources of other shapes."""
+    """A trainer on two sources with different shapes."""
     host = bert(tokenizer)
     model = UniHyperLoraForTokenClassification.from_host(
         host, labels=LABELS, task="people", tokenizer=tokenizer, space=space, reader={"width": 10, "hidden": 8}
@@ -174,7 +174,7 @@ def made(tokenizer, windows, space, tmp_path):
 
 
 def test_workers_that_are_not_forked_read_the_same(made):
-    """As on macOS and Windows, where a DataLoader sends its data to its workers."""
+    """As on macOS and Windows, where a DataLoader sends its data set to the workers."""
     data = made.train_dataset
     for source in data.sources:
         source.line_up_copies()
@@ -208,7 +208,7 @@ class TestCopies:
         assert source.fits == [own, *copies]
 
     def test_are_lined_up_by_their_own_states(self, tokenizer, windows, space):
-        """The same as fitting a host that has nothing but those states."""
+        """Equal to fitting a host that has only those states."""
         source = source_of(bert(tokenizer, blocks=4), tokenizer, space, windows)
         source.line_up_copies()
         blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
@@ -282,7 +282,7 @@ class TestTraining:
 
 
 class TestDisturb:
-    """Noise that stands for hosts that were never seen."""
+    """Noise that simulates unseen hosts."""
 
     def test_is_that_of_an_item_in_an_epoch(self, tokenizer, windows, space):
         source = source_of(bert(tokenizer), tokenizer, space, windows)

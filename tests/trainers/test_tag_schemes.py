@@ -36,7 +36,7 @@ def labels_of(lines: list[str]) -> list[str]:
 
 
 def entities(tags: list[str], scheme: str) -> set[tuple[str, int, int]]:
-    """Type, first word, and the word behind, of a legal sequence; nothing of the package is used."""
+    """(type, first word, end) of the entities of a legal sequence, without the package's code."""
     found, start = set(), None
     for at, tag in enumerate([*tags, "O"]):
         letter, _, kind = tag.partition("-") if scheme != "types" else ("I" if tag != "O" else "O", "", tag)
@@ -196,7 +196,7 @@ def test_the_rules_allow_exactly_the_legal_sequences(scheme):
 
 @pytest.mark.parametrize("scheme", ALPHABETS)
 def test_scores_are_those_of_entities_counted_by_hand(tokenizer, scheme):
-    """Random logits are decoded by the scheme, and both sides' entities counted by another routine."""
+    """Random logits are decoded with the scheme, and a separate routine counts the entities of both sides."""
     labels, name = ALPHABETS[scheme], "IO" if scheme == "types" else scheme
     generator, rules = np.random.default_rng(0), rules_of(labels, name)
     legal = [

@@ -1,4 +1,4 @@
-"""Tagging and classifying texts: as a run decides, and as a plain forward pass in float64 says."""
+"""Tagging and classifying texts: equal to a run's predictions and to a plain forward pass in float64."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_the_words_of_raw_text_are_those_that_a_tokenizer_makes(kind):
 
 
 def test_tags_are_those_that_a_run_predicts(tagger, tmp_path):
-    """Also those of a text that is longer than the host reads at once, and of texts without a word."""
+    """Also for texts longer than the host's window, and for texts without words."""
     sentences = [*text(1, 5), sum(text(2, 30), []), [], ["word1"]]
     rows = [json.dumps({"tokens": words}) + "\n" for words in sentences]
     (tmp_path / "test.jsonl").write_text("".join(rows))

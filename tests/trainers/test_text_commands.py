@@ -1,4 +1,4 @@
-"""``unihyperlora tag`` and ``classify``: what they read, what they print, and how they refuse."""
+"""``unihyperlora tag`` and ``classify``: their input, their output, and their errors."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The trainer: the loss however a batch is cut, what is trained, and what it says of it."""
+"""The trainer: a loss that does not depend on how a batch is split, the trained parts, and the logs."""
 
 import math
 import os
@@ -29,7 +29,7 @@ SENTENCES, TOKENS = 24, 6
 
 
 def make_model(seed: int = 0, cls=UniHyperLoraForTokenClassification, dropout: float = 0.0, **config):
-    """A tiny random host, the same at every call, and an adapter whose every part matters."""
+    """A tiny random host, the same at every call, and an adapter with random values in all parts."""
     torch.manual_seed(99)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -107,7 +107,7 @@ def losses(trainer) -> list[dict[str, float]]:
 
 
 class StopAt(TrainerCallback):
-    """Ends the run after a step, as a broken machine would."""
+    """Ends the run after a step, as a crash would."""
 
     def __init__(self, step: int):
         self.step = step
@@ -144,7 +144,7 @@ class TestLoss:
     @pytest.mark.parametrize("logging_steps", [1, 3])
     @pytest.mark.parametrize("accumulation", [1, 2, 3])
     def test_logged_terms_add_up_to_the_loss(self, accumulation, logging_steps, tmp_path):
-        """Also where an epoch ends with fewer micro-batches: 24 sentences are 5 of 5."""
+        """Also if an epoch ends with fewer micro-batches: 24 sentences make 5 batches of up to 5."""
         trainer = make_trainer(
             tmp_path,
             max_steps=9,
@@ -205,7 +205,7 @@ class TestLoss:
                 torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
     def test_one_step_is_gradient_descent_on_it(self, tmp_path):
-        """Against autograd over the whole batch at once, without the trainer."""
+        """Compared with autograd over the whole batch, without the trainer."""
         model, by_hand, data = make_model(), make_model(), make_data(8)
         trainer = make_trainer(tmp_path, model, data, max_steps=1, lambda_f=0.5, per_device_train_batch_size=8)
         trainer.train()
@@ -305,7 +305,7 @@ class TestScope:
         assert model.adapter.tasks["ner"].delta().abs().max() <= 8 * 0.125
 
     def test_the_papers_recipe_moves_the_codes_of_delta(self, tmp_path):
-        """500 steps at 2e-4 go less than 0.05: with too coarse a grid the file would never change."""
+        """500 steps at 2e-4 move δθ by less than 0.05; with a coarser grid the file would never change."""
         recipe = {"learning_rate": 2e-4, "max_steps": 500, "warmup_steps": 50, "lr_scheduler_type": "linear"}
         trainer = make_trainer(tmp_path, train_scope="delta", optim="adamw_torch", logging_steps=500, **recipe)
         delta = trainer.model.adapter.tasks[trainer.model.config.active_task].delta

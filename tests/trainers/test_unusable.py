@@ -1,4 +1,4 @@
-"""No argument of a Trainer is dropped: it is honoured, or refused before anything is written."""
+"""No argument of a Trainer is ignored: it is honoured, or refused before anything is written."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A loopback Hub with two hosts on it, and an adapter in which every part matters."""
+"""A local Hub with two hosts, and an adapter with random values in all parts."""
 
 import random
 
@@ -25,7 +25,7 @@ SENTENCE = "anna lives in paris ."
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """As in the client processes: with more, sums are rounded one way here and another way there."""
+    """Use one thread, as the client processes do; with more, sums would be rounded differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,7 +101,7 @@ def adapter_folder(make_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def put_hosts(tiny_host, other_host):
-    """put_hosts(hub): both hosts are on that Hub, as alice/source and alice/other."""
+    """put_hosts(hub) uploads both hosts to the Hub, as alice/source and alice/other."""
 
     def put(hub: HubServer) -> None:
         for name, folder in (("source", tiny_host), ("other", other_host)):
@@ -112,7 +112,7 @@ def put_hosts(tiny_host, other_host):
 
 @pytest.fixture
 def hub(monkeypatch, put_hosts, tmp_path):
-    """A Hub that this process talks to, logged in as alice."""
+    """A Hub that this process uses, logged in as alice."""
     with HubServer() as server:
         put_hosts(server)
         settings = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}

@@ -1,4 +1,4 @@
-"""The card that writes itself: what it says, its metadata, and what it does not make up."""
+"""The generated model card: its text, its metadata, and that it invents nothing."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ RUN["data"] = {"name": "alice/news", "splits": {"train": {"sentences": 14041, "s
 
 @pytest.fixture
 def folder(adapter_folder, tmp_path):
-    """As it goes to the Hub, with the results of a run."""
+    """An adapter's folder with the results of a run, ready for the Hub."""
     run = tmp_path / "run"
     shutil.copytree(adapter_folder(), run)
     (run / "all_results.json").write_text(json.dumps(RESULTS))

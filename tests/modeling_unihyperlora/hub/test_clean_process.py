@@ -1,4 +1,4 @@
-"""From the Hub in fresh processes: without the package by the code that travels, with it without that code."""
+"""Loading from the Hub in fresh processes: with the published code, or with the installed package."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def first_version(make_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(put_hosts, adapter_folder, first_version, tmp_path_factory, marker):
-    """Two adapters, one of them with another first version; a host and an adapter with code that leaves a mark."""
+    """Two adapters, one with an earlier version; a host and an adapter whose code leaves a trace when it runs."""
     with HubServer() as server:
         put_hosts(server)
 
@@ -98,7 +98,7 @@ def hub(put_hosts, adapter_folder, first_version, tmp_path_factory, marker):
 
 @pytest.fixture(scope="module")
 def expected(adapter_folder, first_version, tiny_host, other_host):
-    """The same by this process, from folders."""
+    """The outputs of this process, loaded from folders."""
     ids = {"input_ids": torch.tensor(IDS)}
 
     def logits(kind, folder, host):
@@ -116,7 +116,7 @@ def expected(adapter_folder, first_version, tiny_host, other_host):
 
 
 def check(result, expected):
-    """Equal to the last bit: JSON keeps floats whole."""
+    """Outputs are equal to the last bit; JSON keeps all digits of a float."""
     for name, logits in expected.items():
         assert result[name] == logits, name
     assert all(result["token"] != result[name] for name in ("injected", "token, v1", "token, other host"))
@@ -127,7 +127,7 @@ def check(result, expected):
 
 
 def test_without_the_package(hub, expected, marker, tmp_path):
-    """Nothing of the package can be imported; the flag for the adapter is none for its host."""
+    """The package cannot be imported; trust_remote_code for the adapter does not extend to its host."""
     body = (
         LOAD
         + """
@@ -178,7 +178,7 @@ for name, model in (("saved", tagger.model), ("saved, injected", injected)):
 
 
 def test_with_the_package_no_code_of_a_repository_runs(hub, expected, marker, tmp_path):
-    """No flag and no prompt; and where the flag is given, the installed code is used all the same."""
+    """Without trust_remote_code there is no prompt; with it, the installed code is still used."""
     body = (
         LOAD
         + """
@@ -196,7 +196,7 @@ result["evil, flag"] = logits(AutoModelForTokenClassification, "alice/evil", tru
 
 @pytest.mark.slow
 def test_offline_from_the_cache_and_from_a_folder(hub, expected, adapter_folder, tmp_path):
-    """What was loaded once loads again without a network; a folder never needs one."""
+    """A loaded adapter loads again without a network; a folder never needs a network."""
     environment = client_environment(hub.url, tmp_path / "home")
     online = run_client(code(LOAD), environment, package=False, cwd=tmp_path)
     hub.take_requests()

@@ -1,4 +1,4 @@
-"""Everything that can go wrong on the way: survived, or said in one sentence, and the repository as it was."""
+"""Faults during a push or a download: recovered, or reported in one sentence with the repository unchanged."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ COMMIT, PUT, CONFIG, WEIGHTS = "POST .*/commit/", "PUT /blobs/", "GET .*/ner/res
 
 @pytest.fixture
 def hub(hub, adapter_folder):
-    """With an adapter that is there already; a push is tried again for three seconds only."""
+    """A Hub that has an adapter already; pushes are retried for only three seconds."""
     push_folder(adapter_folder("sequence"), "alice/ner", **OWN)
     hub.take_requests()
     return hub
@@ -83,7 +83,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, adapter_folder, 
 
 
 def test_nobody_else_is_overwritten(hub, adapter_folder, monkeypatch):
-    """Somebody pushes between the look at the repository and the commit."""
+    """Another user pushes between the check of the repository and the commit."""
     look = hub_module._remote_files
 
     def look_and_be_late(api, repo_id, revision):

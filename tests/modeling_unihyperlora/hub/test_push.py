@@ -1,4 +1,4 @@
-"""What is pushed, where to, and what is not pushed twice."""
+"""Pushes: which files go where, and which files are not sent again."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ def remote(hub, repo="alice/ner", revision="main") -> dict[str, bytes]:
 
 
 def test_exactly_the_adapter_is_pushed(hub, adapter_folder, tmp_path):
-    """A folder as a run leaves it, full of other things."""
+    """The folder of a run also holds other files, which must not be pushed."""
     folder = tmp_path / "run"
     shutil.copytree(adapter_folder(), folder)
     (folder / "checkpoint-2").mkdir()

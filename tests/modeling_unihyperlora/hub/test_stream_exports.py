@@ -1,4 +1,4 @@
-"""A stream is no update of weights, but host and stream go into one ONNX file, or into two."""
+"""A stream cannot be merged, but host and stream export to one ONNX file or to two."""
 
 import json
 
@@ -35,7 +35,7 @@ def inputs_of(sentences):
 
 
 def host_states(model, ids, mask):
-    """What the host's file gives, by its name; computed by torch, which takes less time than exporting."""
+    """Outputs of the host's file by name, computed with torch, which is faster than exporting."""
     with torch.no_grad():
         return dict(zip(HostGraph.OUTPUTS, HostGraph(model).eval()(ids, mask), strict=True))
 
@@ -63,7 +63,7 @@ def with_a_later_task(model):
 @pytest.mark.parametrize("later", [False, True], ids=["its task", "a task that came later"])
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_what_is_exported_computes_the_same(make_adapter, kind, later):
-    """With as many places for words as tokens."""
+    """The exported graph has as many word positions as tokens."""
     model = with_a_later_task(make_adapter(kind)) if later else make_adapter(kind)
     reader = reader_model(model, model.config.active_task, OPSET)
     for sentences in BATCHES:
@@ -80,7 +80,7 @@ def test_what_is_exported_computes_the_same(make_adapter, kind, later):
 @pytest.mark.parametrize("family", ["bert", "llama"], ids=["encoder", "decoder"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_exported_reads_the_same_words(kind, family, cls, tmp_path):
-    """With every kind of tokenizer, on an encoder and on a decoder, whose words are read at their last tokens."""
+    """For every kind of tokenizer, on an encoder and on a decoder, which reads a word at its last token."""
     tokenizer = make_tokenizer(kind)
     host = tiny_host(family, vocab_size=len(tokenizer) + 3, max_position_embeddings=128)
     (tmp_path / "anchors.txt").write_text("\n".join(LINES * 2), encoding="utf-8")
@@ -103,7 +103,7 @@ def test_what_is_exported_reads_the_same_words(kind, family, cls, tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["δθ is zero", "δθ is tuned"])
 def test_a_reader_of_each_host_has_small_matrices(make_adapter, tuned):
-    """Where δθ is not zero the first matrix is of float32, which is all that the file grows by."""
+    """If δθ is not zero, the first matrix is float32; the file grows by nothing else."""
     model = make_adapter()
     task = model.config.active_task
     model.add_task("big", ["O", "B-X", "I-X"], reader="large")
@@ -149,9 +149,9 @@ def test_an_injected_update_is_in_one_file(make_adapter, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "later"), [("token", False), ("token", True), ("sequence", False)])
 def test_onnx(make_adapter, tmp_path, kind, later):
-    """The one file and the two give what torch gives, and the host's file serves a task that it was not written with.
+    """One file and two files give torch's outputs, and the host's file also serves a task of another export.
 
-    Each is written in a process of its own, as exporting wants.
+    Each export runs in its own process, as torch's exporter requires.
     """
     model = with_a_later_task(make_adapter(kind)) if later else make_adapter(kind)
     model.save_pretrained(tmp_path / "adapter")

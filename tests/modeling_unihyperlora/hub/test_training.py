@@ -1,4 +1,4 @@
-"""A training that pushes: through the script, and the Trainer's own methods."""
+"""Training with pushes, through the script and through the Trainer's methods."""
 
 import json
 

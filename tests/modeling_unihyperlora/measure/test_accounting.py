@@ -1,4 +1,4 @@
-"""Bytes as they lie on the disk, and multiply-adds as a profiler counts them."""
+"""Bytes against files on disk, and multiply-adds against a profiler."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ NINE = [f"L{i}" for i in range(9)]
 
 
 class MultiplyAdds(TorchDispatchMode):
-    """Counts what is multiplied or divided: in matrix products, in weighted bags of rows, entry by entry."""
+    """Counts multiplications and divisions: in matrix products, weighted bags of rows, and element-wise operations."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class MultiplyAdds(TorchDispatchMode):
 
 
 def products_a_token(forward, sentences: tuple[int, int]) -> float:
-    """Multiply-adds that one more token costs; what is done once a pass, however long, drops out."""
+    """Multiply-adds of one more token; work that is done once per pass does not count."""
     totals = []
     for count in sentences:
         ids = torch.randint(5, 40, (count, TOKENS))
@@ -63,7 +63,7 @@ def products_a_token(forward, sentences: tuple[int, int]) -> float:
 
 
 def realistic(family: str, width: int, layers: int):
-    """Random weights in the shape of MiniLM, DistilBERT, MPNet; eager attention, so that its products are seen."""
+    """Random hosts with the shapes of MiniLM, DistilBERT, MPNet; eager attention, so that its products are counted."""
     torch.manual_seed(0)
     if family == "distilbert":
         shape = {"dim": width, "n_layers": layers, "n_heads": 12, "hidden_dim": 4 * width}
@@ -77,7 +77,7 @@ def realistic(family: str, width: int, layers: int):
 
 @functools.cache
 def measured(family: str, width: int, layers: int) -> tuple[torch.nn.Module, float]:
-    """Such a host, and what a token costs on it alone."""
+    """A realistic host, and its multiply-adds per token."""
     host = realistic(family, width, layers)
     return host, products_a_token(host, (1, 2))
 
@@ -168,7 +168,7 @@ class TestBytes:
 
     @pytest.mark.parametrize("width", [32, 64])
     def test_extra_memory_is_what_the_adapter_holds(self, width, make_host, make_model, make_batch):
-        """Float32 latents and buffers, and the atoms and router in the host's three widths."""
+        """Extra memory is float32 latents and buffers, and the atoms and router in the host's three widths."""
         model = make_model(host=make_host(width=width))
         floats = sum(p.numel() for p in [*model.adapter.parameters(), *model.adapter.buffers()])
         floats += 16 * (width + 2 * width) * 2 + 16 * width  # read and written at both widths; router at one
@@ -208,7 +208,7 @@ class TestBudget:
             check_budget(model, max_flops_overhead_pct=overhead * 0.9999)
 
     def test_the_edge_of_bytes_is_that_of_the_file(self, make_model, tmp_path):
-        """What passes the budget before training passes it when written, however many tasks lengthen the header."""
+        """An adapter within the budget before training is so when saved, even if many tasks lengthen the header."""
         model = make_model()
         for i in range(20):
             model.add_task(f"task-{i}-of-a-rather-long-name", NINE)

@@ -1,4 +1,4 @@
-"""``unihyperlora inspect``: what it says is what is in the file and on the host."""
+"""``unihyperlora inspect``: its output agrees with the file and the host."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_the_streams_fit_and_what_to_expect_of_it(tiny_host, tmp_path, monkeypat
 
 
 def test_as_a_command(adapter_folder, host_folder, capsys):
-    """The tables, and one line for what cannot be done."""
+    """The command prints the tables, and errors in one line."""
     assert unihyperlora(["inspect", str(adapter_folder), "--host", host_folder]) == 0
     printed = capsys.readouterr().out
     for expected in ("atoms_in", "16 × 12", "B-A", "ner (active)", "24/24", "extra multiply-adds"):

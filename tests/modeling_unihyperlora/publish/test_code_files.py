@@ -1,4 +1,4 @@
-"""Which code travels with an adapter: what loading and scoring import, no more, and little enough to read."""
+"""The code published with an adapter: exactly what loading and scoring import, and short enough to read."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MAPS = {"stream": STREAM_MAP, "inject": INJECTED_MAP}
 
 
 def brought_along(folder: Path, names: set[str]) -> set[str]:
-    """The files that transformers copies for classes in files of these names, found as it finds them."""
+    """Files that transformers would copy for classes in these files, found by its own method."""
     found = {f"{name}.py" for name in names}
     for name in names:
         found |= {Path(file).name for file in get_relative_import_files(folder / f"{name}.py")}
@@ -23,7 +23,7 @@ def brought_along(folder: Path, names: set[str]) -> set[str]:
 
 @pytest.fixture(params=MAPS)
 def bundle(request, tmp_path):
-    """A pathway, and a folder with the code that travels with it."""
+    """A pathway, and a folder with the code that is published for it."""
     copy_code(tmp_path, request.param)
     return request.param, tmp_path
 
@@ -35,7 +35,7 @@ def test_the_models_bring_all_files_along_and_no_other(bundle):
 
 
 def test_the_configuration_brings_along_what_checks_it(bundle):
-    """AutoConfig comes first, and then there is nothing but what its own file imports."""
+    """AutoConfig loads first, when only its own file and its imports are available."""
     pathway, folder = bundle
     own = brought_along(folder, {MAPS[pathway]["AutoConfig"].split(".")[0]})
     assert "configuration_unihyperlora.py" in own and ("injected_configuration.py" in own) == (pathway == "inject")

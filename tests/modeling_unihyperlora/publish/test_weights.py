@@ -1,4 +1,4 @@
-"""Ways out: a merged stock encoder, a LoRA that PEFT loads, one ONNX file; each against the model it came from."""
+"""Exports compared with their model: a merged encoder, a LoRA for PEFT, one ONNX file."""
 
 import json
 import re
@@ -17,7 +17,7 @@ FAMILIES = ["bert", "distilbert", "mpnet"]
 
 @pytest.fixture
 def static(make_model, make_host, tmp_path):
-    """static("bert") → a model with the static router on a host that lies in a folder."""
+    """static("bert") → a model with the static router, on a host from a folder."""
 
     def make(family: str = "bert", **more):
         host = make_host(family)
@@ -61,7 +61,7 @@ def head_by_hand(folder, states, model):
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_what_the_readme_says_about_the_head_is_so(static, tmp_path, monkeypatch, kind):
-    """The snippet as pasted, in the folder; one sentence has no padding, so the mean over tokens is plain."""
+    """Run the README's snippet; one sentence has no padding, so the snippet's mean over tokens is right."""
     more = {"cls": UniHyperLoraForSequenceClassification} if kind == "sequence" else {}
     model = static(**more)
     model.merge_and_save(tmp_path / "merged", tokenizer=tiny_tokenizer())
@@ -76,7 +76,7 @@ def test_what_the_readme_says_about_the_head_is_so(static, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_the_lora(static, make_batch, tmp_path, family):
-    """At full rank it computes what the model does; at a low one it is off by what is stated, and not the host."""
+    """At full rank the LoRA equals the model; at a low rank it has the stated error and differs from the host."""
     peft = pytest.importorskip("peft")
     model, batch = static(family), make_batch()
     expected = states_of(model, batch).hidden_states[-1]
@@ -109,7 +109,7 @@ def test_peft_loads_the_lora(static, make_batch, tmp_path, family):
 
 
 def ordered(model, lora):
-    """The sites in the order of PEFT's modules."""
+    """Sites in the order of PEFT's modules."""
     names = {name: module for name, module in model.host.named_modules()}
     sites = {id(site.linear): site for site in model.injection.map.sites}
     own = [name for name, module in lora.get_base_model().named_modules() if hasattr(module, "get_delta_weight")]

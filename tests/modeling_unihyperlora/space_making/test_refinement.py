@@ -1,4 +1,4 @@
-"""A host lined up on text as well as on the anchors: the same regression on more words, and what is refused."""
+"""Refining a host's map on text: the same regression on more words, and the errors."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def read_by(model: Tagger) -> list[int]:
 
 
 def states_of(model: Tagger, sentences: list[list[str]], read: int) -> torch.Tensor:
-    """The host's states of the first words of sentences of eight, (layers, N, d); a word is one sub-token."""
+    """States (layers, N, d) of the first words of sentences of eight words, each of one sub-token."""
     ids = TOKENIZER(sentences, is_split_into_words=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         hidden = model.host(ids, output_hidden_states=True).hidden_states
@@ -50,7 +50,7 @@ def states_of(model: Tagger, sentences: list[list[str]], read: int) -> torch.Ten
 
 
 def coordinates_of(model: Tagger, sentences: list[list[str]], read: int = 8) -> torch.Tensor:
-    """(K, N, D) by a model's own map."""
+    """Coordinates (K, N, D) from a model's own map."""
     states = states_of(model, sentences, read)
     if read < 8:  # a sentence that is cut ends one token earlier, after which its states are others
         whole = anchor_states(model.host, model.stream.words, sentences)

@@ -1,4 +1,4 @@
-"""Every row of the ablation does what its name says, on tensors small enough to check."""
+"""Every row of the ablation does what its name says, checked on small tensors."""
 
 import contextlib
 import json
@@ -182,7 +182,7 @@ def test_knots_that_are_left_out_are_zero():
 
 
 def test_every_row_is_trained_and_scored_once(tmp_path, monkeypatch):
-    """The runs are pretended; a space of a row's own is made once, and loading gets no flag of a new stream."""
+    """With simulated runs; a row's own space is made once, and loading gets no flags for new streams."""
     lines, spaces = [], []
 
     def pretended(task, line):

@@ -1,4 +1,4 @@
-"""Records of runs and the tables drawn from them."""
+"""Records of runs, and the tables rendered from them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every command of scripts/research answers --help, and what trains nothing measures a tiny host in seconds."""
+"""Every command of scripts/research has --help, and commands without training measure a tiny host in seconds."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Damaged adapters: refused or the same, and the search for others would see them."""
+"""Damaged adapters are refused or score the same, and the fuzzer would report others."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def test_none_of_ten_thousand_slips_through(tmp_path):
 
 
 def test_other_weights_without_a_word_are_seen(monkeypatch):
-    """A package whose digest finds nothing loads flipped bits."""
+    """If the digest detected nothing, flipped bits would load and be reported."""
     monkeypatch.setattr(storage, "content_digest", lambda tensors, metadata: "same")
     report = fuzz_adapter.fuzz(120, seed=1)
     assert any(": loaded with other logits" in failure for failure in report["failures"])

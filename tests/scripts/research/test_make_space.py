@@ -1,4 +1,4 @@
-"""make_space writes a space that can be read, says what it was made from, and refuses what it cannot use."""
+"""make_space writes a readable space and its origin, and refuses bad input."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""benchmark.py paper: which runs there are, that none is done twice, and what is refused. Runs are pretended."""
+"""benchmark.py paper: its runs, that none is repeated, and its errors. Runs are simulated."""
 
 import importlib
 import json
@@ -40,7 +40,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def done(monkeypatch):
-    """Names of the runs that were pretended, in their order; what is in ``done.fail`` fails."""
+    """Names of the simulated runs in order; runs in ``done.fail`` fail."""
 
     class Done(list):
         fail = ""

@@ -1,4 +1,4 @@
-"""The table, the verdicts and the picture of the paper's comparison, from records made up here."""
+"""The table, the verdicts and the picture of the paper's comparison, from invented records."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Hosts that lose their upper blocks: what is cut, what is scored, what is refused."""
+"""Hosts without their upper blocks: pruning, scoring, and errors."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_shared_blocks_cannot_be_cut(tmp_path):
 
 @pytest.mark.slow
 def test_a_curve_from_one_adapter(host, write_jsonl, tmp_path, monkeypatch):
-    """Train for a step, score it on 1, 2 and 4 blocks, keep the curve; a second call does nothing again."""
+    """Train for a step, score on 1, 2 and 4 blocks, record the curve; a second call repeats nothing."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     rows = [(["anna", "lives", "in", "paris", "."], ["B-PER", "O", "O", "B-LOC", "O"])] * 8
     data = str(write_jsonl("data.jsonl", rows))

@@ -1,4 +1,4 @@
-"""What the speed benchmark writes and draws; no test waits for a time."""
+"""Records and pictures of the speed benchmark; no test depends on timing."""
 
 import json
 
@@ -14,7 +14,7 @@ from scripts.research.speed_contenders import Ground, texts
 
 @pytest.fixture
 def space(tiny_host, monkeypatch, tmp_path) -> str:
-    """A small space on the tiny host, and a cache of the test's own."""
+    """A small space on the tiny host, and a separate cache."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     words = [word for word in load_tokenizer(str(tiny_host)).get_vocab() if word.isalpha()]
     (tmp_path / "anchors.txt").write_text("\n".join(" ".join(words[n % 9 :]) for n in range(40)))
@@ -24,7 +24,7 @@ def space(tiny_host, monkeypatch, tmp_path) -> str:
 
 
 class Clock:
-    """Time as the contenders say."""
+    """A clock that the contenders advance."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0

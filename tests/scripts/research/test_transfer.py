@@ -1,6 +1,6 @@
-"""The transfer matrix: which runs it is made of, that none is done twice, what it says, and what it refuses.
+"""The transfer matrix: its runs, that none is repeated, its figures, and its errors.
 
-The runs themselves are those of run_ner; here they are pretended, but for one at the end.
+Runs are simulated, except in the last test.
 """
 
 import json
@@ -36,7 +36,7 @@ HOSTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch) -> dict[str, str]:
-    """Folders that pass for hosts."""
+    """Folders that stand in for hosts."""
 
     def load_host(name):
         if Path(name).name not in HOSTS:
@@ -67,7 +67,7 @@ def files(tmp_path) -> list[str]:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[SimpleNamespace]:
-    """Every run that was pretended: its column, its flags as {name: value or [values]}, its command line."""
+    """All simulated runs: column, flags as {name: value or [values]}, command line."""
     done = []
 
     def pretended(task, command_line):
@@ -106,7 +106,7 @@ def runs(monkeypatch) -> list[SimpleNamespace]:
 
 
 def flags_of(command_line) -> dict[str, str | list[str]]:
-    """What argparse would make of it: the last of a repeated flag wins."""
+    """Flags as argparse reads them: the last of a repeated flag wins."""
     flags, name = {}, None
     for part in command_line:
         if part.startswith("--"):
@@ -398,7 +398,7 @@ class TestMatrix:
 
 
 class TestRefusals:
-    """One clear error, before any run."""
+    """Bad input gives one clear error, before any run."""
 
     @pytest.mark.parametrize(
         ("flags", "hosts_given", "error", "expected"),
@@ -444,7 +444,7 @@ class TestRefusals:
 
 @pytest.mark.slow
 def test_with_real_runs(tiny_host, tokenizer, tmp_path, write_jsonl, monkeypatch):
-    """On two tiny hosts: what is trained on one scores on the other, and the columns are what they say."""
+    """On two tiny hosts: an adapter trained on one scores on the other, and the columns have the right figures."""
     monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
     people, places = "anna ben carla david".split(), "paris rome oslo lima".split()
     rows = [
