@@ -10,9 +10,9 @@
     python scripts/run_ner.py --adapter runs/conll2003 --model_name_or_path ANOTHER_HOST --train_scope delta …  # δθ
     python scripts/run_ner.py --method lora …                            # or full, or probe: to compare with
 
-Every flag of transformers' TrainingArguments works as well. Writes into --output_dir: the adapter, all_results.json
-and, with --do_predict, predictions.txt (one line a sentence, a tag for each word) and predictions.jsonl (words and
-tags). A test set may be without tags.
+All flags of transformers' TrainingArguments work too. --output_dir receives the adapter, all_results.json and, with
+--do_predict, predictions.txt (one line per sentence, one tag per word) and predictions.jsonl (words and tags). A test
+set may have no tags.
 """
 
 import sys
