@@ -393,11 +393,12 @@ def make_trainer(
                 train,
                 model_args.source_hosts or [],
                 lambda other: task.dataset(read["train"], other, labels, length, *own),
+                training_args.bf16,
                 **model_args.hub(),
             )
             train, more = SourceStates(sources), {"sources": sources}
         if validation is not None and data_args.cache_eval_states:
-            words = WordStates(model.host, model.stream.words, validation)
+            words = WordStates(model.host, model.stream.words, validation, bf16=training_args.bf16)
             validation, scores = CanonicalStates(words, lambda: [model.stream.fit]), scores_of_words(words, scores)
     trainer = trainer_class(
         model=model,

@@ -58,6 +58,7 @@ class Source:
         windows: the data set, see ``WordStates``.
         fit: the host's map into the space.
         cpu_seconds: that finding this map took, if it is to be counted here.
+        bf16: see ``WordStates``.
 
     Attributes:
         fits: that map, and those of the copies once ``line_up_copies`` was called.
@@ -73,9 +74,10 @@ class Source:
         windows: Dataset,
         fit: HostFit,
         cpu_seconds: float = 0.0,
+        bf16: bool = False,
     ):
         self.num_layers: int = words.num_layers
-        self.words = WordStates(host, words, windows, layers_of_copies(words.num_layers))
+        self.words = WordStates(host, words, windows, layers_of_copies(words.num_layers), bf16)
         self.cpu_seconds = cpu_seconds + self.words.cpu_seconds
         self.space = space
         self.fits: list[HostFit] = [fit]
@@ -177,6 +179,7 @@ def sources_of(
     train: Dataset,
     others: list[str],
     make_dataset: Callable[[PreTrainedTokenizerBase], Dataset],
+    bf16: bool = False,
     **hub,
 ) -> list[Source]:
     """The hosts to train a stream on, its own first; the model's configuration takes note of the others.
@@ -186,6 +189,7 @@ def sources_of(
         train: the training data for its host.
         others: Hub ids or folders of the other hosts.
         make_dataset: the training data for the host of another tokenizer.
+        bf16: see ``WordStates``.
         **hub: ``cache_dir``, ``token``.
 
     Raises:
@@ -193,7 +197,7 @@ def sources_of(
         HostError, DataError
     """
     stream, space = model.bound_stream, model.adapter.space
-    sources = [Source(model.host, stream.words, space, train, stream.fit)]
+    sources = [Source(model.host, stream.words, space, train, stream.fit, bf16=bf16)]
     known, named = model.config.source_hosts, {fingerprint(model.host)}
     for name in others:
         host = load_host(name, **hub)
@@ -207,5 +211,5 @@ def sources_of(
         start = time.process_time()
         fit = line_up(space, host, words)
         seconds = time.process_time() - start
-        sources.append(Source(host, words, space, make_dataset(words.tokenizer), fit, seconds))
+        sources.append(Source(host, words, space, make_dataset(words.tokenizer), fit, seconds, bf16))
     return sources

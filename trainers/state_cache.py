@@ -47,6 +47,7 @@ class WordStates:
         windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window, and
             ``word_index`` where the words were given.
         layers: which of the L+1 states; those that a map reads by default.
+        bf16: read the host under autocast to bfloat16, which takes about 0.6 of the time on a CPU that has it.
         batch_size: windows that the host reads at a time.
 
     Attributes:
@@ -67,8 +68,10 @@ class WordStates:
         words: WordReader,
         windows: Dataset,
         layers: list[int] | None = None,
+        bf16: bool = False,
         batch_size: int = 32,
     ):
+        self.bf16 = bf16
         self.layers = layers = layers_read(words.num_layers) if layers is None else layers
         items = [windows[index] for index in range(len(windows))]
         places = [_places(words, item) for item in items]
@@ -77,7 +80,7 @@ class WordStates:
         self.labels = [_labels(item["labels"], at) for item, at in zip(items, self.starts, strict=True)]
         shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
         start = time.process_time()
-        path = cache_folder() / f"states-{_digest(host, words, layers, items)}.f16"
+        path = cache_folder() / f"states-{_digest(host, words, layers, items, bf16)}.f16"
         try:
             locks = path.parent / "locks"
             locks.mkdir(parents=True, exist_ok=True)
@@ -119,7 +122,8 @@ class WordStates:
         for number, chosen in enumerate(batches[done:], start=done + 1):
             inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
             padded = words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
-            read, lengths = read_words(host, words, self.layers, padded)
+            with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
+                read, lengths = read_words(host, words, self.layers, padded)
             for row, index in enumerate(chosen):
                 states[self.offsets[index] : self.offsets[index + 1]] = read[row, : lengths[row]].cpu().numpy()
             if number % SAVE_EVERY == 0 or number == len(batches):
@@ -269,8 +273,8 @@ def _progress(part: Path, progress: Path, size: int, batch_size: int) -> int:
         return 0
 
 
-def _digest(host: nn.Module, words: WordReader, layers: list[int], items: list[dict]) -> str:
-    digest = hashlib.sha256(f"{fingerprint(host)} {layers} {words.key()}".encode())
+def _digest(host: nn.Module, words: WordReader, layers: list[int], items: list[dict], bf16: bool) -> str:
+    digest = hashlib.sha256(f"{fingerprint(host)} {layers} {words.key()}{' bf16' if bf16 else ''}".encode())
     for item in items:
         for name in sorted(set(item) - {"labels"}):
             digest.update(name.encode() + np.array(item[name], dtype=np.int64).tobytes())

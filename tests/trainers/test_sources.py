@@ -48,8 +48,8 @@ def windows(sentences, tokenizer):
     return SentenceWindows(sentences, tokenizer, LABELS, 32)
 
 
-def words_of(host, tokenizer, windows, batch_size: int = 8) -> WordStates:
-    return WordStates(host, WordReader(host, tokenizer), windows, batch_size=batch_size)
+def words_of(host, tokenizer, windows, batch_size: int = 8, **kwargs) -> WordStates:
+    return WordStates(host, WordReader(host, tokenizer), windows, batch_size=batch_size, **kwargs)
 
 
 class TestWordStates:
@@ -65,6 +65,14 @@ class TestWordStates:
             for layer in range(3):
                 np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
             assert words.labels[index].tolist() == [item["labels"][at] for at in starts]
+
+    def test_are_read_in_bfloat16_if_asked_for_and_kept_apart(self, tokenizer, windows, cache):
+        host = bert(tokenizer)
+        exact, half = (np.array(words_of(host, tokenizer, windows, bf16=bf16).states) for bf16 in (False, True))
+        error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 0.02
+        assert len(list(cache.glob("states-*.f16"))) == 2
+        np.testing.assert_array_equal(words_of(host, tokenizer, windows).states, exact)
 
     def test_are_computed_once_for_a_host_and_a_text(self, tokenizer, windows, cache, monkeypatch):
         words_of(bert(tokenizer), tokenizer, windows)
