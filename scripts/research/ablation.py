@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -72,6 +72,11 @@ def no_dropout() -> mock._patch:
         make(self, *args, **kwargs | {"dropout": 0.0})
 
     return mock.patch.object(Reader, "__init__", without)
+
+
+def given_words_alone() -> mock._patch:
+    """Words are those of the data alone, and not those of raw text as well."""
+    return mock.patch.object(sys.modules[__name__], "NER", replace(NER, further=lambda *_: []))
 
 
 def no_copies() -> mock._patch:
@@ -137,6 +142,7 @@ def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
         Row("without copies of the source", change=no_copies),
         Row("without noise and copies", ("--fidelity", "1", "--copy_fidelity", "1"), no_copies),
         Row("without dropout", change=no_dropout),
+        Row("without the words of raw text", change=given_words_alone),
         Row("each word alone", change=words_alone),
         Row("a medium reader", ("--reader", "medium")),
         Row("a small reader", ("--reader", "small")),

@@ -16,6 +16,7 @@ from scripts.research import ablation
 from tests.conftest import tiny_tokenizer
 from trainers import sources
 from trainers.arguments import NerArguments, parse
+from trainers.ner_data import Sentence
 
 LINE_UP = (ablation.no_stretch, ablation.variances_alone, ablation.no_landmarks)
 
@@ -46,6 +47,13 @@ def test_rows_have_names_of_their_own_and_flags_that_are_flags(tmp_path):
     hosts = {row.name: row.space["hosts"] for row in rows if row.space}
     assert hosts.pop("a space of the source alone") == ["source"]
     assert hosts and all(given == ["source", "other"] for given in hosts.values())
+
+
+def test_without_the_words_of_raw_text_each_sentence_is_read_once():
+    asked = ([Sentence(["Al-Ain"], ["O"], "here")], ["O"], "IOB2")
+    with ablation.given_words_alone():
+        assert ablation.NER.further(*asked) == []
+    assert [sentence.tokens for sentence in ablation.NER.further(*asked)] == [["Al", "-", "Ain"]]
 
 
 def test_without_dropout_training_and_scoring_are_the_same():
