@@ -1,15 +1,15 @@
-"""Tasks of a stream: for each a small recurrent reader of canonical states, a head, and δθ.
+"""Tasks of a stream: each has a small recurrent reader of canonical states, a head, and δθ.
 
-Letters: B sentences, W words of a sentence, N words of a batch, K knots, D coordinates a knot, M atoms, F features of
-a word, C labels.
+Letters: B sentences, W words of a sentence, N words of a batch, K knots, D coordinates per knot, M atoms, F features
+of a word, C labels.
 
-The coordinates z of a word at all knots go through the reader of a task: a linear map, GELU, and a bidirectional LSTM
-over the words of the sentence. The head is linear. δθ, which is tuned on one host, amends the map of that host in the
-directions of the space's atoms before the reader reads, at every knot k:
+The reader of a task takes the coordinates z of a word at all knots. It is a linear map, GELU, and a bidirectional LSTM
+over the words of the sentence. The head is linear. δθ is tuned on one host: it changes the coordinates from that
+host's map along the atoms of the space, before the reader, at every knot k:
 
     z_k ← z_k + Σ_j δθ(k)_j · u_j (v_jᵀ z_k)
 
-Nothing of this depends on the host's width, depth or tokenizer.
+Nothing here depends on the host's width, depth or tokenizer.
 """
 
 import math
@@ -25,18 +25,19 @@ from .space import KNOTS, CanonicalSpace
 from .storage import Grid, Half, RowInteger, StoredTensor
 
 HEAD_BITS = 8
-DELTA_ROWS = 8  # of δθ: one for all knots, one for their depth, one for each of up to six knots
-TOGETHER = 8  # sentences that the CPU reads together, each group padded to its own longest
+DELTA_ROWS = 8  # rows of δθ: one for all knots, one for their depth, one for each of up to six knots
+TOGETHER = 8  # sentences in a group that the CPU reads together, padded to the longest of the group
 
 # Width of the linear map and of each direction of the LSTM.
 READERS = {"small": (64, 32), "medium": (96, 64), "large": (160, 128)}
 
 
 class Words(NamedTuple):
-    """Where the N words of B sentences lie among rows: those of a sentence one after the other.
+    """Layout of the N words of B sentences in rows; the words of a sentence are consecutive.
 
-    ``starts`` and ``lengths`` (B,): first row of a sentence, and how many words it has. ``sentence`` and ``place``
-    (N,): of each row the sentence, and how many words of it come before.
+    Attributes:
+        starts, lengths: (B,) first row and number of words of each sentence.
+        sentence, place: (N,) sentence of each row, and position of the row's word in the sentence.
     """
 
     starts: torch.Tensor
@@ -46,7 +47,7 @@ class Words(NamedTuple):
 
     @classmethod
     def one_after_the_other(cls, lengths: torch.Tensor, total: int) -> "Words":
-        """Sentences without a gap, ``total`` words in all."""
+        """Layout without gaps between sentences; ``total`` is the number of words."""
         starts = lengths.cumsum(dim=0) - lengths
         numbers = torch.arange(len(lengths), device=lengths.device)
         sentence = numbers.repeat_interleave(lengths, output_size=total)
@@ -55,7 +56,7 @@ class Words(NamedTuple):
 
     @classmethod
     def in_rows(cls, lengths: torch.Tensor, width: int) -> "Words":
-        """``width`` rows for each sentence, however long it is; a place from its length on is no word."""
+        """Layout with ``width`` rows per sentence; rows after the sentence's last word are padding."""
         cells = torch.arange(len(lengths) * width, device=lengths.device)
         return cls(cells[::width], lengths, cells // width, cells % width)
 
@@ -65,10 +66,10 @@ class Reader(nn.Module):
 
     Args:
         inputs: K·D.
-        width: of the linear map.
-        hidden: of each direction of the LSTM; features F = 2·hidden.
-        bits: of its matrices, 4 or 8.
-        dropout: before and after the LSTM, in training.
+        width: output width of the linear map.
+        hidden: width of each direction of the LSTM; F = 2·hidden.
+        bits: bits of the matrices, 4 or 8.
+        dropout: dropout before and after the LSTM, in training.
     """
 
     def __init__(self, inputs: int, width: int, hidden: int, bits: int = 8, dropout: float = 0.2):
@@ -95,7 +96,7 @@ class Reader(nn.Module):
         self.hidden = hidden
 
     def weights(self) -> list[torch.Tensor]:
-        """The values of all its tensors: of the linear map, then of both directions."""
+        """Values of all tensors: those of the linear map, then those of both directions."""
         values = [self.inward(), self.inward_bias()]
         for direction in self.directions:
             bias = direction["bias"]()
@@ -103,16 +104,16 @@ class Reader(nn.Module):
         return values
 
     def forward(self, z: torch.Tensor, words: Words, weights: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """The words of the batch's sentences, (N, K·D) → (N, F); ``weights`` where they are known already.
+        """Words (N, K·D) → features (N, F); ``weights`` is the result of ``weights()``, if known.
 
-        Backwards a sentence is read from its last word on, so that nothing comes before that word; what is read after
-        the sentence's first word is not looked at.
+        The backward direction starts at a sentence's last word, so padding never comes before it; outputs after the
+        sentence's first word are not used.
         """
         inward, bias, *weights = self.weights() if weights is None else weights
         x = self.dropout(F.gelu(F.linear(z, inward, bias)))
         starts, lengths, sentence, place = words
         onward, back = [], []
-        rows = torch.zeros_like(lengths)  # a sentence's first row among the outputs of all groups
+        rows = torch.zeros_like(lengths)  # first row of each sentence among the outputs of all groups
         done = 0
         for chosen in self._groups(lengths):
             first, count = starts[chosen, None], lengths[chosen, None]
@@ -130,27 +131,27 @@ class Reader(nn.Module):
         return self.dropout(torch.cat(ends, dim=-1))
 
     def _groups(self, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sentences that are read together: on the CPU a few of similar length."""
+        """Groups of sentences to read together; on the CPU, small groups of similar length."""
         if torch.compiler.is_compiling() or lengths.device.type != "cpu" or len(lengths) <= TOGETHER:
             return (torch.arange(len(lengths), device=lengths.device),)
         return lengths.argsort(descending=True).split(TOGETHER)
 
     def _read(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        """One direction of the recurrent layer, (b, w, …) → (b·w, hidden)."""
+        """One direction of the LSTM: (b, w, …) → (b·w, hidden)."""
         state = x.new_zeros(1, len(x), self.hidden)
         out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, False, True)
         return out.flatten(0, 1)
 
 
 class StreamTask(nn.Module):
-    """What one task has of its own: a reader, a head (C, F) with its bias (C,), and δθ (8, M).
+    """Parameters of one task: a reader, a head (C, F) with bias (C,), and δθ (8, M).
 
     Args:
         inputs: K·D.
         labels: C.
         atoms: M.
         shape: "width", "hidden" and "bits" of the reader.
-        delta_step: value of one step of the 4-bit δθ.
+        delta_step: step size of the 4-bit δθ.
     """
 
     def __init__(self, inputs: int, labels: int, atoms: int, shape: dict[str, int], delta_step: float, dropout: float):
@@ -161,7 +162,7 @@ class StreamTask(nn.Module):
         self.delta = StoredTensor(torch.zeros(DELTA_ROWS, atoms), Grid(delta_step))
 
     def values(self, space: nn.Module) -> "TaskValues":
-        """What the task computes with."""
+        """Values of the task's parameters for a forward pass."""
         delta, amended = self.delta(), None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or bool(delta.any()):
             places = knot_features(torch.tensor(KNOTS, device=delta.device))
@@ -180,20 +181,20 @@ class StreamTask(nn.Module):
 class TaskValues(NamedTuple):
     """The values of a task, as its file holds them."""
 
-    amended: torch.Tensor | None  # (K, D, D): what δθ adds to the map, to the right of z; None where δθ is zero
+    amended: torch.Tensor | None  # (K, D, D): δθ changes z to z + z @ amended; None if δθ is zero
     reader: list[torch.Tensor]
     head_weight: torch.Tensor  # (C, F)
     head_bias: torch.Tensor  # (C,)
 
 
 def knot_features(knots: torch.Tensor) -> torch.Tensor:
-    """What the rows of δθ are multiplied with at a knot: [1, its depth, which one it is], (K,) → (K, 8)."""
+    """Factors of the rows of δθ at each knot, [1, depth, one-hot of the knot]: (K,) → (K, 8)."""
     which = torch.eye(len(knots), DELTA_ROWS - 2, device=knots.device)
     return torch.cat([torch.ones_like(knots)[:, None], knots[:, None], which], dim=-1)
 
 
 class Adapter(nn.Module):
-    """What adapters of both pathways are: tasks by name, and values that are kept between passes."""
+    """Base class of the adapters of both pathways: tasks by name, and values cached between passes."""
 
     tasks: nn.ModuleDict
 
@@ -203,16 +204,16 @@ class Adapter(nn.Module):
         self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
 
     def keep(self, task: str, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns without autocast, kept under a name between forward passes that need no gradient.
+        """Result of ``make`` without autocast, cached under ``name`` between forward passes without gradients.
 
-        It is made of what all tasks share and of one task: anew after any tensor of these changed, and whenever a
-        gradient may be needed. The other tasks, of which there may be thousands, are not looked at.
+        ``make`` may use one task and the parts that all tasks share. Its result is made anew after a tensor of these
+        has changed, and always with gradients. Other tasks, of which there may be thousands, are not checked.
         """
-        if torch.compiler.is_compiling():  # a compiled program has no place for what changes under it
+        if torch.compiler.is_compiling():  # a compiled graph cannot use the cache
             return self._make(make)
         parts = [part for part_name, part in self._modules.items() if part_name != "tasks"]
         tensors = [tensor for part in (*parts, self.tasks[task]) for tensor in _tensors_of(part)]
-        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # those have no version
+        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # inference tensors have no version
             self._kept = {}
             return self._make(make)
         state = [(t._version, t.device, id(t)) for t in tensors]
@@ -229,7 +230,7 @@ class Adapter(nn.Module):
 
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, as a module's own iterators but several times as fast: every pass asks."""
+    """Parameters and buffers; several times as fast as a module's own iterators, since every pass needs them."""
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
             yield tensor
@@ -238,7 +239,7 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 class StreamAdapter(Adapter):
-    """A canonical space, and the tasks that read in it."""
+    """A canonical space and its tasks."""
 
     def __init__(self, config, space: CanonicalSpace | None = None):
         super().__init__(config)
@@ -248,7 +249,7 @@ class StreamAdapter(Adapter):
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Make a task that the configuration describes."""
+        """Add the parameters of a task that the configuration describes."""
         task, space = self.config.tasks[name], self.space.shape()
         sizes = (len(KNOTS) * space["dim"], len(task["labels"]), space["atoms"])
         own = StreamTask(*sizes, task["reader"], self.config.delta_step, self.config.dropout)
@@ -261,15 +262,15 @@ class StreamAdapter(Adapter):
 def sentences_by_task(
     task_ids: torch.Tensor | Sequence[str], known: list[str], sentences: int, device: torch.device
 ) -> tuple[list[str], torch.Tensor]:
-    """The different tasks of a batch, and which of them each sentence is of, (B,).
+    """The different tasks of a batch, and the index (B,) of each sentence's task among them.
 
     Args:
-        task_ids: B names, or (B,) numbers of tasks in ``known``.
-        known: the adapter's tasks.
+        task_ids: B names, or (B,) indices into ``known``.
+        known: names of the adapter's tasks.
         sentences: B.
 
     Raises:
-        ConfigError: another number of tasks than of sentences, or one that the adapter has not.
+        ConfigError: the number of tasks differs from the number of sentences, or the adapter lacks a task.
     """
     ids = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
     if not isinstance(ids, list) or len(ids) != sentences:
@@ -281,13 +282,13 @@ def sentences_by_task(
         if is_number and not 0 <= value < len(known):
             raise ConfigError(f"task_ids has {value}; the adapter has {len(known)} tasks, numbered from 0.")
         if not is_number and value not in known:
-            raise ConfigError(f"task_ids has {value!r}, which is no task of the adapter; it has {known[:10]}.")
+            raise ConfigError(f"task_ids has {value!r}, which is not a task of the adapter; it has {known[:10]}.")
         rows[value] = len(rows)
     names = [known[value] if isinstance(value, int) else value for value in rows]
     return names, torch.tensor([rows[value] for value in ids], device=device)
 
 
 def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Values of words (N, …) → (B, W, …) by their cells in it, the others 0."""
+    """Put values of words (N, …) into (B, W, …) at the flat positions ``cells`` (N,); other positions are 0."""
     padded = words.new_zeros(shape[0] * shape[1], *words.shape[1:])
     return padded.index_copy(0, cells, words).view(*shape, *words.shape[1:])

@@ -1,22 +1,22 @@
-"""The canonical space: coordinates that words have on no host in particular, and lining a host up with it.
+"""The canonical space: host-independent coordinates of words, and the alignment of a host with the space.
 
 Letters: K knots, N anchors, d host width, D canonical width, R landmarks, Q their width, M atoms.
 
-A knot is a relative depth. A space is anchor text and the coordinates C of its words at every knot, in 2 bits; it was
-made without a label and serves all tasks. It also holds the M rank-one atoms in whose directions δθ amends a map.
+A knot is a relative depth. A space consists of anchor text and the coordinates C of its words at every knot, in 2
+bits. It is made without labels and serves all tasks. It also holds M rank-one atoms, along which δθ changes a map.
 
-On any host a ridge regression maps to C what the host has there:
+To align a host, a ridge regression predicts C from two kinds of features of the host:
 
-- the states of the layer that is nearest to the knot's relative depth, standardised;
-- how near the word is to each of R landmarks: exp(-|q - q_r|²), where q are the leading principal components of the
-  states of all these layers, and the landmarks are means of neighbouring anchors (k-means). What one host's states
-  say of another's is not linear, the less the smaller the host is. This is kernel ridge regression by the Nyström
-  method (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008), and the kernel is the sum of a linear
-  and a Gaussian one.
+- the states of the layer nearest to the knot's relative depth, standardised;
+- the nearness of the word to each of R landmarks: exp(-|q - q_r|²). Here q are the leading principal components of
+  the states of all these layers, and the landmarks are means of clusters of anchors (k-means). These features make
+  the map nonlinear, which matters most for small hosts. This is kernel ridge regression by the Nyström method
+  (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008) with the sum of a linear and a Gaussian
+  kernel.
 
-The ridge is the one that predicts held-out anchors best. A regression shrinks what it cannot predict, some directions
-of a knot's coordinates more than others; so its predictions are stretched by the symmetric matrix that gives them the
-covariance of the coordinates of the anchors, and then scaled so that those on held-out anchors have their variances.
+The ridge is chosen on held-out anchors. A regression shrinks predictions in directions that it cannot predict well. So
+the predictions are multiplied by the symmetric matrix that gives them the covariance of the anchors' coordinates, and
+then scaled so that predictions for held-out anchors have the right variances.
 """
 
 import contextlib
@@ -41,22 +41,22 @@ from .words import NO_WORD, WordReader
 
 logger = logging.getLogger(__name__)
 
-METHOD = "9"  # of lining up; changed whenever a map would come out otherwise
+METHOD = "9"  # version of the alignment; changed whenever maps would change
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths
-COORDINATE_STEP = 1.0  # of coordinates of unit variance: -1.5, -0.5, 0.5 and 1.5
+COORDINATE_STEP = 1.0  # coordinates have unit variance and the values -1.5, -0.5, 0.5 and 1.5
 ATOM_BITS = 8
 MIN_ANCHORS = 256
-AT_ONCE = 2**18  # numbers that are copied at a time, where fresh memory costs more than the work
+AT_ONCE = 2**18  # numbers per step of a copy, so that temporary arrays stay small
 PACKAGE_SPACE = Path(__file__).with_name("space.safetensors")
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # variance of noise, where that of a word's features is about 1
-LANDMARKS, QUERY_WIDTH = 512, 96  # twice as many landmarks gain less than what another seed changes
-ROUNDS = 8  # of k-means
-BLOCK = 512  # columns of a product at a time
-LINEAR = 0.25  # weight of the linear kernel; that of the Gaussian one is 1
-LEAST_EIGENVALUE = 1e-4  # of the landmarks' kernel, as a share of the largest
-HELD_OUT, RUN = 5, 50  # of five runs of fifty neighbouring anchors one is held out
-LOW_FIT = 0.1  # mean R² under which a host is reported as a bad fit
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # noise variances to try; a word's features have a variance of about 1
+LANDMARKS, QUERY_WIDTH = 512, 96  # twice as many landmarks gain less than the difference between two seeds
+ROUNDS = 8  # rounds of k-means
+BLOCK = 512  # columns per step of a matrix product
+LINEAR = 0.25  # weight of the linear kernel; the Gaussian kernel has weight 1
+LEAST_EIGENVALUE = 1e-4  # smallest eigenvalue of the landmarks' kernel to use, as a share of the largest
+HELD_OUT, RUN = 5, 50  # one of five runs of fifty neighbouring anchors is held out
+LOW_FIT = 0.1  # a host with a mean R² below this is reported as a bad fit
 MIN_SCALE = 1e-6
 
 T = TypeVar("T")
@@ -66,16 +66,16 @@ class CanonicalSpace(nn.Module):
     """Anchor text, coordinates of its words, and atoms.
 
     Args:
-        name: of the space, such as "english".
-        version: of its contents.
+        name: name of the space, such as "english".
+        version: version of its contents.
         anchor_words: N.
         anchor_text_bytes: length of the text.
         dim: D.
         atoms: M.
 
     Attributes:
-        text: (bytes,) uint8, UTF-8, one sentence a line.
-        coordinates: (K·N, D), of unit variance.
+        text: (bytes,) uint8, UTF-8, one sentence per line.
+        coordinates: (K·N, D), with unit variance.
         atoms_in, atoms_out: (M, D), the rows v_j and u_j.
     """
 
@@ -90,13 +90,13 @@ class CanonicalSpace(nn.Module):
         self.requires_grad_(False)
 
     def shape(self) -> dict[str, str | int]:
-        """The arguments that it was made with."""
+        """The constructor's arguments for this space."""
         words, dim = len(self.coordinates.latent) // len(KNOTS), self.coordinates.latent.shape[1]
         own = {"name": self.name, "version": self.version, "anchor_words": words, "dim": dim}
         return own | {"anchor_text_bytes": len(self.text), "atoms": len(self.atoms_in.latent)}
 
     def set(self, sentences: list[list[str]], coordinates: torch.Tensor) -> None:
-        """Take over anchors and their (K, N, D) coordinates."""
+        """Set the anchors and their coordinates (K, N, D)."""
         self.text = torch.frombuffer(bytearray(join_anchors(sentences)), dtype=torch.uint8).to(self.text.device)
         with torch.no_grad():
             self.coordinates.latent.copy_(coordinates.flatten(0, 1))
@@ -105,11 +105,11 @@ class CanonicalSpace(nn.Module):
         return split_anchors(bytes(self.text.cpu().tolist()).decode(), "the space's anchor text")
 
     def canonical(self) -> torch.Tensor:
-        """(K, N, D) as the file holds them."""
+        """Coordinates (K, N, D), as the file holds them."""
         return self.coordinates().detach().unflatten(0, (len(KNOTS), -1))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that its file holds, by name."""
+        """Name → tensor, for all tensors of the file."""
         stored = {"text": self.text.cpu()}
         for name in ("coordinates", "atoms_in", "atoms_out"):
             stored |= {name + suffix: value for suffix, value in getattr(self, name).encode().items()}
@@ -117,12 +117,12 @@ class CanonicalSpace(nn.Module):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (16 hex digits) of all that it holds; equal spaces have equal digests, whatever their names."""
+        """SHA-256 (16 hex digits) of all tensors; equal spaces have equal digests, whatever their names."""
         return content_digest(self.tensors(), {})[:16]
 
     @classmethod
     def default(cls) -> "CanonicalSpace":
-        """The space that the package ships."""
+        """Load the package's own space."""
         return cls.load(PACKAGE_SPACE)
 
     @classmethod
@@ -130,7 +130,7 @@ class CanonicalSpace(nn.Module):
         """Read a space.
 
         Raises:
-            AdapterFileError: no file there, or it is damaged or holds no space.
+            AdapterFileError: the file is missing, is damaged, or holds no space.
         """
         tensors = read_checked(Path(path))
         try:
@@ -148,12 +148,12 @@ class CanonicalSpace(nn.Module):
         return space
 
     def save(self, path: str | Path) -> None:
-        """Write the space into one file, whole or not at all."""
+        """Write the space to one file, atomically."""
         write_checked(Path(path), self.tensors(), {"space": json.dumps(self.shape(), sort_keys=True)})
 
     @classmethod
     def make(cls, hosts: list, anchor_file: str | Path | None = None, **kwargs) -> "CanonicalSpace":
-        """A space of one's own; see ``space_making.make_space``, which the installed package has."""
+        """Make a new space; needs the installed package, see ``space_making.make.make_space``."""
         from importlib import import_module
 
         return import_module("modeling_unihyperlora.space_making.make").make_space(hosts, anchor_file, **kwargs)
@@ -169,7 +169,7 @@ def basis_atoms(dim: int, atoms: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_anchors(path: str | Path) -> list[list[str]]:
-    """The sentences of an anchor file (UTF-8, one sentence a line) as lists of words.
+    """Read an anchor file (UTF-8, one sentence per line); returns lists of words.
 
     Raises:
         DataError: the file cannot be read as UTF-8, or has fewer than ``MIN_ANCHORS`` words.
@@ -177,37 +177,37 @@ def read_anchors(path: str | Path) -> list[list[str]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The anchor file {path} cannot be read as UTF-8 text ({error}).") from error
+        raise DataError(f"The anchor file {path} cannot be read as UTF-8 text ({error}). Check the path.") from error
     return split_anchors(text, str(path))
 
 
 def join_anchors(sentences: list[list[str]]) -> bytes:
-    """The text as a space keeps it, which ``split_anchors`` takes apart again."""
+    """Join sentences to the text of a space; ``split_anchors`` is the inverse."""
     return "\n".join(map(" ".join, sentences)).encode()
 
 
 def split_anchors(text: str, source: str) -> list[list[str]]:
-    """Sentences of words from text with one sentence a line; ``DataError`` if there are too few words."""
+    """Split text with one sentence per line into lists of words; raises ``DataError`` for too few words."""
     sentences = [line.split() for line in text.splitlines() if line.strip()]
     words = sum(map(len, sentences))
     if words < MIN_ANCHORS:
         raise DataError(
-            f"{source} has {words} words; at least {MIN_ANCHORS} are needed to line up a host, and 2,000 to 5,000 of "
-            "varied text are better."
+            f"{source} has {words} words; aligning a host needs at least {MIN_ANCHORS}. Better give 2,000 to 5,000 "
+            "words of varied text."
         )
     return sentences
 
 
-# ---- what a host says of the anchors ----
+# ---- a host's states of the anchors ----
 
 
 def knot_layers(num_layers: int) -> list[int]:
-    """Which of the L+1 hidden states is nearest to each knot."""
+    """Indices of the hidden states (0…L) nearest to each knot."""
     return [int(knot * num_layers + 0.5) for knot in KNOTS]
 
 
 def layers_read(num_layers: int) -> list[int]:
-    """The layers that a map reads, each once: those of the knots."""
+    """Layers that a map reads: the layers of the knots, each once, sorted."""
     return sorted({*knot_layers(num_layers)})
 
 
@@ -215,17 +215,17 @@ def layers_read(num_layers: int) -> list[int]:
 def word_states(
     host: nn.Module, words: WordReader, sentences: list[list[str]], layers: list[int], batch_size: int = 32
 ) -> torch.Tensor:
-    """States of every word.
+    """States of every word of some sentences.
 
     Args:
         host: the encoder or decoder.
-        words: how its words are read.
-        sentences: S lists of words, N words in all.
-        layers: which of the L+1 hidden states to take.
+        words: reader of the host's words.
+        sentences: lists of words, N words in total.
+        layers: indices of the hidden states (0…L) to return.
 
     Returns:
-        (len(layers), N, d) float32 on the CPU, words in the order of the text. A word beyond the host's window, or
-        one that its tokenizer gives no sub-token, has NaN.
+        (len(layers), N, d) float32 on the CPU, in the order of the text. A word beyond the host's window, or without
+        a sub-token, has NaN.
     """
     was_training = host.training
     host.eval()
@@ -268,7 +268,7 @@ def word_states(
 def anchor_states(
     host: nn.Module, words: WordReader, sentences: list[list[str]], layers: list[int] | None = None
 ) -> torch.Tensor:
-    """The host's states of the sentences' words, (layers, N, d), kept in the cache; by default of ``layers_read``."""
+    """States (layers, N, d) of the sentences' words, by default in ``layers_read``; cached on disk."""
     layers = layers_read(words.num_layers) if layers is None else layers
     said = json.dumps([fingerprint(host), words.key(), layers, sentences])
     path = cache_folder() / f"anchors-{hashlib.sha256(said.encode()).hexdigest()[:24]}.safetensors"
@@ -279,25 +279,25 @@ def anchor_states(
 
 
 class KnotFit(NamedTuple):
-    """What is linear of the map from the states of a layer to the coordinates of one knot."""
+    """Linear part of the map from the states of a layer to the coordinates of one knot."""
 
     layer: int
     matrix: torch.Tensor  # (D, d) float32
     offset: torch.Tensor  # (D,) float32
-    r2: float  # share of the coordinates' variance explained on held-out anchors, by all of the map
+    r2: float  # share of variance that the whole map explains on held-out anchors
 
 
 class Landmarks(NamedTuple):
-    """What nearness to landmarks adds to the coordinates of all knots."""
+    """Nonlinear part of the map to the coordinates of all knots, from the nearness to landmarks."""
 
     layers: list[int]
-    matrix: torch.Tensor  # (Q, len(layers)·d) float32: the states of these layers, side by side → q
+    matrix: torch.Tensor  # (Q, len(layers)·d) float32: concatenated states of these layers → q
     offset: torch.Tensor  # (Q,) float32
     at: torch.Tensor  # (R, Q) float32
     weights: torch.Tensor  # (K·D, R) float32
 
     def __call__(self, query: torch.Tensor) -> torch.Tensor:
-        """(N, Q) → (N, K·D)."""
+        """Query (N, Q) → contribution to the coordinates (N, K·D)."""
         return torch.nn.functional.linear(nearness(query, self.at), self.weights)
 
 
@@ -309,7 +309,7 @@ class HostFit(NamedTuple):
 
     @property
     def r2(self) -> list[float]:
-        """Share of the coordinates' variance explained on held-out anchors, for each knot."""
+        """Share of variance explained on held-out anchors, for each knot."""
         return [knot.r2 for knot in self.knots]
 
 
@@ -320,13 +320,13 @@ def nearness(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
 
 
 class HostToKnots(NamedTuple):
-    """A host's fit, layer by layer: what each layer's states give to the knots that read it, and to the landmarks.
+    """A host's map, rearranged by layer: one matrix for each layer and range of outputs.
 
-    ``layers`` has a layer's number, the first and the last + 1 of the K·D coordinates and Q numbers for the landmarks,
-    and a matrix (that many, d).
+    ``layers`` has tuples of a layer's number, the first output and the end of its outputs, and a matrix (outputs, d).
+    Outputs are the K·D coordinates, followed by the Q numbers of the query.
     """
 
-    fit: HostFit  # of which it was made
+    fit: HostFit  # the original map
     layers: list[tuple[int, int, int, torch.Tensor]]
     offset: torch.Tensor  # (K·D + Q,)
     landmarks: Landmarks
@@ -337,7 +337,7 @@ class HostToKnots(NamedTuple):
         queries = landmarks.matrix.unflatten(1, (len(landmarks.layers), -1))  # (Q, layers, d)
         starts = [0, *itertools.accumulate(len(part.offset) for part in (*fit.knots, landmarks))]
         for number, layer in enumerate(landmarks.layers):
-            own = [k for k, knot in enumerate(fit.knots) if knot.layer == layer]  # knots that follow one another
+            own = [k for k, knot in enumerate(fit.knots) if knot.layer == layer]  # neighbouring knots
             rows = [fit.knots[k].matrix for k in own]
             parts.append((layer, starts[own[0]], starts[own[-1] + 1], torch.cat(rows).to(device)))
             parts.append((layer, starts[-2], starts[-1], queries[:, number].to(device)))
@@ -345,7 +345,7 @@ class HostToKnots(NamedTuple):
         return cls(fit, parts, offset, fit_on(device, fit).landmarks)
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Canonical coordinates of words: by layer their states (N, d) → (N, K·D) float32."""
+        """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
         coordinates, _ = self.landmarks.weights.shape
         states = {layer: states[layer].float() for layer, *_ in self.layers}
         made = self.offset.repeat(len(states[self.layers[0][0]]), 1)
@@ -356,14 +356,14 @@ class HostToKnots(NamedTuple):
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Without autocast: a map sums nearness times weights of up to 20, which cancel; bfloat16 is too coarse."""
+    """Context without autocast: a map adds large terms that cancel (weights up to 20), too coarse in bfloat16."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
-    """The same map with its tensors on a device."""
+    """Copy of a map with its tensors on a device."""
     moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in (*fit.knots, fit.landmarks)]
     return HostFit(moved[:-1], moved[-1])
 
@@ -378,19 +378,20 @@ def fit_host(
     """Kernel ridge regression of the coordinates on a host's states.
 
     Args:
-        states: (layers, N, d), in the order of the layers; anchors with NaN are left out.
-        layers: for each knot the layer whose states are used; those of all knots tell the landmarks.
+        states: (layers, N, d), sorted by layer; anchors with NaN are left out.
+        layers: layer of each knot; the query for the landmarks uses the layers of all knots.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
-        stored: the layers that ``states`` are of; all that ``layers`` names by default.
+        stored: layers of ``states``; by default the different ``layers``.
 
     Raises:
-        HostError: fewer than D usable anchors.
+        HostError: there are not more than D usable anchors.
     """
     usable = torch.isfinite(states).all(dim=-1).all(dim=0)
     if int(usable.sum()) <= coordinates.shape[-1]:
         raise HostError(
-            f"Only {int(usable.sum())} of {len(usable)} anchors can be read by this host's tokenizer; more than "
-            f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host."
+            f"This host's tokenizer can read only {int(usable.sum())} of {len(usable)} anchors; more than "
+            f"{coordinates.shape[-1]} are needed. The anchor text does not suit this host: use another host, or "
+            "a space with other anchor text."
         )
     different = sorted({*layers})
     stored = stored or different
@@ -403,21 +404,21 @@ def fit_host(
         by_nearness = nearness(query, landmarks) @ features_of
         for layer, target in zip(layers, coordinates, strict=True):
             knot = _fit_knot(of_layer[layer], by_nearness, target[usable].to(query.device), ridge)
-            ridge = knot.ridge  # where the search for the next one starts
+            ridge = knot.ridge  # the search for the next knot starts here
             knots.append(KnotFit(layer, knot.matrix, knot.offset, knot.r2))
             weights.append((features_of @ knot.weights).T)
     return HostFit(knots, Landmarks(different, matrix, offset, landmarks, torch.cat(weights).contiguous()))
 
 
 def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Principal components of standardised states, scaled so that the mean of |q - q'|² over two words is 1.
+    """Principal components q of standardised states, scaled so that |q - q'|² of two words is 1 on average.
 
-    (N, F) → matrix (Q, F) and offset (Q,) in raw host units, and q (N, Q).
+    States (N, F) → matrix (Q, F) and offset (Q,) for raw states, and q (N, Q).
     """
     x, mean, scale = standardise(states)
     width = min(QUERY_WIDTH, *x.shape)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)  # of the sketch that the decomposition starts from
+        torch.manual_seed(0)  # the decomposition starts from a random sketch
         _, _, axes = torch.svd_lowrank(x, q=min(width + 16, *x.shape))
     axes = axes[:, :width] / (2 * (x @ axes[:, :width]).square().sum(dim=1).mean()).clamp_min(MIN_SCALE).sqrt()
     matrix = (axes / scale[:, None]).T.contiguous()
@@ -425,7 +426,7 @@ def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _means(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Means of groups of neighbouring points by k-means (Lloyd): (N, Q) → (min(count, N), Q)."""
+    """Means of clusters of points by k-means (Lloyd): (N, Q) → (min(count, N), Q)."""
     means = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]].clone()
     for _ in range(ROUNDS if count < len(points) else 0):
         group = torch.cdist(points, means).argmin(dim=1)
@@ -436,9 +437,9 @@ def _means(points: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _nystroem(kernel: torch.Tensor) -> torch.Tensor:
-    """Kernel of the landmarks with each other (R, R) → the map (R, R') from nearness to features.
+    """Kernel matrix of the landmarks (R, R) → matrix (R, R') that maps nearness to features.
 
-    The features' inner products are the kernel, as far as it is spanned by the landmarks.
+    Inner products of the features approximate the kernel (exactly so on the landmarks' span).
     """
     values, vectors = torch.linalg.eigh(kernel.double())
     kept = values > LEAST_EIGENVALUE * values[-1]
@@ -446,17 +447,17 @@ def _nystroem(kernel: torch.Tensor) -> torch.Tensor:
 
 
 class _Regression(NamedTuple):
-    matrix: torch.Tensor  # (D, F) of the raw states
-    weights: torch.Tensor  # (R', D) of the features by nearness
+    matrix: torch.Tensor  # (D, F) for the raw states
+    weights: torch.Tensor  # (R', D) for the features from nearness
     offset: torch.Tensor  # (D,)
     r2: float
     ridge: float
 
 
 def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor, start: float) -> _Regression:
-    """Ridge regression of (N, D) on states (N, F) and features (N, R'), see the module's docstring.
+    """Ridge regression of target (N, D) on states (N, F) and features (N, R'), see the module's docstring.
 
-    From the ridge ``start`` the search goes to greater ones, or else to smaller ones, as long as the fit gains.
+    The search for the ridge starts at ``start`` and tries larger ridges, else smaller ones, while the fit improves.
     """
     x, mean, scale = standardise(states)
     shrink = (LINEAR / x.shape[1]) ** 0.5
@@ -482,7 +483,7 @@ def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Ten
                 break
             best = found
         if best[1] != start:
-            break  # the fit falls on both sides of the best ridge
+            break  # both neighbours of the best ridge are worse
     r2, ridge, predicted = best
     gram, cross = gram + _gram(unseen), cross + unseen.T @ y[held_out]
     weight = _solve(gram, cross, ridge)
@@ -493,18 +494,18 @@ def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Ten
 
 
 def _stretch(predicted: torch.Tensor, y: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
-    """What predictions (N, D) of the coordinates y (N, D) are to be multiplied by, (D, D); the mean of both is zero.
+    """Matrix (D, D) by which to multiply predictions (N, D) of coordinates y (N, D); both have zero mean.
 
-    ``held_out`` are the predictions of anchors that the regression had not seen.
+    ``held_out`` are predictions for anchors that the regression has not seen.
     """
     together = _transport(predicted, y)
     return together * y.std(dim=0) / (held_out @ together).std(dim=0).clamp_min(MIN_SCALE)
 
 
 def _transport(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix A (D, D) that gives ``given`` (N, D) the covariance of ``wanted`` and moves it least.
+    """Symmetric matrix A (D, D) that gives ``given`` (N, D) the covariance of ``wanted`` with the smallest change.
 
-    Of both the mean is zero. A = G^-½ (G^½ W G^½)^½ G^-½, with their covariances G and W (Olkin and Pukelsheim, 1982).
+    Both have zero mean. A = G^-½ (G^½ W G^½)^½ G^-½ with their covariances G and W (Olkin and Pukelsheim, 1982).
     """
     given, wanted = ((x.T @ x / len(x)).double() for x in (given, wanted))
     root, inverse = _power(given, 0.5), _power(given, -0.5)
@@ -517,7 +518,7 @@ def _power(symmetric: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
-    """The lower blocks of xᵀx, which is symmetric: (N, F) → (F, F)."""
+    """The lower blocks of the symmetric matrix xᵀx: (N, F) → (F, F)."""
     gram = x.new_zeros(x.shape[1], x.shape[1])
     for start in range(0, x.shape[1], BLOCK):
         rows = x[:, start : start + BLOCK]
@@ -532,27 +533,27 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tenso
 
 
 def standardise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N, d) → zero mean and unit variance a column, the means (d,), the deviations (d,)."""
+    """States (N, d) → states with zero mean and unit variance per column, means (d,), standard deviations (d,)."""
     mean, scale = states.mean(dim=0), states.std(dim=0).clamp_min(MIN_SCALE)
     return (states - mean) / scale, mean, scale
 
 
 def cache_folder() -> Path:
-    """Where calibrations and states are kept: $UNIHYPERLORA_CACHE, else ~/.cache/unihyperlora."""
+    """Folder of cached maps and states: $UNIHYPERLORA_CACHE, else ~/.cache/unihyperlora."""
     return Path(os.environ.get("UNIHYPERLORA_CACHE") or Path.home() / ".cache" / "unihyperlora")
 
 
 def line_up(space: CanonicalSpace, host: nn.Module, words: WordReader, states: torch.Tensor | None = None) -> HostFit:
-    """The map of a host into a space: closed form, no label, seconds; from the cache where it was made before.
+    """Align a host with a space: find its map in closed form, without labels, in seconds; maps are cached.
 
     Args:
         space: the canonical space.
         host: any model that returns its hidden states.
-        words: how its words are read.
-        states: the host's states of the anchors, as ``anchor_states`` gives them, if they are known already.
+        words: reader of the host's words.
+        states: result of ``anchor_states`` for the space's anchors, if known.
 
     Raises:
-        HostError: too few anchors can be read.
+        HostError: the host can read too few anchors.
     """
 
     def compute() -> HostFit:
@@ -565,24 +566,24 @@ def line_up(space: CanonicalSpace, host: nn.Module, words: WordReader, states: t
 def kept_map(
     space: CanonicalSpace, host: nn.Module, words: WordReader, compute: Callable[[], HostFit], more: str = ""
 ) -> HostFit:
-    """A map from the cache, whose name has all that the map depends on; ``more`` is what else that is."""
+    """A map from the cache, or from ``compute``; ``more`` describes what else the map depends on."""
     said = json.dumps([METHOD, fingerprint(host), words.key(), space.digest, more])
     path = cache_folder() / f"map-{hashlib.sha256(said.encode()).hexdigest()[:24]}.safetensors"
     return kept(path, lambda: to_tensors(compute()), from_tensors)
 
 
 def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable[[dict[str, torch.Tensor]], T]) -> T:
-    """What ``read`` says of the tensors in a file of the cache, or else of those that are made, and kept, now.
+    """Result of ``read`` on the tensors of a cache file; if there is none, ``make`` makes them and they are cached.
 
-    Of several processes one makes them and the others wait. A cache that is damaged, of another version or not
-    writable is as good as none.
+    If several processes need the file, one makes it and the others wait. A damaged, outdated or read-only cache is
+    ignored.
     """
     with contextlib.ExitStack() as stack:
         try:
             (path.parent / "locks").mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path.parent / "locks" / path.name))
         except OSError:
-            pass  # as good as none
+            pass  # work without the cache
         try:
             return read(read_checked(path))
         except (AdapterFileError, KeyError):
@@ -590,7 +591,7 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable
         try:
             write_checked(path, tensors)
         except AdapterFileError as error:
-            logger.warning("What was computed could not be kept for next time: %s", error)
+            logger.warning("The result could not be cached: %s", error)
     return read(tensors)
 
 
