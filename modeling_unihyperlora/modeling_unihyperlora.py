@@ -2,12 +2,12 @@
 
 Letters: B batch, T tokens, W words, K knots, D canonical width, C labels, d host width.
 
-The way of a text through a stream: the host reads its tokens once. ``words`` says where the words are among them,
-``space`` maps the host's states of each word to coordinates in the canonical space, and ``reader`` makes scores of
-them for every task that is asked for. The host is never modified.
+How a stream processes text: the host reads the tokens once. ``words`` finds the words among the tokens, ``space`` maps
+the host's states of each word to coordinates in the canonical space, and ``reader`` turns the coordinates into logits
+for every requested task. The host is never modified.
 
-With pathway "inject" an update is added inside the host instead (``injection``); that code travels with such an
-adapter alone.
+With pathway "inject", an update inside the host takes the place of the stream (``injection``). Its code is published
+only with such adapters.
 """
 
 import copy
@@ -50,10 +50,10 @@ AUTO_MAP = {
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _IGNORED_ARGUMENTS = (
     "trust_remote_code",
-    "use_safetensors",  # nothing else is ever read
+    "use_safetensors",  # other formats are never read
     "code_revision",
     "adapter_kwargs",
-    "low_cpu_mem_usage",  # an adapter takes a megabyte
+    "low_cpu_mem_usage",  # an adapter needs a megabyte
     "_from_auto",
     "_commit_hash",
     "_from_pipeline",
@@ -62,7 +62,7 @@ _IGNORED_ARGUMENTS = (
 
 @dataclass
 class UniHyperLoraOutput(BaseModelOutput):
-    """Of an injected update also ``expected_atoms`` and ``active_atoms``, (B, T) means over the blocks."""
+    """An injected update also has ``expected_atoms`` and ``active_atoms``, (B, T) means over the blocks."""
 
     expected_atoms: torch.Tensor | None = None
     active_atoms: torch.Tensor | None = None
@@ -85,19 +85,19 @@ class UniHyperLoraSequenceClassifierOutput(SequenceClassifierOutput):
 
 
 class Stream:
-    """A host that is lined up with an adapter's space.
+    """A host that is aligned with an adapter's space.
 
     Args:
         adapter: the space and the tasks.
         host: any model that returns its hidden states.
         tokenizer: the host's fast tokenizer.
-        states: the host's states of the anchors, as ``space.anchor_states`` gives them, if they are known already.
+        states: result of ``space.anchor_states`` for the space's anchors, if known.
 
     Attributes:
-        words: how the host's words are read.
+        words: reader of the host's words.
         fit: the host's map into the canonical space.
-        refined: which text the map was refined on, its number of words and SHA-256, or None.
-        seconds, cpu_seconds: that finding the map took, or reading it from the cache.
+        refined: number of words and SHA-256 of the text that the map was refined on, or None.
+        seconds, cpu_seconds: time to find the map, or to read it from the cache.
     """
 
     def __init__(self, adapter: StreamAdapter, host: nn.Module, tokenizer, states: torch.Tensor | None = None):
@@ -110,7 +110,7 @@ class Stream:
         self._map: HostToKnots | None = None
 
     def map_on(self, device: torch.device) -> HostToKnots:
-        """The map, with its tensors on a device."""
+        """The host's map, with its tensors on a device."""
         if self._map is None or self._map.fit is not self.fit or self._map.offset.device != device:
             self._map = HostToKnots.of(self.fit, device)
         return self._map
@@ -118,7 +118,7 @@ class Stream:
     def canonical_states(
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
     ) -> torch.Tensor:
-        """Coordinates of words: states by layer (B, T, d), the token of each word (B, W) → (B, W, K, D) float32."""
+        """Coordinates (B, W, K, D) float32 of words; from layer → states (B, T, d), and the words' tokens (B, W)."""
         to_knots = self.map_on(at.device)
         flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in to_knots.layers}
         tokens = hidden_states[to_knots.layers[0][0]].shape[1]
@@ -129,16 +129,16 @@ class Stream:
 
     @torch.no_grad()
     def read(self, attention_mask: torch.Tensor | None, inputs: dict) -> "StreamRun":
-        """What the host says of token ids (B, T): coordinates of the words, where they are, and its states."""
+        """Run the host on token ids (B, T); returns the words' coordinates and positions, and the host's states."""
         inputs = inputs.copy()
         word_index = inputs.pop("word_index", None)
         if inputs.get("input_ids") is None:
             raise ConfigError(
-                f"The stream tells words by their token ids, and the call gave {sorted(inputs)} without input_ids. "
-                "Give input_ids, or canonical_states."
+                f"The stream finds words from token ids, but the call gave {sorted(inputs)} without input_ids. Give "
+                "input_ids, or canonical_states."
             )
         if inputs["input_ids"].shape[1] == 0:
-            raise ConfigError("The text is empty: it has no token for the host to read. Leave empty texts out.")
+            raise ConfigError("The text is empty: it has no tokens. Leave empty texts out.")
         out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
         places = self.words.places(inputs["input_ids"], attention_mask, word_index)
         z = self.canonical_states(out.hidden_states, self.words.read_at(places))
@@ -146,10 +146,13 @@ class Stream:
 
 
 class StreamRun(NamedTuple):
-    """One pass of a host, and what tasks make of it; tokens have what their words have.
+    """Result of one pass of a host, from which tasks compute logits; tokens have the logits of their words.
 
-    ``z`` (B, W, K, D), ``lengths`` (B,) words a sentence, ``places`` of the words among the tokens and the host's
-    states; with canonical states that were given there is no host, and both are None.
+    Attributes:
+        z: (B, W, K, D) coordinates.
+        lengths: (B,) number of words per sentence.
+        places, hidden_states: positions of the words among the tokens, and the host's states; None if the caller gave
+            canonical states.
     """
 
     adapter: StreamAdapter
@@ -159,11 +162,11 @@ class StreamRun(NamedTuple):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
     def features(self, task: str) -> torch.Tensor:
-        """What the head of a task reads, (B, W, F); 0 beyond a sentence's words."""
+        """Features (B, W, F) for the head of a task; 0 beyond a sentence's words."""
         batch, width = self.z.shape[:2]
         flat, values = self.z.flatten(0, 1), self.adapter.values(task)
         inside = torch.arange(width, device=flat.device) < self.lengths[:, None]  # (B, W)
-        if torch.compiler.is_compiling():  # a program of fixed shapes computes the padding as well
+        if torch.compiler.is_compiling():  # compiled code has fixed shapes, so it also computes the padding
             out = self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values)
             return out.view(batch, width, -1).masked_fill(~inside[..., None], 0)
         cells = inside.flatten().nonzero().squeeze(1)
@@ -172,9 +175,10 @@ class StreamRun(NamedTuple):
         return unpack(out, cells, (batch, width))
 
     def logits(self, task: str) -> torch.Tensor:
-        """(B, C) of a task of sentences, from the mean of their words' features; else (B, T, C), or (B, W, C).
+        """Logits of a task: (B, C) for sentences, from the mean of their words' features; (B, T, C) for tokens.
 
-        A token has its word's scores, and on the further tokens of a word B-X is I-X.
+        A token has the logits of its word; on the further tokens of a word, B-X becomes I-X. With given canonical
+        states, logits are (B, W, C).
         """
         values, features, own = self.adapter.values(task), self.features(task), self.adapter.config.tasks[task]
         if own["type"] == "sequence_classification":
@@ -186,7 +190,7 @@ class StreamRun(NamedTuple):
         return Continuation.of(own["labels"])(logits.gather(1, index), self.places.begins)
 
     def mixed_logits(self, names: list[str], rows: torch.Tensor) -> torch.Tensor:
-        """Each sentence by its own task, ``names[rows]``; -inf for labels beyond those of the task."""
+        """Logits of each sentence for its own task, ``names[rows]``; -inf for labels that the task does not have."""
         most = max(len(self.adapter.config.tasks[name]["labels"]) for name in names)
         parts, order = [], []
         for number, name in enumerate(names):
@@ -202,18 +206,17 @@ class StreamRun(NamedTuple):
 
 
 class UniHyperLoraPreTrainedModel(PreTrainedModel):
-    """What the three models share: putting the adapter on a host, saving, loading, tasks, detaching.
+    """Base class of the three models: puts the adapter on a host, saves, loads, manages tasks, detaches.
 
-    ``save_pretrained`` writes the adapter alone; ``from_pretrained`` reads it and puts it on a host, its own or any
-    other.
+    ``save_pretrained`` writes only the adapter; ``from_pretrained`` reads it and puts it on its own or another host.
 
     Args:
         config: the adapter's configuration.
-        host: a model of transformers; loaded from ``config.base_model_name_or_path`` when None.
-        adapter: the adapter that the configuration describes; made afresh when None.
+        host: a model of transformers; by default loaded from ``config.base_model_name_or_path``.
+        adapter: the adapter that the configuration describes; by default a new one.
 
     Raises:
-        HostError: the host cannot be loaded, or cannot carry the adapter.
+        HostError: the host cannot be loaded, or does not support the adapter.
     """
 
     config_class = UniHyperLoraConfig
@@ -231,10 +234,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         self.host = encoder_of(host)
         Hold.check(self.host)
         self.adapter = (make_adapter(config) if adapter is None else adapter).to(self.host.device)
-        self.stream: Stream | None = None  # bound by ``calibrate``
+        self.stream: Stream | None = None  # set by ``calibrate``
         self.injection = None
         if config.pathway == "inject":
-            self.injection = _part("injection").inject(self.adapter, self.host)  # refuses; the host still untouched
+            self.injection = _part("injection").inject(self.adapter, self.host)  # may raise
         Hold.take(self.host, self)
         if self.injection is not None:
             self.injection.attach()
@@ -242,7 +245,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def init_weights(self) -> None:
-        """Nothing to do: the host comes trained and the adapter's parts initialise themselves."""
+        """Do nothing: the host is trained, and the adapter's parts initialise themselves."""
 
     # ---- making, loading ----
 
@@ -283,7 +286,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         """
         config = UniHyperLoraConfig() if config is None else config
         if space is not None and anchor_file is not None:
-            raise ConfigError("Give space or anchor_file, from which a space is made; not both.")
+            raise ConfigError("Give space, or anchor_file to make a new space; not both.")
         if isinstance(host, nn.Module):
             name = encoder_of(host).config.name_or_path
         else:
@@ -300,7 +303,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             if anchor_file is not None:
                 space = CanonicalSpace.make([encoder_of(host)], anchor_file, tokenizers=[tokenizer])
             elif isinstance(space, CanonicalSpace):
-                space = copy.deepcopy(space)  # one model is moved to a device, another one is not
+                space = copy.deepcopy(space)  # models that share a space may be on different devices
             else:
                 space = CanonicalSpace.default() if space is None else CanonicalSpace.load(space)
             config.space = space.shape()
@@ -364,19 +367,21 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         loading |= _given(attn_implementation=kwargs.pop("attn_implementation", None))
         device, with_info = kwargs.pop("device_map", None), kwargs.pop("output_loading_info", False)
         if kwargs.pop("ignore_mismatched_sizes", False):
-            raise ConfigError("ignore_mismatched_sizes=True is not possible: an adapter's file fits or is refused.")
+            raise ConfigError(
+                "ignore_mismatched_sizes=True is not supported: an adapter's file must fit. Leave it out."
+            )
         if kwargs:
             raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
         config_file = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub)
-        commit = extract_commit_hash(str(config_file), None)  # a branch may move between one file and the next
+        commit = extract_commit_hash(str(config_file), None)  # a branch may change between two downloads
         weights = adapter_file(pretrained_model_name_or_path, WEIGHTS_NAME, commit or revision, hub)
         stored = read_config(config_file)
         if config is None:
             config = stored
-        else:  # as the Auto classes do it, which also put names of labels and attn_implementation into it
+        else:  # as the Auto classes do, which also add label names and attn_implementation to it
             if config.base_model_name_or_path != stored.base_model_name_or_path:
                 if config.base_model_revision == stored.base_model_revision:
-                    config.base_model_revision = None  # the revision was that of the adapter's own host
+                    config.base_model_revision = None  # it was the revision of the adapter's own host
             if config.id2label != stored.id2label:
                 names = {"id2label": config.id2label} | names
             asked = getattr(config, "_attn_implementation_internal", None)
@@ -399,11 +404,11 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 tokenizer = load_tokenizer(name, **own)
         elif loading:
             raise ConfigError(
-                f"{sorted(loading)[0]} is of a host that is loaded here, and one was given. Leave it out."
+                f"{sorted(loading)[0]} is for a host that is loaded here, but a loaded host was given. Leave it out."
             )
         if config.pathway == "inject":
             _part("injection").describe_target(config, host, layout, binds=False)
-        adapter = make_adapter(config)  # before the host is touched: a bad file leaves it as it was
+        adapter = make_adapter(config)  # before the host is touched, so that a bad file does not change it
         load_adapter(adapter, weights)
         model = cls(config, host, adapter)
         if config.pathway == "stream":
@@ -419,26 +424,26 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         return model
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As of any module; the tensors of the adapter's own file, by their names there, are decoded.
+        """Load a state dict as any module does, or the encoded tensors of an adapter's file.
 
-        transformers' own ``Trainer`` reads ``model.safetensors`` and calls this, with ``strict=False``, for the best
-        checkpoint and for the one that it resumes from.
+        transformers' own ``Trainer`` calls this with the content of ``model.safetensors`` and ``strict=False``, for
+        the best checkpoint and for the one to resume from.
 
         Raises:
-            AdapterFileError: the tensors are of another adapter, or of no adapter at all.
+            AdapterFileError: the tensors belong to another adapter, or to none.
         """
         if not state_dict or any(name.startswith(("adapter.", "host.")) for name in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        take_over(self.adapter, state_dict, "The state that was given")
+        take_over(self.adapter, state_dict, "The given state dict")
         return _IncompatibleKeys([], [])
 
     # ---- saving ----
 
     def save_files(self, folder: str | Path) -> None:
-        """``config.json`` and ``model.safetensors`` alone, as checkpoints have them.
+        """Write only ``config.json`` and ``model.safetensors``, as for checkpoints.
 
         Raises:
-            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
+            AdapterFileError: values are not finite, or the folder cannot be written; earlier files stay.
         """
         self.config.architectures = [type(self).__name__]
         content = json.loads(self.config.to_json_string(use_diff=False))
@@ -446,25 +451,25 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         more = {"id2label", "label2id"}
         auto_map = AUTO_MAP if self.config.pathway == "stream" else _part("injection").AUTO_MAP
         content = {name: value for name, value in content.items() if name in own | more}
-        content |= {"auto_map": auto_map, "tasks": self.config.tasks}  # in their order
-        type(self.config)(**content | {"id2label": None, "label2id": None})  # only what can be read again is written
+        content |= {"auto_map": auto_map, "tasks": self.config.tasks}  # keeps their order
+        type(self.config)(**content | {"id2label": None, "label2id": None})  # raises if it cannot be read again
         save_adapter(self.adapter, content, Path(folder))
 
     def save_pretrained(self, save_directory: str | Path, *, tasks: list[str] | None = None, **kwargs) -> None:
-        """Write the adapter and its heads, the code that loads them, the licence and a model card; no host tensor.
+        """Write the adapter, the code that loads it, the licence and a model card, but no tensor of the host.
 
-        A README.md that was written by hand is left as it is.
+        A README.md that a user has edited is not changed.
 
         Args:
-            save_directory: the folder; made if needed.
-            tasks: write these tasks alone; all of them when None.
-            **kwargs: arguments that transformers passes to every model; ``is_main_process`` and ``push_to_hub`` with
-                ``repo_id`` and the arguments of ``push_to_hub`` are honoured.
+            save_directory: output folder; created if needed.
+            tasks: names of tasks to write; by default all.
+            **kwargs: arguments that transformers passes to every model; ``is_main_process``, ``push_to_hub``,
+                ``repo_id`` and the arguments of ``push_to_hub`` are used.
 
         Raises:
-            AdapterFileError: values are not finite or the folder cannot be written; what was there stays.
-            ConfigError: no such task.
-            HubError: it cannot be pushed.
+            AdapterFileError: values are not finite, or the folder cannot be written; earlier files stay.
+            ConfigError: a task does not exist.
+            HubError: the push failed.
         """
         if not kwargs.get("is_main_process", True):
             return
@@ -476,9 +481,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         self.save_files(folder)
         try:
             bundle = _from_package("publish.bundle", "A model card")
-        except (
-            UniHyperLoraError
-        ):  # code that came with an adapter: it goes along, card and licence stay where they are
+        except UniHyperLoraError:  # this code came with an adapter: copy it, without card and licence
             for file in Path(__file__).parent.glob("[!_]*.py"):
                 with replacing(folder / file.name) as temporary:
                     shutil.copyfile(file, temporary)
@@ -491,18 +494,18 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             _from_package("publish.hub", "Pushing").push_folder(folder, repo_id, **push)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Push weights, configuration, code, card and licence as one commit; see ``publish.hub.push_model``.
+        """Push weights, configuration, code, card and licence in one commit; see ``publish.hub.push_model``.
 
         Args:
-            repo_id: "user/name", or a name under the user who is logged in.
+            repo_id: "user/name", or a name under the logged-in user.
             **kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``,
-                and ``base_model_name_or_path``, the Hub id of the host where it was loaded from a folder.
+                and ``base_model_name_or_path``, the Hub id of a host that was loaded from a folder.
 
         Returns:
             The URL of the commit.
 
         Raises:
-            HubError: it cannot be pushed; what the repository had is untouched.
+            HubError: the push failed; the repository is unchanged.
         """
         return _from_package("publish.hub", "Pushing").push_model(self, repo_id, **kwargs)
 
@@ -514,21 +517,23 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         return self.config.tasks[self._task(None)]["labels"]
 
     def add_task(self, name: str, labels: list[str], reader: str | dict[str, int] = "large", bits: int = 8) -> None:
-        """Add a task and make it the active one.
+        """Add a task and make it the active task.
 
         Args:
-            name: of the task.
-            labels: its label names, by id.
-            reader: of a stream, the size of the task's own reader: "small", "medium" or "large", or a dict of
-                "width" and "hidden".
-            bits: of the reader's matrices, 4 or 8.
+            name: name of the task.
+            labels: label names, by id.
+            reader: for a stream: size of the task's reader, "small", "medium" or "large", or a dict with "width" and
+                "hidden".
+            bits: bits of the reader's matrices, 4 or 8.
 
         Raises:
-            ConfigError: the name is taken or not allowed, or the labels or the reader are not usable.
+            ConfigError: the name exists or is not allowed, or the labels or the reader are not usable.
+            MergeError: the update of another task is merged into the host.
         """
         if self.task_type is None:
             raise ConfigError(
-                f"{type(self).__name__} has no head; add tasks to a …ForTokenClassification and the like."
+                f"{type(self).__name__} has no head; add tasks to a …ForTokenClassification or "
+                "…ForSequenceClassification."
             )
         if name in self.config.tasks:
             raise ConfigError(f"Task {name!r} exists already; the adapter has {sorted(self.config.tasks)}.")
@@ -543,18 +548,18 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         self.config.activate(name)
 
     def load_task(self, adapter: str | Path, task: str | None = None, name: str | None = None, **hub) -> None:
-        """Take a task of another adapter of the same space into this one.
+        """Copy a task from another adapter of the same space into this adapter.
 
         Args:
-            adapter: its folder or Hub id.
-            task: which of its tasks; its active one when None.
-            name: what it is called here; its own name when None.
+            adapter: folder or Hub id of the other adapter.
+            task: name of the task there; by default its active task.
+            name: name of the task here; by default the same name.
             **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
 
         Raises:
-            ConfigError: no such task, the name is taken or not allowed, or the adapter is of another space or has δθ
-                in other steps.
-            AdapterFileError: no adapter there, or it is damaged.
+            ConfigError: the task does not exist, the name exists or is not allowed, or the other adapter has another
+                space or another step of δθ.
+            AdapterFileError: there is no adapter, or it is damaged.
         """
         revision = hub.pop("revision", "main")
         config = read_config(adapter_file(adapter, CONFIG_NAME, revision, hub))
@@ -566,29 +571,29 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if name in self.config.tasks:
             raise ConfigError(f"Task {name!r} exists already; give it another name with name=.")
         if config.pathway != "stream" or self.config.pathway != "stream":
-            raise ConfigError("Only tasks of streams can be put into one file; an injected update has its own atoms.")
+            raise ConfigError("Only tasks of streams can share a file; an injected update has its own atoms.")
         other = make_adapter(config)
         load_adapter(other, adapter_file(adapter, WEIGHTS_NAME, revision, hub))
         if other.space.digest != self.adapter.space.digest:
             raise ConfigError(
-                f"{adapter} is of the space '{other.space.name}' ({other.space.digest}), this adapter of "
-                f"'{self.adapter.space.name}' ({self.adapter.space.digest}): their coordinates mean other things. "
+                f"{adapter} has the space '{other.space.name}' ({other.space.digest}), this adapter has "
+                f"'{self.adapter.space.name}' ({self.adapter.space.digest}): their coordinates mean different things. "
                 "Train the task on this space."
             )
         if config.delta_step != self.config.delta_step and bool(other.tasks[task].delta().any()):
             raise ConfigError(
-                f"δθ of task {task!r} has steps of {config.delta_step:g}, this one has {self.config.delta_step:g}, "
-                "in which it would be another δθ. Make both adapters with the same delta_step."
+                f"δθ of task {task!r} has the step {config.delta_step:g}, but this adapter has "
+                f"{self.config.delta_step:g}, which would change δθ. Make both adapters with the same delta_step."
             )
         self.config.tasks[name] = config.tasks[task]
         self.adapter.add(name)
         self.adapter.tasks[name].load_state_dict(other.tasks[task].state_dict())
 
     def delete_task(self, name: str) -> None:
-        """Take a task out of the adapter; the next one becomes active if it was that.
+        """Delete a task; if it was active, the next fitting task becomes active.
 
         Raises:
-            ConfigError: no such task.
+            ConfigError: the task does not exist.
         """
         if name not in self.config.tasks:
             raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(self.config.tasks)}.")
@@ -600,10 +605,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 self.config.activate(fitting[0])
 
     def set_task(self, name: str) -> None:
-        """Make ``name`` the task of the next forward passes.
+        """Make ``name`` the active task.
 
         Raises:
-            ConfigError: no such task, or it is of another type than this model.
+            ConfigError: the task does not exist, or is of another type than this model.
         """
         self.config.activate(self._task(name))
 
@@ -626,35 +631,35 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         if cls.task_type not in (None, config.tasks[name]["type"]):
             fitting = sorted(other for other, task in config.tasks.items() if task["type"] == cls.task_type)
             raise ConfigError(
-                f"Task {name!r} is {config.tasks[name]['type']}, {cls.__name__} does {cls.task_type}; the adapter's "
-                f"tasks of that type are {fitting}. Choose one with task=."
+                f"Task {name!r} is {config.tasks[name]['type']}, but {cls.__name__} does {cls.task_type}; the "
+                f"adapter's tasks of that type are {fitting}. Choose one with task=."
             )
 
-    # ---- lining up, taking off ----
+    # ---- alignment, detaching ----
 
     def calibrate(self, tokenizer=None, states: torch.Tensor | None = None) -> None:
-        """Line the host up with the adapter's space: no label, no gradient, seconds.
+        """Align the host with the adapter's space, without labels or gradients, in seconds.
 
         Args:
-            tokenizer: the host's fast tokenizer; loaded by the host's name when None.
-            states: the host's states of the anchors, if known already (``space.anchor_states``).
+            tokenizer: the host's fast tokenizer; by default loaded by the host's name.
+            states: result of ``space.anchor_states`` for the space's anchors, if known.
 
         Raises:
-            HostError: the tokenizer cannot be loaded or marks no words, or too few anchors can be read.
+            HostError: the tokenizer cannot be loaded or does not mark words, or too few anchors can be read.
         """
         tokenizer = load_tokenizer(self.host.config.name_or_path) if tokenizer is None else tokenizer
         self.stream = Stream(self.adapter, self.host, tokenizer, states)
         fit = self.stream.fit.r2
         if sum(fit) / len(fit) < LOW_FIT:
             logger.warning(
-                "This host fits the adapter's canonical space badly (R² a knot: %s): expect low scores. Is it of "
-                "another language, or trained for something else than text?",
+                "This host fits the adapter's canonical space badly (R² per knot: %s): expect low scores. Check that "
+                "the host reads text of the same language.",
                 ", ".join(f"{value:.2f}" for value in fit),
             )
         for name, task in self.config.tasks.items():
             if task.get("refined"):
                 logger.warning(
-                    "δθ of task '%s' was tuned on a map that was refined on unlabelled text (%s words), and the file "
+                    "δθ of task '%s' was tuned with a map that was refined on unlabelled text (%s words). The file "
                     "does not hold that map: call refine(sentences, source) with the same text.",
                     name,
                     task["refined"]["words"],
@@ -664,75 +669,76 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         try:
             self.calibrate(tokenizer)
         except UniHyperLoraError:
-            self.detach()  # the host as it was given
+            self.detach()  # restores the host
             raise
 
     def refine(self, sentences: list[list[str]], source: "UniHyperLoraPreTrainedModel") -> None:
-        """Line the host up once more, on unlabelled text of the kind that it is to read as well as on the anchors.
+        """Align the host again, on the anchors and on unlabelled text similar to the text that it will read.
 
-        A host that the adapter was trained on says where the words lie in the canonical space. The map is kept in the
-        cache, not in the adapter: call this again after loading.
+        ``source``, on a host that the adapter was trained on, computes the coordinates of the text's words. The map is
+        cached on disk, but not saved in the adapter: call this again after loading.
 
         Args:
-            sentences: lists of words, one a sentence, 256 words at least; of a text of more than 20,000 words every
+            sentences: lists of words, one per sentence, with at least 256 words; of more than 20,000 words only every
                 n-th sentence is read.
-            source: an adapter of the same space, on a host that it was trained on.
+            source: a model with the same space, on a host that the adapter was trained on.
 
         Raises:
-            ConfigError: no stream, or another space.
-            HostError: ``source`` is on a host that the adapter was not trained on.
-            DataError: too little text.
+            ConfigError: a model is not a stream, or the spaces differ.
+            HostError: the adapter was not trained on the host of ``source``.
+            DataError: the text is too short.
         """
         _from_package("space_making.refinement", "Refining a map").refine(self, sentences, source)
 
     def detach(self) -> nn.Module:
-        """Take the adapter off and return the host as it was given; this model cannot be used afterwards."""
+        """Remove the adapter and return the host in its original state; this model cannot be used afterwards."""
         if self.injection is not None:
             self.injection.remove()
         Hold.release(self.host, self)
         return self.host
 
     def describe(self) -> str:
-        """Host, fit of the line-up or sites found, and pathway, in one line."""
+        """One line with the host, the fit of its alignment or its sites, and the tasks."""
         name = self.host.config.name_or_path or type(self.host).__name__
         if self.injection is not None:
             return f"UniHyperLoRA on {name} ({self.injection.describe()}, tasks {sorted(self.config.tasks)}"
-        fit = "not lined up" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
+        fit = "not aligned" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
         blocks = "?" if self.stream is None else self.stream.words.num_layers
         space = self.adapter.space
         return (
             f"UniHyperLoRA on {name} ({self.host.config.model_type}, {blocks} blocks x "
-            f"{self.host.config.hidden_size}): space {space.name} {space.version} ({space.digest}), R² a knot {fit}, "
-            f"tasks {sorted(self.config.tasks)}"
+            f"{self.host.config.hidden_size}): space {space.name} {space.version} ({space.digest}), R² per knot "
+            f"{fit}, tasks {sorted(self.config.tasks)}"
         )
 
     # ---- training ----
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the adapter; the host is frozen and stays without dropout."""
+        """Set the training mode of the adapter; the host stays in evaluation mode, without dropout."""
         super().train(mode)
         self.host.eval()
         return self
 
     def set_train_scope(self, scope: str) -> None:
-        """Choose what a trainer may change.
+        """Choose the parameters that require gradients.
 
-        "task": of a stream the reader and the head of the active task, of an injected update everything but δθ.
-        "delta": the active task's δθ alone; its head too as long as that was never trained.
+        Args:
+            scope: "task" trains reader and head of the active task, or all parts of an injected update except δθ.
+                "delta" trains only δθ of the active task, and its head if that was never trained.
 
         Raises:
-            ConfigError: another scope was given, or one that this adapter is not trained in.
+            ConfigError: the scope is not allowed, or not supported by this adapter.
             MergeError: the update is merged into the host.
         """
         if scope not in ("task", "delta"):
             raise ConfigError(f"train_scope={scope!r} is not allowed; choose 'task' or 'delta'.")
         if scope == "delta" and self.config.projector == "host":
             raise ConfigError(
-                "train_scope='delta' tunes a universal adapter to a host. This one is bound to its host and trained "
-                "for it whole; choose train_scope='task'."
+                "train_scope='delta' tunes a universal adapter to a host, but this adapter is bound to its host. "
+                "Choose train_scope='task'."
             )
         if self.merged:
-            raise MergeError("The update is merged into the host, where it cannot be trained; call unmerge() first.")
+            raise MergeError("A merged update cannot be trained; call unmerge() first.")
         name = self._task(None)
         own, head_is_new = self.adapter.tasks[name], not self.config.tasks[name].get("trained", False)
         self.adapter.requires_grad_(scope == "task" and self.config.pathway == "inject")
@@ -750,22 +756,22 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """Let the host's blocks be computed again on the way back, which spares memory with an injected update.
+        """Recompute the host's blocks in the backward pass, which saves memory with an injected update.
 
-        A stream's gradients do not go through its host, which keeps nothing in any case.
+        This has no effect on a stream, whose gradients do not pass through its host.
 
         Args:
-            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``.
-            **kwargs: ``every_n_layers``: only every so many blocks.
+            gradient_checkpointing_kwargs: arguments of ``torch.utils.checkpoint.checkpoint``.
+            **kwargs: ``every_n_layers``: recompute only every n-th block.
 
         Raises:
-            ConfigError: reentrant checkpointing, or offloading, neither of which a frozen host can do.
+            ConfigError: reentrant checkpointing or offloading, which a frozen host does not support.
         """
         if self.injection is not None:
             self.injection.enable_checkpointing(gradient_checkpointing_kwargs or {}, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Let the host's blocks keep what they need."""
+        """Turn gradient checkpointing off."""
         if self.injection is not None:
             self.injection.checkpoint = None
 
@@ -773,36 +779,36 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
 
     @property
     def merged(self) -> bool:
-        """Whether an update is folded into the host's weights now."""
+        """Whether an update is merged into the host's weights."""
         return self.injection is not None and self.injection.merged
 
     def merge(self) -> None:
-        """Fold the active task's update into the host's weights; exact, and free at inference.
+        """Merge the active task's update into the host's weights; exact, and without cost at inference.
 
         Raises:
-            MergeError: the router chooses atoms for each token, so no fixed weight computes the same; or it is a
-                stream, which has no update.
+            MergeError: the router chooses atoms for each token, so fixed weights cannot replace the update; or the
+                model is a stream, which has no update.
         """
         if self.injection is None:
-            raise MergeError("The stream computes beside the host, so it has no update to merge.")
+            raise MergeError("A stream computes beside the host, so it has no update to merge. Leave merge() out.")
         if not self.merged:
             self.injection.merge(self._task(None))
 
     def unmerge(self) -> None:
-        """Give the host its own weights back, bit for bit; the update is then computed beside them again."""
+        """Restore the host's own weights, bit for bit; the update is then computed beside them again."""
         if self.injection is not None:
             self.injection.unmerge()
 
     def merge_and_save(self, folder: str | Path, tokenizer=None) -> None:
-        """A stock transformers encoder with the active task's update in its weights; see ``publish.weights``."""
+        """Write a transformers encoder with the active task's update merged; see ``publish.weights``."""
         _from_package("publish.weights", "Exporting").merge_and_save(self, folder, tokenizer)
 
     def export_lora(self, folder: str | Path, rank: int) -> dict[str, float]:
-        """The active task's update as a PEFT LoRA folder, and how far it is off; see ``publish.weights``."""
+        """Write the active task's update as a LoRA for PEFT; returns its errors, see ``publish.weights``."""
         return _from_package("publish.weights", "Exporting").export_lora(self, folder, rank)
 
     def export_onnx(self, path: str | Path, host_path: str | Path | None = None) -> None:
-        """Host and adapter as one ONNX file, or apart; see ``publish.onnx_file``."""
+        """Write host and adapter as one ONNX file, or as two; see ``publish.onnx_file``."""
         _from_package("publish.onnx_file", "Exporting").export_onnx(self, path, host_path)
 
     # ---- forward ----
@@ -832,21 +838,27 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         tasks: Sequence[str] | None = None,
         **inputs,
     ) -> dict[str, Any]:
-        """One pass of the host, and what the asked tasks make of it.
+        """Run the host once, and compute the logits of the requested tasks.
 
-        Inputs that the host does not know are left out (a tokenizer may give token types to a host without them).
+        Inputs that the host does not accept are ignored (such as token types for a host without them).
 
         Args:
-            task: for all sentences; the active one when None.
-            task_ids: B names of tasks, or (B,) numbers of them in ``list(config.tasks)``: each sentence has its own.
-            tasks: names: every sentence is scored for all of them.
+            task: task of all sentences; by default the active task.
+            task_ids: one task per sentence: B names, or (B,) indices into ``list(config.tasks)``.
+            tasks: names of tasks; every sentence is scored for all of them.
 
         Returns:
-            ``logits``, a tensor or with ``tasks`` a dict of them, ``hidden_states``, ``last_hidden_state``, and of an
-            injected update ``expected_atoms`` and ``active_atoms``.
+            ``logits`` (a tensor, or with ``tasks`` a dict of task → tensor), ``hidden_states``, ``last_hidden_state``;
+            with an injected update also ``expected_atoms`` and ``active_atoms``.
+
+        Raises:
+            ConfigError: arguments contradict each other, inputs are missing, or a task does not fit.
         """
         if sum(given is not None for given in (task, task_ids, tasks)) > 1:
-            raise ConfigError("Give task, for all sentences, task_ids, one for each, or tasks, all of them; not two.")
+            raise ConfigError(
+                "Give only one of task (the same for all sentences), task_ids (one per sentence) and tasks (all of "
+                "them for every sentence)."
+            )
         known = self._host_arguments | {"canonical_states", "word_index"}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         reads = {self.host.main_input_name, "inputs_embeds"}
@@ -859,7 +871,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if name in known}
         if self.injection is not None:
             if tasks is not None:
-                raise ConfigError("tasks= scores several tasks in one pass of the host, which only a stream can do.")
+                raise ConfigError("Only a stream can score several tasks in one pass (tasks=). Use task_ids=.")
             return self.injection.outputs(self, task, task_ids, attention_mask, output_hidden_states, inputs)
         if "canonical_states" in inputs:
             z = inputs["canonical_states"]
@@ -887,7 +899,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
     @property
     def bound_stream(self) -> Stream:
         if self.stream is None:
-            raise HostError("The stream is not lined up with its host yet; call calibrate(tokenizer).")
+            raise HostError("The stream is not aligned with its host yet; call calibrate(tokenizer).")
         return self.stream
 
     def _output(self, kind: type, run: dict[str, Any], loss: torch.Tensor | None, return_dict: bool | None):
@@ -896,12 +908,12 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         return out if return_dict in (None, True) else out.to_tuple()
 
     def _only(self, tasks: list[str]):
-        """Within it the adapter has these tasks alone."""
+        """Context in which the adapter has only these tasks."""
         return _OnlyTasks(self, tasks)
 
 
 class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
-    """The host with the active task's update and no head; returns states. A stream leaves them as they are."""
+    """The host with the active task's update and without a head; returns states. A stream does not change them."""
 
     def forward(
         self,
@@ -918,7 +930,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         task_ids: torch.Tensor | Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraOutput:
-        """(B, T) ids, or images for a ViT → states (B, T, d)."""
+        """Token ids (B, T), or images for a ViT → states (B, T, d)."""
         inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs |= {"inputs_embeds": inputs_embeds, "pixel_values": pixel_values, "word_index": word_index}
         run = self.run(task, attention_mask, output_hidden_states, task_ids, tasks, **inputs)
@@ -928,7 +940,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
 
 
 class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
-    """A label for each token."""
+    """Predicts a label for each token."""
 
     task_type = "token_classification"
 
@@ -949,20 +961,19 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
         task_ids: torch.Tensor | Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraTokenClassifierOutput:
-        """(B, T) ids, labels (B, T) with -100 where none → logits (B, T, C), mean cross-entropy.
+        """Token ids (B, T) and labels (B, T), -100 for no label → logits (B, T, C) and mean cross-entropy.
 
-        ``word_index`` (B, T) says which word a token belongs to (``words.NO_WORD``: to none), as a prepared tokenizer
-        gives it for words; a stream tells words by the ids where it is not given. On the further tokens of a word B-X
-        is I-X where there is such a label.
-
-        With ``num_items_in_batch`` the loss is the sum divided by it, so that parts of one batch add up. A stream may
-        be given ``canonical_states`` (B, W, K, D) instead of ids; attention mask, labels and logits are then those of
-        words, (B, W) and (B, W, C).
-
-        ``task_ids``, B names of tasks or (B,) numbers of them in ``list(config.tasks)``, makes every sentence one of
-        its own task. C is then the most labels that one of them has; other tasks have -inf for labels beyond theirs.
-        With ``tasks``, names of tasks of either type, every sentence is scored for all of them in one pass of the
-        host, and ``logits`` is a dict of task → tensor.
+        Args:
+            word_index: (B, T) word of each token, or ``words.NO_WORD``, as a prepared tokenizer returns it for given
+                words. Without it, a stream finds the words from the ids. On the further tokens of a word, B-X becomes
+                I-X if that label exists.
+            num_items_in_batch: the loss is the sum divided by this number, so that the parts of a batch add up.
+            canonical_states: (B, W, K, D), for a stream, instead of ids. Attention mask and labels are then (B, W),
+                and logits (B, W, C).
+            task_ids: one task per sentence: B names, or (B,) indices into ``list(config.tasks)``. C is then the
+                largest number of labels; a task has -inf for labels that it lacks.
+            tasks: names of tasks of either type; every sentence is scored for all of them in one pass of the host, and
+                ``logits`` is a dict of task → tensor.
         """
         inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs |= {"inputs_embeds": inputs_embeds, "word_index": word_index, "canonical_states": canonical_states}
@@ -972,7 +983,7 @@ class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
 
 
 class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
-    """A label for each sequence, from the mean over its words, or with an injected update over its tokens."""
+    """Predicts a label for each sequence, from the mean over its words (tokens with an injected update)."""
 
     task_type = "sequence_classification"
 
@@ -994,9 +1005,9 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
         task_ids: torch.Tensor | Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
     ) -> UniHyperLoraSequenceClassifierOutput:
-        """(B, T) ids, images or canonical states, labels (B,) → logits (B, C), mean cross-entropy.
+        """Token ids (B, T), images or canonical states, and labels (B,) → logits (B, C) and mean cross-entropy.
 
-        The loss, and ``task_ids`` and ``tasks``, are as for tokens.
+        All arguments are as for ``UniHyperLoraForTokenClassification``.
         """
         inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs |= {"inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
@@ -1007,11 +1018,15 @@ class UniHyperLoraForSequenceClassification(UniHyperLoraPreTrainedModel):
 
 
 def make_adapter(config: UniHyperLoraConfig) -> Adapter:
-    """The adapter that a configuration describes."""
+    """Make the adapter that a configuration describes.
+
+    Raises:
+        ConfigError: the configuration has no space.
+    """
     if config.pathway == "inject":
         return _part("injection").make_adapter(config)
     if config.space is None:
-        raise ConfigError("The configuration names no space: make such an adapter with from_host.")
+        raise ConfigError("The configuration has no space. Make the adapter with from_host.")
     return StreamAdapter(config)
 
 
@@ -1020,14 +1035,14 @@ def loss_of(logits, labels: torch.Tensor | None, num_items: torch.Tensor | int |
     if labels is None:
         return None
     if isinstance(logits, dict):
-        raise ConfigError("labels are of one task, and tasks= asks for several; score them without labels.")
+        raise ConfigError("labels belong to one task, but tasks= asks for several. Leave labels out.")
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     items = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=logits.device)
     return total / items.clamp_min(1)
 
 
 class _OnlyTasks:
-    """A context in which a model has some of its tasks alone."""
+    """Context in which a model has only some of its tasks."""
 
     def __init__(self, model: UniHyperLoraPreTrainedModel, tasks: list[str]):
         self.model, self.tasks = model, tasks
@@ -1048,15 +1063,19 @@ class _OnlyTasks:
 
 
 def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, label2id=None) -> None:
-    """Names of labels that a caller gives for the active task; they have to be as many as the task has."""
+    """Rename the labels of the active task with the caller's names.
+
+    Raises:
+        ConfigError: the number of names differs from the number of labels, or ids are missing.
+    """
     labels = config.tasks[config.active_task]["labels"]
     if id2label is None and label2id is not None:
         id2label = {number: label for label, number in label2id.items()}
     number = num_labels if id2label is None else len(id2label)
     if number is not None and number != len(labels):
         raise ConfigError(
-            f"Task '{config.active_task}' has {len(labels)} labels ({', '.join(labels)}), and the call gave {number}. "
-            "Leave num_labels and id2label out, or add a task of your own with add_task."
+            f"Task '{config.active_task}' has {len(labels)} labels ({', '.join(labels)}), but the call gave {number}. "
+            "Leave num_labels and id2label out, or add a new task with add_task."
         )
     if id2label is not None:
         given = {int(key): str(value) for key, value in id2label.items()}
@@ -1069,7 +1088,11 @@ def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, l
 
 
 def _one_device(device_map) -> torch.device | str:
-    """The device of a ``device_map`` with one device; a host that is spread over several has to be loaded before."""
+    """The device of a ``device_map``.
+
+    Raises:
+        ConfigError: the map has several devices.
+    """
     if device_map == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or "cpu"
@@ -1077,7 +1100,7 @@ def _one_device(device_map) -> torch.device | str:
         device_map = next(iter(device_map.values()))
     if not isinstance(device_map, str | int | torch.device):
         raise ConfigError(
-            f"device_map={device_map!r} spreads the host over devices. Load the host so yourself and pass host=."
+            f"device_map={device_map!r} spreads the host over several devices. Load the host yourself and pass host=."
         )
     return torch.device(device_map)
 
@@ -1087,15 +1110,15 @@ def _given(**kwargs) -> dict:
 
 
 def _part(module: str):
-    """A module beside this one that only adapters with an injected update bring along."""
+    """Import a module of this package that only adapters with an injected update include."""
     return importlib.import_module(f".{module}", __package__)
 
 
 def _from_package(module: str, what: str):
-    """A module of the installed package.
+    """Import a module of the installed package.
 
     Raises:
-        UniHyperLoraError: it is not installed; this code came with an adapter.
+        UniHyperLoraError: the package is not installed: this code came with an adapter.
     """
     try:
         return importlib.import_module(f"modeling_unihyperlora.{module}")

@@ -1,17 +1,17 @@
-"""Words: what a stream reads one state of. They are the same words on every host, whatever its tokenizer.
+"""Words: a stream reads one state per word, and words are the same on every host, whatever its tokenizer.
 
 Letters: B batch, T tokens, W words, V entries of a vocabulary.
 
-A word begins at a blank, at a punctuation mark, at a symbol, at a Chinese character, and after one of these. So BERT's
-pre-tokeniser cuts, and here it holds for every tokenizer. Two pieces of code make it true:
+A word begins at a blank, at a punctuation mark, at a symbol, at a Chinese character, and after one of these. BERT's
+pre-tokeniser has this rule; here it holds for every tokenizer. Two parts of this module ensure it:
 
-- ``prepare_tokenizer`` changes the normaliser of a host's tokenizer: it puts blanks around marks and in front of the
-  text. A byte-level or SentencePiece tokenizer then writes every word as one that follows a blank, and raw text gives
-  the very ids that its words give. If the caller gives words (``is_split_into_words=True``), the tokenizer also
-  returns ``word_index``, and a word that the caller gave is never split or joined.
-- ``begins_of`` tells from token ids alone which tokens begin a word, with a small table of the vocabulary. It is what
-  the model uses where no ``word_index`` is given, also in ONNX and under torch.compile. It follows the same rule on
-  ids that came from the host's own, unprepared tokenizer.
+- ``prepare_tokenizer`` changes the normaliser of a host's tokenizer: it puts blanks around marks and before the text.
+  A byte-level or SentencePiece tokenizer then encodes every word as a word after a blank, so raw text and its words
+  give the same ids. If the caller gives words (``is_split_into_words=True``), the tokenizer also returns
+  ``word_index``, and given words are never split or joined.
+- ``begins_of`` finds the first tokens of words from token ids, with a small table of the vocabulary. The model uses it
+  if there is no ``word_index``, also in ONNX and under torch.compile. It applies the same rule to ids from the host's
+  own, unprepared tokenizer.
 """
 
 import copy
@@ -31,9 +31,9 @@ from .hosts import call_host, check_states, transformers_folder
 
 logger = logging.get_logger(__name__)
 
-NO_WORD = -1  # in ``word_index``: a token of no word
+NO_WORD = -1  # value in ``word_index`` of tokens that belong to no word
 
-# Chinese characters, each a word of its own: the blocks that BERT's normaliser knows.
+# Blocks of Chinese characters, as in BERT's normaliser; each character is a word.
 _IDEOGRAPHS = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -50,11 +50,11 @@ def _class(*ranges: tuple[int, int]) -> str:
 
 
 _MARK = rf"[[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]&&[^{_class(_SKIN_TONES)}]]"
-_WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # what belongs to the mark before it: accents, joiners
+_WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # accents and joiners, which belong to the mark before them
 _AFTER = rf"(?=[^\s\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}])"
 CUT = "|".join(
     [rf"(?<=\S)(?={_MARK})", *(rf"(?<={_MARK}{_WITH * following}){_AFTER}" for following in range(3))]
-)  # the empty places where a word begins without a blank
+)  # matches the empty positions where a word begins without a blank
 
 
 def is_mark(character: str) -> bool:
@@ -69,18 +69,18 @@ def is_mark(character: str) -> bool:
 
 
 def load_tokenizer(name_or_path: str | None, trust_remote_code: bool = False, **kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer in a host's folder or repository, prepared; see ``prepare_tokenizer``.
+    """Load and prepare the tokenizer of a host's folder or repository; see ``prepare_tokenizer``.
 
-    This is the only loader: lining up, training, scoring, pipelines and exports read with the same tokenizer.
+    Alignment, training, scoring, pipelines and exports all load tokenizers with this function.
 
     Args:
         name_or_path: a Hub id or a folder.
-        trust_remote_code: let the tokenizer's repository run its own code.
+        trust_remote_code: allow code from the tokenizer's repository.
         **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, and settings of the tokenizer such as
             ``model_max_length``.
 
     Raises:
-        HostError: it cannot be loaded, or it cannot be prepared.
+        HostError: the tokenizer cannot be loaded or prepared.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -89,26 +89,26 @@ def load_tokenizer(name_or_path: str | None, trust_remote_code: bool = False, **
     except (OSError, ValueError) as error:
         raise HostError(
             f"The tokenizer of the host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass tokenizer=, or "
-            "name one with --tokenizer_name."
+            "name another one with --tokenizer_name."
         ) from error
     return prepare_tokenizer(tokenizer)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of a fast tokenizer that cuts words as this module says; one that is prepared is returned as it is.
+    """Copy a fast tokenizer so that it splits words as this module describes; returns a prepared one unchanged.
 
-    The copy pads on the right, with the end-of-text token where the tokenizer has no pad token. Offsets are those of
-    the text that was given.
+    The copy pads on the right; without a pad token it pads with the end-of-text token. Offsets refer to the original
+    text.
 
     Raises:
-        HostError: the tokenizer is a slow one, or has nothing to pad with.
+        HostError: the tokenizer is slow, or has no token to pad with.
     """
     if isinstance(tokenizer, _WordTokenizer):
         return tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise HostError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot say to which word a sub-token belongs. Use "
-            "a host with a tokenizer.json, or name a fast tokenizer with --tokenizer_name."
+            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell the word of a sub-token. Use a host "
+            "with a tokenizer.json, or name a fast tokenizer with --tokenizer_name."
         )
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -130,7 +130,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def _with_blanks(state: dict) -> dict:
-    """A tokenizer, as JSON, that cuts at every mark and sees a blank before every word and nowhere else."""
+    """Change a tokenizer's JSON so that it splits at every mark and reads a blank before every word only."""
     own, after = (state[part] or {} for part in ("pre_tokenizer", "normalizer"))
     steps = [step.copy() for step in own.get("pretokenizers", [own] if own else [])]
     after = after.get("normalizers", [after] if after else [])
@@ -153,7 +153,7 @@ def _with_blanks(state: dict) -> dict:
 
 
 def _prefix(blank: str) -> pre_tokenizers.PreTokenizer:
-    """Puts a blank before every word; it has no place of its own in the text, so offsets need no trimming."""
+    """A step that puts a blank before every word; the blank is not part of the text, so offsets need no trimming."""
     return pre_tokenizers.Metaspace(replacement=blank, prepend_scheme="always", split=False)
 
 
@@ -162,14 +162,14 @@ def _as_json(step: normalizers.Normalizer | pre_tokenizers.PreTokenizer) -> dict
 
 
 class _WordTokenizer:
-    """What a prepared tokenizer adds to its class: the words that a caller gave, as ``word_index``."""
+    """Mixin of prepared tokenizers: returns ``word_index`` for given words."""
 
     def _encode_plus(self, *args, is_split_into_words: bool = False, return_tensors=None, **kwargs) -> BatchEncoding:
         encoded = super()._encode_plus(*args, is_split_into_words=is_split_into_words, **kwargs)
         if not kwargs.get("return_overflowing_tokens") and any(text.overflowing for text in encoded.encodings or ()):
             logger.warning_once(
-                f"A text has more tokens than are read at once ({kwargs.get('max_length') or self.model_max_length}), "
-                "and its end is left out. In a pipeline, stride=16 reads it in overlapping windows."
+                f"A text has more than {kwargs.get('max_length') or self.model_max_length} tokens; its end is left "
+                "out. In a pipeline, stride=16 reads it in overlapping windows."
             )
         if is_split_into_words:
             rows = [
@@ -191,12 +191,12 @@ class _WordTokenizer:
         return padded
 
     def __reduce_ex__(self, protocol):
-        """Classes that are made at run time cannot be pickled by name; the host's own class can."""
+        """Pickle by the tokenizer's original class, since a class made at run time cannot be pickled by name."""
         return _restored, (type(self).__mro__[2], self.__dict__)
 
 
 def _word_tokenizer(own: type) -> type:
-    """The class of a prepared tokenizer, with the name that transformers writes into tokenizer_config.json."""
+    """Class of a prepared tokenizer; it keeps the name, which transformers writes into tokenizer_config.json."""
     return type(own.__name__, (_WordTokenizer, own), {"__module__": own.__module__})
 
 
@@ -208,7 +208,7 @@ def _restored(own: type, state: dict) -> PreTrainedTokenizerBase:
 
 
 class HostTokenizer:
-    """What ``AutoTokenizer`` and ``pipeline`` use for an adapter: the prepared tokenizer of its host."""
+    """Lets ``AutoTokenizer`` and ``pipeline`` load the prepared tokenizer of an adapter's host."""
 
     @classmethod
     def from_pretrained(
@@ -220,13 +220,13 @@ class HostTokenizer:
         revision: str | None = None,
         **kwargs,
     ) -> PreTrainedTokenizerBase:
-        """The tokenizer of the host that the adapter names, or of another.
+        """Load the tokenizer of the adapter's host, or of another host.
 
         Args:
             pretrained_model_name_or_path: the adapter's folder or Hub id.
             base_model_name_or_path: another host, as for the model.
-            base_model_revision: its revision.
-            revision: of the adapter.
+            base_model_revision: revision of that host.
+            revision: revision of the adapter.
             **kwargs: ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, and settings of the tokenizer.
 
         Raises:
@@ -243,8 +243,8 @@ class HostTokenizer:
             base_model_revision = config.get("base_model_revision")
         if not base_model_name_or_path:
             raise HostError(
-                f"The adapter '{pretrained_model_name_or_path}' does not say which host to use, so it has no "
-                "tokenizer either. Pass tokenizer= and base_model_name_or_path='a Hub id or a folder'."
+                f"The adapter '{pretrained_model_name_or_path}' does not name a host, so it has no tokenizer. Pass "
+                "tokenizer= and base_model_name_or_path='a Hub id or a folder'."
             )
         given = {name: value for name, value in kwargs.items() if value is not None}
         return load_tokenizer(base_model_name_or_path, revision=base_model_revision or "main", **hub, **given)
@@ -254,14 +254,14 @@ class HostTokenizer:
 
 BLANK, MARK, ENDS, BARE, SPECIAL = 1, 2, 4, 8, 16  # flags of a vocabulary's entry, see ``vocabulary_flags``
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's way to write one byte of an unknown character
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's form of one byte of an unknown character
 
 
 def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """What each entry of a vocabulary says about words: (V + 1,) uint8; the last is for ids beyond the vocabulary.
+    """Flags of each entry of a vocabulary: (V + 1,) uint8; the last entry is for ids beyond the vocabulary.
 
-    BLANK: it follows a blank (in WordPiece: it continues no word), so it begins a word. MARK: its first character is a
-    mark. ENDS: its last one is. BARE: it is a blank and nothing else. SPECIAL: a special token.
+    BLANK: the entry follows a blank (in WordPiece: continues no word), so it begins a word. MARK: its first character
+    is a mark. ENDS: its last character is a mark. BARE: the entry is only a blank. SPECIAL: it is a special token.
 
     Raises:
         HostError: the vocabulary does not mark where words begin.
@@ -277,10 +277,10 @@ def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     else:
         raise HostError(
             f"The vocabulary of {type(tokenizer).__name__} does not mark where words begin ('##', '▁' or 'Ġ'), so its "
-            "words cannot be lined up with those of other hosts. Use another host."
+            "words cannot be aligned with those of other hosts. Use another host."
         )
     unknown = tokenizer.unk_token_id
-    if unknown is not None and model.get("type") != "WordPiece":  # its name is no text
+    if unknown is not None and model.get("type") != "WordPiece":  # its name is not text
         flags[unknown] = 0
     for number in {*tokenizer.all_special_ids} - {unknown}:
         flags[number] = SPECIAL
@@ -288,7 +288,7 @@ def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def _flags(text: str) -> int:
-    """Flags of an entry that stands for this text; a leading blank is written as one."""
+    """Flags of an entry with this text; a leading blank is written as a blank."""
     inner = text.lstrip(" ")
     if not inner:
         return BLANK | BARE if text else 0
@@ -300,17 +300,17 @@ def _text_of_pieces(token: str | None) -> str:
 
 
 def _text_of_bytes(token: str | None) -> str:
-    """The text of a byte-level entry; a part of a character is written as an accent, which is no mark."""
+    """Text of a byte-level entry; part of a character becomes an accent, which is not a mark."""
     if token is None:
         return ""
     try:
         return bytes(_BYTE_OF[character] for character in token).decode("utf-8", errors="replace").replace("�", "́")
-    except KeyError:  # an added token, which is written as it is
+    except KeyError:  # an added token, which is plain text
         return token
 
 
 def _byte_level() -> dict[str, int]:
-    """Character → byte in a byte-level vocabulary (Radford et al. 2019): printable ones stand for themselves."""
+    """Character → byte in a byte-level vocabulary (Radford et al. 2019): printable characters are themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [number for number in range(256) if number not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
@@ -320,11 +320,13 @@ _BYTE_OF = _byte_level()
 
 
 class WordPlaces(NamedTuple):
-    """Where the words of a batch are among its tokens.
+    """Positions of the words of a batch among its tokens.
 
-    ``first`` and ``last`` (B, W): first and last token of each word, 0 beyond a sentence's words. ``lengths`` (B,):
-    words a sentence. ``word_of`` (B, T): the word that a token belongs to; of a token of no word, the one before it.
-    ``begins`` (B, T) bool: the first tokens of words.
+    Attributes:
+        first, last: (B, W) first and last token of each word, 0 beyond a sentence's words.
+        lengths: (B,) number of words per sentence.
+        word_of: (B, T) word of each token; a token outside words has the word before it.
+        begins: (B, T) bool, the first tokens of words.
     """
 
     first: torch.Tensor
@@ -340,15 +342,15 @@ def begins_of(
     attention_mask: torch.Tensor | None = None,
     word_index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens begin a word, and which belong to one: (B, T) bool each.
+    """Find the tokens that begin a word, and the tokens that belong to a word: two bool tensors (B, T).
 
-    A sentence without any word has one all the same, its first token, so that it can be classified.
+    A sentence without words gets one word, its first token, so that it can be classified.
 
     Args:
         flags: (V + 1,), see ``vocabulary_flags``.
         input_ids: (B, T).
         attention_mask: (B, T), above 0 for tokens.
-        word_index: (B, T) the word of each token as the caller gave it, or ``NO_WORD``; from the ids where None.
+        word_index: (B, T) word of each token in the caller's words, or ``NO_WORD``; if None, words come from the ids.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
     if word_index is not None:
@@ -358,7 +360,7 @@ def begins_of(
         own = flags[input_ids.clamp(max=len(flags) - 1)]
         before = torch.where(_before(real, False), _before(own, SPECIAL), SPECIAL)
         inside = real & (own & SPECIAL == 0)
-        free = (own & MARK > 0) | (before & (ENDS | SPECIAL) > 0)  # it begins a word unless the blank before it does
+        free = (own & MARK > 0) | (before & (ENDS | SPECIAL) > 0)  # begins a word, unless the blank before it does
         begins = inside & ((own & BLANK > 0) | (free & (before & BARE == 0)))
     first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
     alone = first & ~begins.any(dim=1, keepdim=True)
@@ -366,12 +368,12 @@ def begins_of(
 
 
 def _before(values: torch.Tensor, start: int | bool) -> torch.Tensor:
-    """What stands one place to the left, (B, T); ``start`` before the first."""
+    """Values (B, T) shifted one position to the right; the first column is ``start``."""
     return torch.cat([torch.full_like(values[:, :1], start), values[:, :-1]], dim=1)
 
 
 def word_places(begins: torch.Tensor, inside: torch.Tensor, width: int | None = None) -> WordPlaces:
-    """From ``begins_of``: where words are, with ``width`` places for words (by default as many as are needed)."""
+    """Positions of words from the result of ``begins_of``; W is ``width``, by default the largest number of words."""
     tokens = begins.shape[1]
     lengths = begins.long().sum(dim=1)
     follows = torch.cat([(inside & ~begins)[:, 1:], torch.zeros_like(begins[:, :1])], dim=1)
@@ -387,10 +389,11 @@ def word_places(begins: torch.Tensor, inside: torch.Tensor, width: int | None = 
 
 
 class Continuation(NamedTuple):
-    """What B-X becomes on the further tokens of a word: I-X, where there is such a label.
+    """Changes B-X to I-X on the further tokens of a word, if the label I-X exists.
 
-    ``partner`` (C,): of B-X the id of I-X, of I-X that of B-X, of any other label its own. ``inner`` (C,) bool: the
-    label is such an I-X.
+    Attributes:
+        partner: (C,) the id of I-X for B-X, of B-X for I-X, and the label's own id for other labels.
+        inner: (C,) bool, whether the label is an I-X with a B-X.
     """
 
     partner: torch.Tensor
@@ -398,7 +401,7 @@ class Continuation(NamedTuple):
 
     @classmethod
     def of(cls, labels: list[str]) -> "Continuation":
-        """Of one task's labels."""
+        """Make it for the labels of one task."""
         ids = {label: number for number, label in enumerate(labels)}
         partner, inner = torch.arange(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
         for label, begin in ids.items():
@@ -408,10 +411,10 @@ class Continuation(NamedTuple):
         return cls(partner, inner)
 
     def __call__(self, logits: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
-        """Scores (B, T, C) of tokens, each with those of its word; ``begins`` (B, T) are words' first tokens.
+        """Change the logits (B, T, C) of tokens that have their word's scores; ``begins`` (B, T) marks first tokens.
 
-        On the others the better score of B-X and I-X is that of I-X and the worse one that of B-X. So the word keeps
-        its type and its probability, and a stock pipeline joins its tokens.
+        On other tokens, I-X gets the higher score of B-X and I-X, and B-X the lower one. So the word keeps its type
+        and its probability, and a pipeline of transformers joins its tokens.
         """
         partner, inner = (part.to(logits.device).expand(logits.shape) for part in self)
         other = logits.gather(-1, partner)
@@ -419,25 +422,25 @@ class Continuation(NamedTuple):
         return torch.where(begins.unsqueeze(-1), logits, moved)
 
 
-# ---- how a host's words are read ----
+# ---- reading a host's words ----
 
 
 class WordReader:
-    """How the words of one host are read.
+    """Finds the words of one host, and the token whose state each word has.
 
     Args:
         host: a model that returns its hidden states.
-        tokenizer: its fast tokenizer, which is prepared here unless it is already.
+        tokenizer: the host's fast tokenizer; it is prepared if necessary.
 
     Attributes:
-        tokenizer: prepared.
-        flags: of its vocabulary.
-        causal: whether the host's tokens see only what stands before them. Then the state of a word is that of its
-            last token, which has seen all of the word; else it is that of its first token.
-        num_layers: L, blocks of the host, by the states that it returns.
+        tokenizer: the prepared tokenizer.
+        flags: ``vocabulary_flags`` of the tokenizer.
+        causal: whether attention is causal. The state of a word is then that of its last token, which has read the
+            whole word; otherwise it is that of its first token.
+        num_layers: L, number of blocks, from the states that the host returns.
 
     Raises:
-        HostError: a slow tokenizer, one that marks no words, or one that is not the host's.
+        HostError: the tokenizer is slow, does not mark words, or is not the host's.
     """
 
     def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase):
@@ -449,26 +452,26 @@ class WordReader:
     def places(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
     ) -> WordPlaces:
-        """Where the words are among ids (B, T); see ``begins_of``."""
+        """Positions of the words among ids (B, T); arguments as for ``begins_of``."""
         if self.flags.device != input_ids.device:
             self.flags = self.flags.to(input_ids.device)
         return word_places(*begins_of(self.flags, input_ids, attention_mask, word_index))
 
     def read_at(self, places: WordPlaces) -> torch.Tensor:
-        """The token of each word whose state is the word's: (B, W)."""
+        """Position (B, W) of the token whose state each word has."""
         return places.last if self.causal else places.first
 
     def key(self) -> str:
-        """All that the states of words depend on beside the host's weights; for the names of cached files."""
+        """What the states of words depend on, except the host's weights, as text for names of cache files."""
         tokenizer = self.tokenizer
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # these are of its last call
+        state |= {"truncation": None, "padding": None}  # these depend on the last call
         special = [tokenizer.model_max_length, tokenizer.unk_token_id, sorted(tokenizer.all_special_ids)]
         return json.dumps([state, special, self.causal])
 
 
 def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ``HostError`` if a tokenizer gives ids that the host has no embedding for."""
+    """Raise ``HostError`` if a tokenizer has ids without an embedding in the host."""
     try:
         rows = host.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):  # a host without a table of embeddings
@@ -476,23 +479,23 @@ def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise HostError(
-            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, the host "
-            f"'{host.config.name_or_path}' embeds {rows}: it is not the host's. Give the right one (tokenizer=, "
-            "--tokenizer_name), or call resize_token_embeddings on the host before."
+            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the host "
+            f"'{host.config.name_or_path}' has {rows} embeddings, so it is not the host's tokenizer. Give the right "
+            "one (tokenizer=, --tokenizer_name), or first call resize_token_embeddings on the host."
         )
 
 
 @torch.no_grad()
 def probe(host: nn.Module, flags: torch.Tensor) -> tuple[bool, int]:
-    """Whether a host's tokens see only what stands before them, and how many blocks it has.
+    """Find out whether a host's attention is causal, and how many blocks it has.
 
-    It is tried: two texts that differ in their last token alone have the same states before it in a causal host.
+    The test runs two texts that differ only in their last token: in a causal host, all earlier states are equal.
 
     Args:
-        flags: of the vocabulary, for ids of ordinary words.
+        flags: flags of the vocabulary, to choose ids of ordinary words.
 
     Raises:
-        HostError: the host returns no hidden states, or states of another width than its configuration says.
+        HostError: the host returns no hidden states, or states of another width than its configuration states.
     """
     words = (flags[:-1] & BLANK > 0).nonzero().flatten()
     one, other = words[len(words) // 2], words[len(words) // 3]

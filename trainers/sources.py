@@ -1,9 +1,9 @@
-"""The states that a stream trains on: of one host or several, and of copies of them with fewer blocks or dimensions.
+"""The states that a stream trains on: of one or more hosts, and of copies of them with fewer blocks or dimensions.
 
-A task is trained on canonical states of words (``state_cache``). Of a source host only its states are needed: of the
-anchors, to line it up, and of the training text. From the same states come those of its copies: the host with fewer
-blocks or fewer of its dimensions, lined up like any other host. What they do to the coordinates is what hosts do that
-were never seen, which noise alone does not show.
+A task is trained on canonical states of words (``state_cache``). A source host is needed only for its states of the
+anchors, to align it, and of the training text. The same states give those of its copies: the host with fewer blocks or
+fewer dimensions, aligned like any other host. Copies change the coordinates as unseen hosts do, which noise alone does
+not imitate.
 """
 
 import bisect
@@ -164,12 +164,12 @@ class SourceStates(Dataset):
         return item
 
     def _noise(self, key: int) -> torch.Generator:
-        """That of an item in an epoch: batches are read ahead, and a run that was interrupted has to see the same."""
+        """Noise generator of an item in an epoch; it depends on nothing else, so a resumed run has the same noise."""
         seed, epoch = (0, 0) if self._sampler is None else (self._sampler.seed, self._sampler.epoch)
         return torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + key) % 2**63)
 
     def sampler(self, seed: int) -> SentenceSampler:
-        """All windows once an epoch."""
+        """A sampler that yields every window once per epoch."""
         self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed)
         return self._sampler
 
@@ -182,11 +182,11 @@ def sources_of(
     bf16: bool = False,
     **hub,
 ) -> list[Source]:
-    """The hosts to train a stream on, its own first; the model's configuration takes note of the others.
+    """The sources to train a stream on, its own host first; records the other hosts in the model's configuration.
 
     Args:
-        model: the stream model that is to be trained.
-        train: the training data for its host.
+        model: the stream model to train.
+        train: training data for its own host.
         others: Hub ids or folders of the other hosts.
         make_dataset: the training data for the host of another tokenizer.
         bf16: see ``WordStates``.
@@ -194,7 +194,7 @@ def sources_of(
 
     Raises:
         ConfigError: a host is named twice, or is the model's own.
-        HostError, DataError
+        HostError, DataError: a host cannot be loaded or aligned, or its states cannot be cached.
     """
     stream, space = model.bound_stream, model.adapter.space
     sources = [Source(model.host, stream.words, space, train, stream.fit, bf16=bf16)]
@@ -204,7 +204,7 @@ def sources_of(
         words = WordReader(host, load_tokenizer(name, **hub))
         described = describe_host(host, name, words.num_layers)
         if described["fingerprint"] in named:
-            raise ConfigError(f"The source host '{name}' is among the sources already; name each once.")
+            raise ConfigError(f"The source host '{name}' is among the sources already; name each host once.")
         named.add(described["fingerprint"])
         if described["fingerprint"] not in [host["fingerprint"] for host in known]:  # of another task
             known.append(described)

@@ -1,8 +1,8 @@
-"""States of the words of a data set, computed once: the host is frozen, so a stream trains and is scored without it.
+"""Cached states of the words of a data set: the host is frozen, so a stream can be trained and scored without it.
 
-One float16 file a host and data set, named by a digest of both, in ``cache_folder()``, memory-mapped and not loaded.
-An adapter has no part in it, so every adapter on the host uses the same file. It takes 2·layers·d bytes a word. A run
-that was killed half-way is continued; a second process waits for the first.
+There is one float16 file per host and data set in ``cache_folder()``, named by a digest of both. It is memory-mapped.
+It does not depend on an adapter, so all adapters on the host share it. It takes 2·layers·d bytes per word. A killed
+computation is resumed; a second process waits for the first.
 """
 
 import functools
@@ -35,7 +35,7 @@ from .sampling import TOGETHER
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 20  # batches
-KEPT_BYTES = 2e9  # of canonical states in memory, a data set
+KEPT_BYTES = 2e9  # maximum bytes of canonical states in memory, per data set
 
 
 class WordStates:
@@ -51,12 +51,12 @@ class WordStates:
         batch_size: windows that the host reads at a time.
 
     Attributes:
-        layers: those.
+        layers: indices of the kept hidden states.
         states: (words, layers, d) float16, memory-mapped.
-        offsets: (windows + 1,) where a window's words begin.
-        starts: for each window the sub-tokens at which its words begin.
-        labels: for each window those of its words, or its own.
-        cpu_seconds: that reading the host took, next to none where the states were on disk.
+        offsets: (windows + 1,) index of each window's first word.
+        starts: for each window, the positions of its words' first sub-tokens.
+        labels: for each window, the labels of its words, or the window's label.
+        cpu_seconds: CPU time for computing the states; near zero if they were cached.
 
     Raises:
         DataError: the cache folder has no room, or cannot be written.
@@ -89,15 +89,15 @@ class WordStates:
                     self._compute(path, shape, host, words, items, batch_size)
         except OSError as error:
             raise DataError(
-                f"The host's states cannot be kept in {path.parent} ({error}). Set UNIHYPERLORA_CACHE to a folder "
-                "that can be written."
+                f"The host's states cannot be cached in {path.parent} ({error}). Set UNIHYPERLORA_CACHE to a writable "
+                "folder."
             ) from error
         self.states = np.memmap(path, np.float16, "r", shape=shape)
         self._file = path, shape
         self.cpu_seconds = time.process_time() - start
 
     def __getstate__(self) -> dict:
-        """Without the states themselves: a worker of a DataLoader that is not forked opens the file again."""
+        """Pickle without the states: a DataLoader's worker that is not forked opens the file again."""
         return vars(self) | {"states": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -110,7 +110,7 @@ class WordStates:
         part, progress = path.with_suffix(".part"), path.with_suffix(".json")
         if not part.is_file() and needed > free:
             raise DataError(
-                f"The host's states of {len(items)} windows take {needed / 1e9:.1f} GB, {path.parent} has "
+                f"The host's states of {len(items)} windows take {needed / 1e9:.1f} GB, but {path.parent} has only "
                 f"{free / 1e9:.1f} GB left. Free some, set UNIHYPERLORA_CACHE to another disk, or use fewer sentences."
             )
         done = _progress(part, progress, needed, batch_size)
@@ -136,36 +136,36 @@ class WordStates:
 
 
 class CanonicalStates(Dataset):
-    """Words as their canonical states, by the fits that are valid when they are asked for.
+    """Canonical states of words, computed with the current maps.
 
-    What was made is kept in memory, 2·K·D bytes a word and fit, until the fits are others; beyond ``KEPT_BYTES`` it is
-    made anew each time.
+    Results are kept in memory until the maps change (2·K·D bytes per word and map); beyond ``KEPT_BYTES`` they are
+    computed each time.
 
     Args:
         words: the host's states.
-        fits: gives maps of these states into the canonical space, each of which makes a view of a window.
+        fits: returns the current maps into the canonical space; each map gives a view of every window.
     """
 
     def __init__(self, words: WordStates, fits: Callable[[], list[HostFit]]):
         self.words = words
         self.fits = fits
-        self._maps: list[HostToKnots] = []  # what was made by them
+        self._maps: list[HostToKnots] = []  # the maps of the kept results
         self._made: dict[int, torch.Tensor] = {}
         self._room = 0.0
 
     def __getstate__(self) -> dict:
-        """The maps as they are now, and nothing that was made by them."""
+        """Pickle the current maps, without the kept results."""
         return vars(self) | {"fits": functools.partial(list, self.fits()), "_maps": [], "_made": {}, "_room": 0.0}
 
     def __len__(self) -> int:
-        """Windows."""
+        """Number of windows."""
         return len(self.words.labels)
 
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         """``canonical_states`` (W, K, D) and ``labels``, (W,) or a scalar.
 
         Args:
-            key: ``view * len(self) + index`` of a window; the index alone is its first view.
+            key: ``view * len(self) + index`` of a window; view 0 is the first map's.
         """
         view, index = divmod(key, len(self))
         fits = self.fits()
@@ -183,7 +183,7 @@ class CanonicalStates(Dataset):
         return {"canonical_states": made[key].float(), "labels": torch.from_numpy(self.words.labels[index])}
 
     def _make(self, view: int, windows: range) -> dict[int, torch.Tensor]:
-        """A view of some windows, (W, K, D) float16 each."""
+        """Key → canonical states (W, K, D) float16, for one view of some windows."""
         offsets, to_knots = self.words.offsets[windows.start : windows.stop + 1], self._maps[view]
         states = torch.from_numpy(np.array(self.words.states[offsets[0] : offsets[-1]], np.float32))
         z = to_knots(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
@@ -192,11 +192,11 @@ class CanonicalStates(Dataset):
 
 
 def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]) -> Callable[[EvalPrediction], dict]:
-    """A ``compute_metrics`` for predictions on cached states, from one for predictions on sub-tokens.
+    """Turn a ``compute_metrics`` for sub-tokens into one for predictions on cached states.
 
     Args:
-        words: what is evaluated.
-        compute: takes logits (windows, T, C) and true label ids (windows, T).
+        words: the evaluated states.
+        compute: takes logits (windows, T, C) and label ids (windows, T).
     """
 
     def on_tokens(values: np.ndarray) -> np.ndarray:  # (windows, W, …) → (windows, T, …)
@@ -215,7 +215,7 @@ def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]
 
 
 class StreamCollator:
-    """Batches of cached states (W words each, padded), or of token ids by another collator."""
+    """Makes batches of cached states, padded to W words, or of token ids with another collator."""
 
     def __init__(self, for_tokens: Callable):
         self.for_tokens = for_tokens
@@ -238,7 +238,7 @@ class StreamCollator:
 def read_words(
     host: nn.Module, words: WordReader, layers: list[int], batch: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States of a batch's words (B, W, layers, d) float16, and words a window (B,)."""
+    """States (B, W, layers, d) float16 of a batch's words, and the number of words per window (B,)."""
     known = inspect.signature(host.forward).parameters
     inputs = {name: value.to(host.device) for name, value in batch.items()}
     mask = inputs.pop("attention_mask")
@@ -251,7 +251,7 @@ def read_words(
 
 
 def _places(words: WordReader, item: dict) -> WordPlaces:
-    """Where the words of one window are."""
+    """Positions of the words of one window."""
     ids, index = (
         None if item.get(name) is None else torch.tensor([item[name]]) for name in ("input_ids", "word_index")
     )
@@ -264,7 +264,7 @@ def _labels(labels, positions: list[int]) -> np.ndarray:
 
 
 def _progress(part: Path, progress: Path, size: int, batch_size: int) -> int:
-    """Batches that an interrupted run has left behind."""
+    """Number of batches that an interrupted computation has finished."""
     try:
         kept = json.loads(progress.read_text(encoding="utf-8"))
         usable = part.stat().st_size == size and kept["batch_size"] == batch_size

@@ -71,11 +71,11 @@ def pruned_table(name: str, record: dict) -> list[str]:
         f"### {name}",
         "",
         f"One adapter from {sources} on {data['name']}, {sentences:,} sentences, zero-shot on hosts of which the "
-        "first blocks are kept; F1, R² a knot.",
+        "first blocks are kept; F1, R² per knot.",
         "",
         f"![F1 over the number of blocks that are left](../results/{name}.png)",
         "",
-        "| host | blocks | F1 | R² a knot |",
+        "| host | blocks | F1 | R² per knot |",
         "|---|---|---|---|",
     ]
     for row in record["rows"]:

@@ -157,7 +157,7 @@ def read_local(path: Path | None) -> Local:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--local {path} cannot be read ({' '.join(str(error).split())}). {form}") from error
     if not isinstance(content, dict) or set(content) - {"hosts", "data"}:
-        raise ConfigError(f"--local {path} has keys other than hosts and data. {form}")
+        raise ConfigError(f"--local {path} must hold the blocks hosts and data, and nothing else. {form}")
     parts = [content.get(name) or {} for name in ("hosts", "data")]
     if not all(isinstance(part, dict) for part in [*parts, *parts[-1].values()]):
         raise ConfigError(f"--local {path}: hosts or data is not a block of names. {form}")

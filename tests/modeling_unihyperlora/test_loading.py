@@ -80,7 +80,7 @@ class TestArguments:
         assert torch.equal(model(**batch()).logits, expected)
 
     def test_mismatched_sizes_are_never_ignored(self, folders):
-        with pytest.raises(ConfigError, match="fits or is refused"):
+        with pytest.raises(ConfigError, match="file must fit"):
             load(folders, ignore_mismatched_sizes=True)
 
     @pytest.mark.parametrize("name", ["eager", "sdpa"])
@@ -91,7 +91,7 @@ class TestArguments:
 
     def test_what_is_of_a_host_that_is_loaded_goes_with_no_host(self, folders):
         for given in ({"dtype": torch.float64}, {"attn_implementation": "eager"}):
-            with pytest.raises(ConfigError, match="is of a host that is loaded here"):
+            with pytest.raises(ConfigError, match="is for a host that is loaded here"):
                 load(folders, host=bert(), tokenizer=TOKENIZER, **given)
 
     def test_unknown_arguments_are_refused(self, folders):

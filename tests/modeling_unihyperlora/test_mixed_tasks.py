@@ -88,11 +88,11 @@ def test_refusals(make_model, make_batch):
     model, batch = make_model(), make_batch(sentences=2)
     for task_ids, expected in [
         (["ner"], "each of the 2 sentences; given: 1"),
-        (["ner", "x"], "'x', which is no task"),
+        (["ner", "x"], "'x', which is not a task"),
         (torch.tensor([0, 1]), "has 1; the adapter has 1 tasks"),
         (torch.tensor(0), "given: one number"),
     ]:
         with pytest.raises(ConfigError, match=expected):
             model(**batch, task_ids=task_ids)
-    with pytest.raises(ConfigError, match="not two"):
+    with pytest.raises(ConfigError, match="Give only one of"):
         model(**batch, task="ner", task_ids=["ner", "ner"])

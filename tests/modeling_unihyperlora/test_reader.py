@@ -278,10 +278,10 @@ class TestTasksOfABatch:
         [
             (["a", "b"], "one task for each of the 3 sentences; given: 2"),
             (torch.tensor(1), "given: one number"),
-            (["a", "b", "x"], "'x', which is no task"),
+            (["a", "b", "x"], "'x', which is not a task"),
             (torch.tensor([0, 1, 3]), "has 3; the adapter has 3 tasks"),
             (torch.tensor([0, 1, -1]), "has -1"),
-            ([True, "a", "b"], "True, which is no task"),
+            ([True, "a", "b"], "True, which is not a task"),
         ],
     )
     def test_others_are_refused(self, ids, message):

@@ -115,10 +115,10 @@ class TestOnePass:
         ("given", "message"),
         [
             ({"tasks": ["people", "none"]}, "No task 'none'"),
-            ({"tasks": ["people"], "task": "people"}, "not two"),
-            ({"tasks": ["people"], "task_ids": ["people"] * 2}, "not two"),
-            ({"task": "people", "task_ids": ["people"] * 2}, "not two"),
-            ({"tasks": ["people"], "labels": torch.zeros(2, 6, dtype=torch.long)}, "score them without labels"),
+            ({"tasks": ["people"], "task": "people"}, "Give only one of"),
+            ({"tasks": ["people"], "task_ids": ["people"] * 2}, "Give only one of"),
+            ({"task": "people", "task_ids": ["people"] * 2}, "Give only one of"),
+            ({"tasks": ["people"], "labels": torch.zeros(2, 6, dtype=torch.long)}, "Leave labels out"),
         ],
     )
     def test_what_is_refused(self, model, given, message):
@@ -273,7 +273,7 @@ class TestLoading:
         injected.save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match="Only tasks of streams"):
             load(folders["people"]).load_task(tmp_path)
-        with pytest.raises(ConfigError, match="which only a stream can do"):
+        with pytest.raises(ConfigError, match="Only a stream can score several"):
             injected(**batch(), tasks=["own"])
 
     def test_into_a_model_without_a_head(self, folders):

@@ -666,7 +666,7 @@ class TestStream:
         again = ["--adapter", tmp_path / "both", "--task_name", "more", "--do_train", "--max_steps", 2, *MANY]
         run(*again, "--source_hosts", other_host, output="again")  # another task, the same sources
         assert json.loads((tmp_path / "again" / "config.json").read_text())["source_hosts"] == hosts
-        with pytest.raises(ConfigError, match="is among the sources already; name each once"):
+        with pytest.raises(ConfigError, match="is among the sources already; name each host once"):
             run(*train, "--source_hosts", run.host, output="twice")
         with pytest.raises(ConfigError, match="--source_hosts names further hosts"):
             run("--do_train", "--adapter", tmp_path / "both", "--train_scope", "delta", "--source_hosts", other_host)

@@ -152,7 +152,7 @@ class TestCheckpoints:
         make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
         trainer = make_trainer(tmp_path, make_model(atoms=8))
         before = snapshot(trainer.model)
-        with pytest.raises(AdapterFileError, match="of another adapter"):
+        with pytest.raises(AdapterFileError, match="belongs to another adapter"):
             trainer.train(resume_from_checkpoint=True)
         assert not changed(trainer.model, before)
 

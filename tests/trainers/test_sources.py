@@ -346,5 +346,5 @@ class TestSourcesOf:
 
     def test_each_is_named_once(self, model, other, tiny_host, windows, sentences):
         for others in ([str(tiny_host)], [other, other]):
-            with pytest.raises(ConfigError, match="is among the sources already; name each once"):
+            with pytest.raises(ConfigError, match="is among the sources already; name each host once"):
                 sources_of(model, windows, others, lambda own: SentenceWindows(sentences, own, LABELS, 32))

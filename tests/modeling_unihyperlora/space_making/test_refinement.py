@@ -148,7 +148,7 @@ class TestRefusals:
             ("another space", ConfigError, "another space"),
             ("another host", HostError, "not trained on"),
             ("few words", DataError, "248 words are too few .* at least 256"),
-            ("texts", DataError, "'word1 word2' is a text"),
+            ("texts", DataError, "'word1 word2' is a string"),
             ("no stream", ConfigError, "only a stream"),
         ],
     )

@@ -210,7 +210,7 @@ def test_where_things_are_on_this_machine(config, done, results, tmp_path):
     [
         ("hosts: {some/host: nowhere}", "names nowhere, which is not there"),
         ("data: {x: {train: local.yaml}}", "data 'x' has train. Write hosts"),
-        ("host: {a: b}", "is no such file"),
+        ("host: {a: b}", "must hold the blocks"),
         ("hosts: [a]", "is not a block of names"),
         ("hosts: {a: b", "cannot be read"),
     ],

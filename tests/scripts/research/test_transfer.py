@@ -409,7 +409,7 @@ class TestRefusals:
             (["--leave_one_out"], {"target": ()}, ConfigError, "at least two hosts"),
             ([], {"target": ("two", "two")}, ConfigError, "Two hosts are called two"),
             (["--seeds"], {}, ConfigError, "--seeds needs one or more"),
-            (["--seeds", 1, 1], {}, ConfigError, "each once"),
+            (["--seeds", 1, 1], {}, ConfigError, "one or more different"),
             (["--lora_hosts", "four"], {}, ConfigError, "--lora_hosts four is not a target. Choose: two, three"),
             (["--delta_steps", 0], {}, ConfigError, "--delta_steps 0 trains nothing"),
             (["--seed", 1], {}, ConfigError, "This script sets --seed"),
