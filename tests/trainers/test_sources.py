@@ -108,13 +108,13 @@ class TestWordStates:
     def test_no_room_is_said_before_the_host_runs(self, tokenizer, windows, monkeypatch):
         usage = type("Usage", (), {"free": 10})
         monkeypatch.setattr("trainers.state_cache.shutil.disk_usage", lambda path: usage)
-        with pytest.raises(DataError, match="has 0.0 GB left. Free some, set UNIHYPERLORA_CACHE"):
+        with pytest.raises(DataError, match="has only 0.0 GB left. Free some, set UNIHYPERLORA_CACHE"):
             words_of(bert(tokenizer), tokenizer, windows)
 
     def test_a_folder_that_cannot_be_written_is_said(self, tokenizer, windows, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("in the way", encoding="utf-8")
         monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "file" / "cache"))
-        with pytest.raises(DataError, match="cannot be kept"):
+        with pytest.raises(DataError, match="cannot be cached"):
             words_of(bert(tokenizer), tokenizer, windows)
 
     def test_scores_of_words_are_those_of_their_sub_tokens(self, tokenizer, windows):
