@@ -1,6 +1,6 @@
-"""What is found in a text: entities or a class, from the scores of its words or of the text.
+"""Entities and classes of texts, from the logits of words or texts.
 
-Torch is not needed: the scores may come from a model, or from ONNX files.
+This module does not need torch: logits may come from a model or from ONNX files.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class TaggedText:
-    """A text, its words and the tag of each, and the entities that the tags make."""
+    """A text, its words, their tags, and the entities."""
 
     text: str
     words: list[str]
@@ -36,7 +36,7 @@ class TaggedText:
 
 @dataclass(frozen=True)
 class ClassifiedText:
-    """A text, its likeliest class and the probability of every class."""
+    """A text, its most likely class, and the probability of every class."""
 
     text: str
     label: str
@@ -44,7 +44,7 @@ class ClassifiedText:
 
     @property
     def score(self) -> float:
-        """The probability of ``label``."""
+        """Probability of ``label``."""
         return self.scores[self.label]
 
 
@@ -52,7 +52,7 @@ class WordCutter:
     """Finds the words of raw text.
 
     Args:
-        cut: a regular expression for the places between two characters where a word begins without a blank
+        cut: regular expression that matches the empty positions where a word begins without a blank
             (``modeling_unihyperlora.words.CUT``).
     """
 
@@ -61,16 +61,16 @@ class WordCutter:
         self._words = pre_tokenizers.Sequence(parts)
 
     def __call__(self, text: str) -> list[tuple[int, int]]:
-        """Where the words are, (start, end) each; they are the words that every host's tokenizer makes."""
+        """Positions (start, end) of the words, which are the same as with every host's tokenizer."""
         return [span for _, span in self._words.pre_tokenize_str(text)]
 
 
 class Tagger:
-    """Decodes the scores of words by the rules of a tag scheme.
+    """Decodes the logits of words with the rules of a tag scheme.
 
     Args:
         labels: names of the C tags.
-        scheme: one of ``TAG_SCHEMES``; by default IOB2 where the labels are such.
+        scheme: one of ``TAG_SCHEMES``; by default IOB2 if the labels fit it.
     """
 
     def __init__(self, labels: Sequence[str], scheme: str | None):
@@ -79,7 +79,7 @@ class Tagger:
         self._rules, self._meaning = rules_of(labels, scheme), tags_of_labels(labels, scheme)
 
     def __call__(self, text: str, places: Sequence[tuple[int, int]], logits: np.ndarray) -> TaggedText:
-        """What is in a text with words at W places, from their scores (W, C)."""
+        """Tags and entities of a text, from the positions of its W words and their logits (W, C)."""
         ids = decode(logits, self._rules)
         tags = [self.labels[number] for number in ids]
         sure = probabilities(logits)[np.arange(len(ids)), ids]
@@ -91,7 +91,7 @@ class Tagger:
 
 
 def classified(text: str, labels: Sequence[str], logits: np.ndarray) -> ClassifiedText:
-    """The class of a text, from its scores (C,)."""
+    """Class of a text, from its logits (C,)."""
     scores = dict(zip(labels, probabilities(logits).tolist(), strict=True))
     return ClassifiedText(text, max(scores, key=scores.get), scores)
 

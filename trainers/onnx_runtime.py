@@ -1,6 +1,6 @@
-"""Tagging and classifying with a host's and a reader's ONNX file, which ``unihyperlora export-onnx`` wrote.
+"""Tags and classifies texts with the ONNX files of a host and a reader, from ``unihyperlora export-onnx``.
 
-It needs numpy, onnxruntime and tokenizers; neither torch nor transformers is loaded.
+It needs numpy, onnxruntime and tokenizers, but loads neither torch nor transformers.
 
 Letters: B batch, T tokens, C labels.
 """
@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified
 from .windows import cut
 
-FORMAT = "1"  # what ``modeling_unihyperlora.publish.onnx_file`` writes
-KEY = "unihyperlora"  # of the metadata
+FORMAT = "1"  # format that ``modeling_unihyperlora.publish.onnx_file`` writes
+KEY = "unihyperlora"  # key of the metadata
 
 
 class OnnxFileError(Exception):
@@ -30,11 +30,11 @@ class OnnxReader:
     """A host and the reader of one task.
 
     Args:
-        host_path: the host's file; its tokenizer lies beside it, that of host.onnx in host.tokenizer.json.
+        host_path: the host's file; its tokenizer must be beside it (host.tokenizer.json for host.onnx).
         reader_path: the reader's file.
 
     Raises:
-        OnnxFileError: a file is missing, is no such file, cannot be run, or they do not belong together.
+        OnnxFileError: a file is missing, is of another kind, or cannot be run, or the files do not belong together.
     """
 
     def __init__(self, host_path: str | Path, reader_path: str | Path):
@@ -46,13 +46,13 @@ class OnnxReader:
         self._words = WordCutter(self.host["cut"])
 
     def tag(self, texts: Sequence[str], *, max_seq_length: int = 128, batch_size: int = 32) -> list[TaggedText]:
-        """Tag raw texts; a text without a word has no entity.
+        """Tag raw texts; a text without words has no entities.
 
         Args:
             texts: raw text.
-            max_seq_length: sub-tokens of a window, special ones included; a longer text is read in windows that
-                overlap.
-            batch_size: windows that the host reads at a time.
+            max_seq_length: maximum number of sub-tokens in a window, including special tokens; longer texts are read
+                in overlapping windows.
+            batch_size: number of windows that the host reads at once.
 
         Raises:
             OnnxFileError: the reader does not tag, or no word fits into ``max_seq_length``.
@@ -83,8 +83,8 @@ class OnnxReader:
 
         Args:
             texts: raw text.
-            max_seq_length: sub-tokens that are read of a text; the end of a longer one is left out.
-            batch_size: texts that the host reads at a time.
+            max_seq_length: maximum number of sub-tokens of a text; the end of a longer text is left out.
+            batch_size: number of texts that the host reads at once.
 
         Raises:
             OnnxFileError: the reader does not classify, a text is empty, or ``max_seq_length`` leaves no room.
@@ -102,7 +102,7 @@ class OnnxReader:
         return [classified(text, self.labels, row) for text, row in zip(texts, logits, strict=True)]
 
     def logits(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        """(B, T) int64 both → (B, T, C), or (B, C) of a reader that classifies."""
+        """Ids and mask, (B, T) int64 → logits (B, T, C), or (B, C) if the reader classifies."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         names = [output.name for output in self._host.get_outputs()]
         states = dict(zip(names, self._host.run(None, given), strict=True))
@@ -110,7 +110,7 @@ class OnnxReader:
         return self._reader.run(["logits"], {name: states[name] for name in asked})[0]
 
     def _scores(self, rows: list[list[int]], batch_size: int) -> list[np.ndarray]:
-        """Logits of each row of ids, in order; rows of like length share a batch."""
+        """Logits of each row of ids, in order; rows of similar length share a batch."""
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
         found: list[np.ndarray] = [None] * len(rows)
         for numbers in _parts(order, batch_size):
@@ -124,18 +124,20 @@ class OnnxReader:
         return found
 
     def _pieces(self, sentences: list[list[str]]) -> Iterator[list[list[int]]]:
-        """For every sentence the ids of each word's sub-tokens, at least one."""
+        """Sub-token ids of each word of each sentence; every word has at least one sub-token."""
         for words in sentences:
             encoded = self.tokenizer.encode(words, is_pretokenized=True, add_special_tokens=False)
             pieces: list[list[int]] = [[] for _ in words]
             for number, word in zip(encoded.ids, encoded.word_ids, strict=True):
                 pieces[word].append(number)
             if not all(pieces) and self.host["unknown_id"] is None:
-                raise OnnxFileError("The host's tokenizer makes nothing of a word and has no unknown token to use.")
+                raise OnnxFileError(
+                    "The host's tokenizer returns no token for a word, and it has no unknown token. Use another host."
+                )
             yield [piece or [self.host["unknown_id"]] for piece in pieces]
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
-        """Ids that the tokenizer puts before and after a text."""
+        """Ids of the special tokens that the tokenizer adds before and after a text."""
         encoded = self.tokenizer.encode(["a"], is_pretokenized=True)
         ids, special = encoded.ids, encoded.special_tokens_mask
         if 0 not in special:
@@ -148,44 +150,45 @@ class OnnxReader:
     def _check_type(self, wanted: str, texts: Sequence[str]) -> None:
         if self.reader["type"] != wanted:
             raise OnnxFileError(
-                f"The reader is of task '{self.reader['task']}', a {self.reader['type']}, and {wanted} was asked for. "
+                f"The reader's task '{self.reader['task']}' is {self.reader['type']}, but {wanted} was asked for. "
                 "Give a reader of that type."
             )
         if not all(isinstance(text, str) for text in texts):
-            raise OnnxFileError("ONNX files read raw text, and words or pairs were given. Leave --runtime onnx out.")
+            raise OnnxFileError("ONNX files read raw text, not words or pairs. Leave --runtime onnx out.")
 
 
 def _opened(path: str | Path, kind: str):
-    """A session and what the file says of itself.
+    """Open a file; returns the session and the file's metadata.
 
     Raises:
-        OnnxFileError: it cannot be run here, or is not of this kind.
+        OnnxFileError: the file cannot be run here, or is of another kind.
     """
     import onnxruntime
 
     if not Path(path).is_file():
         raise OnnxFileError(f"There is no file {path}. Give the {kind}'s file that unihyperlora export-onnx wrote.")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised as well
+    options.log_severity_level = 4  # errors are raised too
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # each reason has a class of its own, with no base of theirs
-        said = re.sub(r"/onnxruntime_src/.*\) ", "", " ".join(str(error).split()))[:300]  # without its source files
+    except Exception as error:  # onnxruntime's errors have no common base class
+        # Without the paths of onnxruntime's source files:
+        said = re.sub(r"/onnxruntime_src/.*\) ", "", " ".join(str(error).split()))[:300]
         raise OnnxFileError(
             f"{path} cannot be run by onnxruntime {onnxruntime.__version__} ({said}). If the file is damaged, write "
             "it again. If it has operators that this version does not know: pip install -U onnxruntime."
         ) from error
     said = _json(session.get_modelmeta().custom_metadata_map.get(KEY))
     if said.get("kind") != kind:
-        is_what = f"the file of a {said['kind']}" if "kind" in said else "no file of a host or a reader"
+        is_what = f"the file of a {said['kind']}" if "kind" in said else "not a file of a host or a reader"
         raise OnnxFileError(
-            f"{path} is {is_what}, and a {kind}'s is needed. Write both files with: unihyperlora export-onnx ADAPTER "
+            f"{path} is {is_what}; a {kind}'s file is needed. Write both files with: unihyperlora export-onnx ADAPTER "
             "reader.onnx --host_file host.onnx"
         )
     if said.get("format") != FORMAT:
         raise OnnxFileError(
-            f"{path} has format {said.get('format')!r}, and this version of unihyperlora reads {FORMAT!r}. Write it "
-            "again with this version, or install the one that wrote it."
+            f"{path} has format {said.get('format')!r}, but this version of unihyperlora reads {FORMAT!r}. Write it "
+            "again with this version, or install the version that wrote it."
         )
     return session, said
 
@@ -199,28 +202,32 @@ def _json(text: str | None) -> dict[str, Any]:
 
 
 def _check_pair(host: dict[str, Any], reader: dict[str, Any], host_path, reader_path) -> None:
-    """Raise ``OnnxFileError`` if a reader cannot read what a host's file gives."""
+    """Raise ``OnnxFileError`` if a reader cannot read the output of a host's file."""
     if host["space"] != reader["space"]:
         raise OnnxFileError(
-            f"{reader_path} reads the space '{reader['space_name']}' ({reader['space']}), {host_path} gives "
-            f"'{host['space_name']}' ({host['space']}): their coordinates mean other things. Write the host's file "
-            "with an adapter of the reader's space."
+            f"{reader_path} reads the space '{reader['space_name']}' ({reader['space']}), but {host_path} gives "
+            f"'{host['space_name']}' ({host['space']}): their coordinates mean different things. Write the host's "
+            "file with an adapter of the reader's space."
         )
     if reader["map"] in (None, host["map"]):
         return
     if reader["fingerprint"] != host["fingerprint"]:
         raise OnnxFileError(
-            f"{reader_path} was tuned (δθ) on the host '{reader['host']}' ({reader['fingerprint']}), {host_path} is "
-            f"of '{host['host']}' ({host['fingerprint']}). Give that host's file, or a reader whose δθ is zero."
+            f"{reader_path} was tuned (δθ) on the host '{reader['host']}' ({reader['fingerprint']}), but {host_path} "
+            f"has '{host['host']}' ({host['fingerprint']}). Give that host's file, or a reader whose δθ is zero."
         )
     raise OnnxFileError(
-        f"{reader_path} was tuned (δθ) on the map {reader['map']} of its host, {host_path} has the map {host['map']}: "
-        "one of the two is older. Write both again from one adapter."
+        f"{reader_path} was tuned (δθ) on the map {reader['map']} of its host, but {host_path} has the map "
+        f"{host['map']}: one of the two is older. Write both again from one adapter."
     )
 
 
 def _tokenizer_of(host_path: str | Path, host: dict[str, Any]) -> Tokenizer:
-    """The tokenizer beside a host's file, if it is the one that was written with it."""
+    """Load the tokenizer beside a host's file.
+
+    Raises:
+        OnnxFileError: it is missing, or was not written with the host's file.
+    """
     path = Path(host_path).with_suffix(".tokenizer.json")
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Tagged words as raw text would have them.
+"""Splits tagged words as raw text is split.
 
-Who tags a sentence decides what its words are: "U.S.", "1996-08-22" and "Al-Ain" are one word each in CoNLL. In raw
-text a word ends at every mark (see ``words``), so a reader that is trained on given words alone meets words there that
-it has never seen. It is trained on both.
+Data sets choose their own words: "U.S.", "1996-08-22" and "Al-Ain" are one word each in CoNLL. In raw text a word ends
+at every mark (see ``words``). A reader that is trained only on a data set's words would meet unseen words in raw text,
+so it is trained on both.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from .tag_schemes import Tag, tags_of_labels
 
 
 def words_of_raw_text(sentences: list[Sentence], labels: list[str], scheme: str | None) -> list[Sentence]:
-    """The sentences some of whose words raw text would cut, with the words and tags that they have in raw text.
+    """Sentences with words that raw text would split; returns them with the words and tags of raw text.
 
-    An entity stays one entity: the parts of its first word begin it, and the others go on with it.
+    An entity stays one entity: the first part of its first word begins it, and all other parts continue it.
 
     Args:
         sentences: words and their tags.
-        labels: the tags that there are. A sentence is left out where they lack one that its parts would need.
-        scheme: of the tags, see ``tag_schemes``.
+        labels: all labels of the task. A sentence is left out if its parts need a label that is not among them.
+        scheme: scheme of the tags, see ``tag_schemes``.
     """
     meaning = tags_of_labels(labels, scheme)
     names = {tag: label for label, tag in meaning.items()}
@@ -42,7 +42,7 @@ def words_of_raw_text(sentences: list[Sentence], labels: list[str], scheme: str 
 
 
 def _tags_of_parts(tag: Tag, count: int) -> Iterator[Tag]:
-    """The tags of the ``count`` parts of a word with this tag."""
+    """Tags of the ``count`` parts of a word with this tag."""
     begins, ends = tag.role in ("B", "S"), tag.role in ("E", "S")
     for number in range(count):
         if tag.role == "O" or count == 1:

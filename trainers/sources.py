@@ -38,32 +38,32 @@ COPIES = ((1 / 3, 1 / 3), (2 / 3, 2 / 3), (1 / 2, 1), (1 / 3, 1 / 6), (1 / 2, 1 
 
 
 def layers_of_copies(num_layers: int) -> list[int]:
-    """The layers that a host's own map and those of its copies read."""
+    """Layers that the maps of a host and of its copies read, sorted."""
     copies = [_knots_of_copy(round(blocks * num_layers)) for blocks, _ in COPIES]
     return sorted({*knot_layers(num_layers), *itertools.chain.from_iterable(copies)})
 
 
 def _knots_of_copy(blocks: int) -> list[int]:
-    """For each knot the layer that a copy of so many blocks reads; of a host of one or two blocks one is kept."""
+    """Layer of each knot in a copy with this number of blocks, at least 1."""
     return knot_layers(max(blocks, 1))
 
 
 class Source:
-    """What a host says of a data set, as itself and as its copies.
+    """A host's states of a data set, mapped by the host's own map and by those of its copies.
 
     Args:
-        host: the encoder or decoder; kept until its states of the anchors are asked for.
-        words: how its words are read.
+        host: the encoder or decoder; kept until its states of the anchors are computed.
+        words: reader of the host's words.
         space: the canonical space.
         windows: the data set, see ``WordStates``.
         fit: the host's map into the space.
-        cpu_seconds: that finding this map took, if it is to be counted here.
+        cpu_seconds: CPU time to find this map, if it counts here.
         bf16: see ``WordStates``.
 
     Attributes:
-        fits: that map, and those of the copies once ``line_up_copies`` was called.
-        data: the words of the windows by each of these maps.
-        cpu_seconds: that its maps and reading the windows took.
+        fits: the host's map, and those of the copies after a call of ``line_up_copies``.
+        data: canonical states of the windows, one view per map.
+        cpu_seconds: CPU time for the maps and the states.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Source:
         self._to_read: tuple | None = (host, words, space.sentences(), self.words.layers)
 
     def __getstate__(self) -> dict:
-        """Without the host and its states of the anchors, which no worker of a DataLoader needs."""
+        """Pickle without the host and its states of the anchors, which a DataLoader's workers do not need."""
         return {name: value for name, value in vars(self).items() if name != "anchor_states"} | {"_to_read": None}
 
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:
-        """(layers, N, d), see ``space.anchor_states``."""
+        """The host's states of the anchors, (layers, N, d); see ``space.anchor_states``."""
         to_read, self._to_read = self._to_read, None
         return anchor_states(*to_read)
 
@@ -106,7 +106,7 @@ class Source:
             self.cpu_seconds += time.process_time() - start
 
     def _fit_copy(self, blocks: int, width: float, seed: int, coordinates: torch.Tensor) -> HostFit:
-        """The map of the host's first ``blocks`` blocks and a random share of its dimensions, in terms of the host."""
+        """Map, for the host's states, of a copy with the first ``blocks`` blocks and a random share of dimensions."""
         dim = self.anchor_states.shape[-1]
         kept = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))[: round(width * dim)]
         narrow = fit_host(self.anchor_states[..., kept], _knots_of_copy(blocks), coordinates, self.words.layers)
@@ -121,34 +121,34 @@ class Source:
 
 
 def disturb(z: torch.Tensor, fidelity: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """What another host would do to the coordinates: each correlates less with the source's.
+    """Add noise that simulates another host, whose coordinates correlate less with the source's.
 
-    A host that is lined up has coordinates of unit variance whose correlation with the source's is some ρ < 1. A
-    sentence draws its ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
+    An aligned host has coordinates of unit variance, with a correlation ρ < 1 to the source's. Each sentence draws its
+    ρ from U(``fidelity``, 1) and gets ρ·z + √(1 - ρ²)·noise.
 
     Args:
         z: (B, W, K, D) coordinates of unit variance.
-        fidelity: the least ρ; 1 leaves the coordinates alone.
-        generator: of the noise; torch's own when None.
+        fidelity: smallest ρ; 1 adds no noise.
+        generator: random generator of the noise; by default torch's own.
     """
     rho = torch.empty(len(z), 1, 1, 1, device=z.device).uniform_(fidelity, 1, generator=generator)
     return rho * z + (1 - rho.square()).sqrt() * torch.randn(z.shape, device=z.device, generator=generator)
 
 
 class SourceStates(Dataset):
-    """The training windows of all sources, one source after the other; see ``CanonicalStates`` for views and keys.
+    """Training windows of all sources, one source after the other; see ``CanonicalStates`` for views and keys.
 
     Args:
         sources: the hosts.
-        fidelity, copy_fidelity: of ``disturb``, for a host's own states and for its copies'; a Trainer sets them.
-            A copy does not lack all that another host may lack, and a host's own states are what it is scored on.
+        fidelity, copy_fidelity: ``fidelity`` of ``disturb`` for the hosts' own states and for their copies'; the
+            Trainer sets both. Copies get more noise, since other hosts may differ more than copies do.
     """
 
     def __init__(self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0):
         self.sources = sources
         self.fidelity, self.copy_fidelity = fidelity, copy_fidelity
         self.starts = [0, *itertools.accumulate(len(source.data) for source in sources)]
-        self._sampler: SentenceSampler | None = None  # whose seed and epoch the noise depends on
+        self._sampler: SentenceSampler | None = None  # the noise depends on its seed and epoch
 
     def __len__(self) -> int:
         return self.starts[-1]

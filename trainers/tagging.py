@@ -1,7 +1,7 @@
-"""From text to entities, and from text to classes, with a loaded model on any host.
+"""Tags and classifies texts with a loaded model on any host.
 
-Both decide as the scores of a run are computed: windows that overlap, tags decoded by the rules of the task's scheme,
-entities as seqeval's default mode reads them.
+Predictions are computed as in a scored run: overlapping windows, tags decoded with the rules of the task's scheme, and
+entities as in seqeval's default mode.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +31,14 @@ def tag(
     max_seq_length: int = 128,
     batch_size: int = 32,
 ) -> list[TaggedText]:
-    """Tag texts with the model's active task. A text without a word has no entity.
+    """Tag texts with the model's active task; a text without words has no entities.
 
     Args:
         model: a model for token classification.
-        texts: raw text, or its words; given words are kept as they are, and offsets are those of the words joined by
-            one blank.
-        max_seq_length: sub-tokens of a window, special ones included; a longer text is read in windows that overlap.
-        batch_size: windows that the host reads at a time.
+        texts: raw text, or lists of words; given words are not split, and offsets refer to the words joined by blanks.
+        max_seq_length: maximum number of sub-tokens in a window, including special tokens; longer texts are read in
+            overlapping windows.
+        batch_size: number of windows that the host reads at once.
 
     Raises:
         ConfigError: the model has no task of tags, or no word fits into ``max_seq_length``.
@@ -69,9 +69,10 @@ def classify(
 
     Args:
         model: a model for sequence classification.
-        texts: all of them texts, or all of them pairs.
-        max_seq_length: sub-tokens that are read of a text, special ones included; the end of a longer one is left out.
-        batch_size: texts that the host reads at a time.
+        texts: all texts, or all pairs.
+        max_seq_length: maximum number of sub-tokens of a text, including special tokens; the end of a longer text is
+            left out.
+        batch_size: number of texts that the host reads at once.
 
     Raises:
         ConfigError: the model has no task of classes, or ``max_seq_length`` leaves no room.
@@ -84,7 +85,7 @@ def classify(
             raise DataError(f"Text {number + 1} of {len(texts)} is empty. Leave empty texts out.")
         examples.append(Example(first, second, None, f"text {number + 1}"))
     if len({example.pair is None for example in examples}) > 1:
-        raise DataError("Some of the texts are pairs and some are not. Give one kind at a time.")
+        raise DataError("Some texts are pairs and some are not. Give only one kind at a time.")
     if not examples:
         return []
     labels, tokenizer = model.labels, _tokenizer_of(model)
@@ -102,7 +103,7 @@ def _tokenizer_of(model: UniHyperLoraPreTrainedModel):
 
 @torch.inference_mode()
 def _scores(model, inputs, collate: Callable, batch_size: int) -> list[np.ndarray]:
-    """Logits of each input, (T, C) or (C,), in order; inputs of like length share a batch."""
+    """Logits of each input, (T, C) or (C,), in order; inputs of similar length share a batch."""
     items = [inputs[number] for number in range(len(inputs))]
     order = sorted(range(len(items)), key=lambda number: len(items[number]["input_ids"]))
     found: list[np.ndarray] = [None] * len(items)
@@ -119,7 +120,7 @@ def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def _places(words: list[str]) -> list[tuple[int, int]]:
-    """(start, end) of given words in the text that they make when joined by one blank."""
+    """Positions (start, end) of words in the text of the words joined by blanks."""
     places, at = [], 0
     for word in words:
         places.append((at, at + len(word)))

@@ -216,7 +216,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("given", "error", "message"),
         [
-            (("elsewhere",), ConfigError, "their coordinates mean other things"),
+            (("elsewhere",), ConfigError, "their coordinates mean different things"),
             (("places", "none"), ConfigError, "No task 'none'"),
             (("people",), ConfigError, "exists already"),
             (("places", None, "people"), ConfigError, "exists already"),

@@ -117,7 +117,7 @@ def test_it_classifies_as_torch_does(pair):
             assert one.label == other.label and one.scores == pytest.approx(other.scores, abs=1e-4)
     with pytest.raises(OnnxFileError, match="Text 2 of 2 is empty"):
         reader.classify(["word1", " "])
-    with pytest.raises(OnnxFileError, match="a sequence_classification, and token_classification was asked for"):
+    with pytest.raises(OnnxFileError, match="is sequence_classification, but token_classification was asked for"):
         reader.tag(["word1"])
 
 
@@ -156,7 +156,7 @@ def test_another_space_is_refused(tmp_path):
     (tmp_path / "one").mkdir()
     host, _ = write_pair(tagger(), tmp_path)
     _, reader = write_pair(tagger(space=small_space(seed=6)), tmp_path / "one")
-    with pytest.raises(OnnxFileError, match="reads the space 'own 1'.*their coordinates mean other things"):
+    with pytest.raises(OnnxFileError, match="reads the space 'own 1'.*their coordinates mean different things"):
         OnnxReader(host, reader)
 
 
@@ -172,10 +172,10 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(OnnxFileError, match="cannot be run by onnxruntime .*org.example.*pip install -U onnxruntime"):
         OnnxReader(host, reader)
     host, reader = write_pair(tagger(), tmp_path, format="99")
-    with pytest.raises(OnnxFileError, match="has format '99', and this version of unihyperlora reads '1'"):
+    with pytest.raises(OnnxFileError, match="has format '99', but this version of unihyperlora reads '1'"):
         OnnxReader(host, reader)
     host, reader = write_pair(tagger(), tmp_path)
-    with pytest.raises(OnnxFileError, match="is the file of a host, and a reader's is needed"):
+    with pytest.raises(OnnxFileError, match="is the file of a host; a reader's file is needed"):
         OnnxReader(host, host)
     with pytest.raises(OnnxFileError, match="There is no file"):
         OnnxReader(host, tmp_path / "none.onnx")
@@ -187,16 +187,14 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
         OnnxReader(host, reader)
     for content in (b"", b"no ONNX", reader.read_bytes()[:2000]):
         (tmp_path / "damaged.onnx").write_bytes(content)
-        with pytest.raises(OnnxFileError, match="cannot be run|is no file of a host or a reader"):
+        with pytest.raises(OnnxFileError, match="cannot be run|is not a file of a host or a reader"):
             OnnxReader(host, tmp_path / "damaged.onnx")
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     host, reader = write_pair(tagger(), tmp_path)
     assert main(["tag", str(reader), "word1", "--runtime", "onnx"]) == 1
-    assert (
-        capsys.readouterr().err == "unihyperlora tag: --runtime onnx needs the host's file as well: --host host.onnx\n"
-    )
+    assert capsys.readouterr().err == "unihyperlora tag: --runtime onnx also needs the host's file: --host host.onnx\n"
     given = ["tag", str(reader), "word1", "--runtime", "onnx", "--host", str(host), "--task", "people"]
     assert main(given) == 1 and "Leave --task out" in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_pairs_are_classified(classifier):
 def test_what_cannot_be_classified_is_refused(classifier, tagger):
     with pytest.raises(DataError, match="Text 2 of 2 is empty"):
         classify(classifier, ["word1", " "])
-    with pytest.raises(DataError, match="Some of the texts are pairs"):
+    with pytest.raises(DataError, match="Some texts are pairs"):
         classify(classifier, ["word1", ("word1", "word2")])
     with pytest.raises(ConfigError, match="leaves no room"):
         tag(tagger, ["word1"], max_seq_length=2)

@@ -1,7 +1,7 @@
-"""The command ``unihyperlora``: one module a subcommand, loaded when it is asked for.
+"""The command ``unihyperlora``; each subcommand is a module, which is imported when it is called.
 
-A module has ``main(command_line)``. Its errors of the user's making are ``UniHyperLoraError``; they end as one line.
-Nothing here imports torch, which takes seconds and which not every subcommand needs.
+A module has ``main(command_line)``. A ``UniHyperLoraError`` is printed as one line. This module does not import torch,
+which takes seconds and which some subcommands do not need.
 """
 
 import argparse
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(command_line: list[str] | None = None) -> int:
-    """Run a subcommand; returns the status of the process."""
+    """Run a subcommand; returns the exit status."""
     typed = sys.argv[1:] if command_line is None else command_line
     if not typed or typed[0] in ("-h", "--help", "help"):
         print(usage())
@@ -45,19 +45,19 @@ def main(command_line: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as of ``unihyperlora tag … | head -1``
+    except BrokenPipeError:  # as in ``unihyperlora tag … | head -1``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
 
 
 def _is_of_the_user(error: Exception) -> bool:
-    """Whether an error is for the user to put right. Its name tells: importing ``UniHyperLoraError`` imports torch."""
+    """Whether the user can fix an error. Checks class names, because importing ``UniHyperLoraError`` imports torch."""
     return not {"UniHyperLoraError", "OnnxFileError"}.isdisjoint(kind.__name__ for kind in type(error).__mro__)
 
 
 def new_parser(name: str, arguments: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a subcommand; its help shows the arguments and says of the options that there are some."""
+    """Parser of a subcommand; its usage line shows the arguments, and "[options]" for all options."""
     wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
     command = f"unihyperlora {name}"
     usage = f"{command} {arguments} [options]"
@@ -65,7 +65,7 @@ def new_parser(name: str, arguments: str, description: str) -> argparse.Argument
 
 
 def usage() -> str:
-    """What ``unihyperlora --help`` prints."""
+    """Text of ``unihyperlora --help``."""
     lines = [f"  {name:<16}{said}" for name, (_, said) in COMMANDS.items()]
     return "\n".join(
         [

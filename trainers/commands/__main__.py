@@ -1,4 +1,4 @@
-"""``python -m trainers.commands``: as ``unihyperlora``, where the command is not on the path."""
+"""``python -m trainers.commands``: same as ``unihyperlora``, if the command is not on the path."""
 
 import sys
 

@@ -5,5 +5,5 @@ from ..tasks import CLASSIFICATION
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do what the command line asks for; returns the content of ``all_results.json``."""
+    """Start the run that the command line asks for; returns the content of ``all_results.json``."""
     return run_entry(CLASSIFICATION, command_line)

@@ -21,7 +21,7 @@ from . import given_texts, new_parser
 def main(command_line: list[str] | None = None) -> None:
     parser = new_parser("classify", "ADAPTER [TEXT …]", __doc__)
     given_texts.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(command_line)  # options may stand among the texts
+    arguments = parser.parse_intermixed_args(command_line)  # options may come between texts
     console = Console(soft_wrap=True)
 
     def show(found) -> None:
@@ -37,7 +37,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def classifier(arguments: argparse.Namespace):
-    """A function from texts to what ``tagging.classify`` finds for each."""
+    """A function that classifies a list of texts."""
     sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
     if arguments.runtime == "onnx":
         reader = given_texts.load_onnx(arguments)
@@ -49,7 +49,7 @@ def classifier(arguments: argparse.Namespace):
 
 
 def read_rows(path: Path) -> Iterator[str | tuple[str, str]]:
-    """The texts, or pairs of texts, of a JSON-lines or CSV file."""
+    """Yield the texts, or pairs of texts, of a JSON-lines or CSV file."""
     from ..classification_data import read_file
 
     for example in read_file(path, needs_label=False):

@@ -1,10 +1,10 @@
-"""Write host and adapter as one ONNX file or as two, and score the one beside the torch model.
+"""Write host and adapter as one ONNX file or as two, and compare their scores with the torch model.
 
     unihyperlora export-onnx runs/conll conll.onnx --validation_file dev.jsonl
     unihyperlora export-onnx runs/conll reader.onnx --host_file host.onnx
 
-With --host_file the host is a file of its own, which serves every task of the space, and
-FILE.onnx has the reader alone; unihyperlora tag --runtime onnx runs both. Needs
+With --host_file the host gets a separate file, which serves all tasks of the space, and
+FILE.onnx has only the reader; unihyperlora tag --runtime onnx runs both. Needs
 pip install 'unihyperlora[onnx]'.
 """
 
@@ -43,18 +43,18 @@ def parser() -> argparse.ArgumentParser:
     add = own.add_argument
     add("adapter", help="Folder or Hub id of the adapter.")
     add("path", help="The ONNX file to write.")
-    add("--host_file", metavar="FILE", help="Write the host, and its tokenizer beside it, apart into this file.")
-    add("--task", metavar="NAME", help="Of an adapter with several tasks.")
-    add("--model_name_or_path", metavar="HOST", help="Host, if not the adapter's own.")
-    add("--router", choices=("static",), help="Of an injected update: the fixed mask.")
+    add("--host_file", metavar="FILE", help="Separate file for the host; its tokenizer is written beside it.")
+    add("--task", metavar="NAME", help="Task to export; default: the active task.")
+    add("--model_name_or_path", metavar="HOST", help="Host; default: the adapter's own.")
+    add("--router", choices=("static",), help="For an injected update: use the fixed mask.")
     add("--validation_file", metavar="FILE", help="Tagged sentences to score both on.")
-    add("--max_eval_samples", type=int, metavar="N", help="Use the first sentences only.")
-    add("--record", metavar="FILE", help="Where to write what was found, as JSON.")
+    add("--max_eval_samples", type=int, metavar="N", help="Score the first N sentences only.")
+    add("--record", metavar="FILE", help="JSON file for the figures.")
     return own
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Export and score; returns what was found."""
+    """Export and score; returns the figures."""
     arguments = parser().parse_args(command_line)
     model = load(arguments)
     start = time.perf_counter()
@@ -78,10 +78,10 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def load(arguments: argparse.Namespace) -> UniHyperLoraPreTrainedModel:
-    """The adapter on its host, with the class that its task asks for.
+    """Load the adapter on its host, with the model class of its task.
 
     Raises:
-        ConfigError: no such task, or --validation_file for a task that has no tags.
+        ConfigError: the task does not exist, or --validation_file is given for a task without tags.
     """
     config = read_config(adapter_file(arguments.adapter, CONFIG_NAME, "main", {}))
     task = arguments.task or config.active_task
@@ -89,7 +89,7 @@ def load(arguments: argparse.Namespace) -> UniHyperLoraPreTrainedModel:
         raise ConfigError(f"No task {task!r} in {arguments.adapter}; it has {sorted(config.tasks)}.")
     tags = config.tasks[task]["type"] == "token_classification"
     if arguments.validation_file and not tags:
-        raise ConfigError(f"--validation_file is for tags of words, and task {task!r} classifies texts. Leave it out.")
+        raise ConfigError(f"--validation_file is for tags of words, but task {task!r} classifies texts. Leave it out.")
     kind = UniHyperLoraForTokenClassification if tags else UniHyperLoraForSequenceClassification
     changes = {"router": arguments.router} if arguments.router else {}
     return kind.from_pretrained(
@@ -98,7 +98,7 @@ def load(arguments: argparse.Namespace) -> UniHyperLoraPreTrainedModel:
 
 
 def scores_of(path: str, host_path: str | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function from ids and mask (B, T) to the logits that the written files give."""
+    """A function from ids and mask (B, T) to the logits of the written files."""
     if host_path:
         return OnnxReader(host_path, path).logits
     import onnxruntime
@@ -108,7 +108,7 @@ def scores_of(path: str, host_path: str | None) -> Callable[[np.ndarray, np.ndar
 
 
 def compare(model, scores: Callable, file: str, limit: int | None) -> dict[str, object]:
-    """F1 of torch and ONNX on the same sentences, the largest difference of a logit, and how many tags differ."""
+    """F1 of torch and ONNX on the same sentences, largest difference of logits, and number of different tags."""
     tokenizer = load_tokenizer(model.config.base_model_name_or_path)
     sentences = read_file(file, label_names=model.labels)[:limit]
     scheme = model.config.tasks[model.config.active_task].get("scheme")

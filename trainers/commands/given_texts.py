@@ -1,6 +1,6 @@
-"""The texts that a command was given: as arguments, on standard input, or in files; and what is the same for all.
+"""Shared code of ``tag`` and ``classify``: texts from arguments, standard input or files, and loading of models.
 
-Torch is imported only where a file is read as a data set, or an error is raised.
+Torch is imported only to load a model, to read a file as a data set, or to raise an error.
 """
 
 import argparse
@@ -12,16 +12,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-TOGETHER = 256  # texts that are worked on before the first of them is shown
+TOGETHER = 256  # texts to process before the first result is shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``tag`` and ``classify`` have in common."""
+    """Add the arguments of ``tag`` and ``classify``."""
     add = parser.add_argument
-    add("adapter", help="its folder or Hub id; for onnx the reader's file")
+    add("adapter", help="folder or Hub id; for onnx the reader's file")
     add("texts", nargs="*", metavar="TEXT", help="a text, a file, or - for standard input")
-    add("--host", help="folder or Hub id; by default the adapter's own host")
-    add("--task", help="of an adapter with several tasks")
+    add("--host", help="folder or Hub id; default: the adapter's own host")
+    add("--task", help="task to use; default: the active task")
     add(
         "--runtime",
         choices=("torch", "onnx"),
@@ -29,9 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="onnx: needs --host HOST.onnx and no torch",
     )
-    add("--json", action="store_true", help="write one JSON object a line")
-    add("--batch_size", type=_positive, default=32, metavar="N", help="texts that the host reads at a time (32)")
-    add("--max_seq_length", type=_positive, default=128, metavar="N", help="sub-tokens that it reads at once (128)")
+    add("--json", action="store_true", help="write one JSON object per line")
+    add("--batch_size", type=_positive, default=32, metavar="N", help="texts that the host reads at once (32)")
+    add(
+        "--max_seq_length",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="sub-tokens of a text that it reads at once (128)",
+    )
 
 
 def _positive(value: str) -> int:
@@ -41,25 +47,25 @@ def _positive(value: str) -> int:
 
 
 def load(model_class: str, arguments: argparse.Namespace):
-    """The adapter on its host, without the library's progress bars, which would mix with what is printed."""
+    """Load the adapter on its host, without transformers' progress bars, which would mix with the output."""
     from transformers.utils import logging
 
     import modeling_unihyperlora
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with Console(stderr=True).status("Loading the host and lining it up …"):
+    with Console(stderr=True).status("Loading and aligning the host …"):
         return getattr(modeling_unihyperlora, model_class).from_pretrained(
             arguments.adapter, base_model_name_or_path=arguments.host, task=arguments.task
         )
 
 
 def load_onnx(arguments: argparse.Namespace):
-    """The two ONNX files that were given."""
+    """Open the two given ONNX files."""
     from ..onnx_runtime import OnnxFileError, OnnxReader
 
     if arguments.host is None:
-        raise OnnxFileError("--runtime onnx needs the host's file as well: --host host.onnx")
+        raise OnnxFileError("--runtime onnx also needs the host's file: --host host.onnx")
     if arguments.task is not None:
         raise OnnxFileError("A reader's ONNX file has one task. Leave --task out.")
     return OnnxReader(arguments.host, arguments.adapter)
@@ -72,20 +78,20 @@ def work_through(
     work: Callable[[list], list],
     show: Callable[[object], None],
 ) -> None:
-    """Work on the given texts, several at a time, and show what was found for each.
+    """Process the given texts in groups, and show the result of each text.
 
     Args:
-        given: texts, names of files, or "-"; standard input where it is empty.
-        read_rows: reads the texts of a file with one of the ``suffixes``. Of any other file each line is a text.
-        work: from texts to what was found for each.
-        show: prints one finding.
+        given: texts, names of files, or "-"; if empty, standard input.
+        read_rows: reads the texts of a file with one of the ``suffixes``; of other files, each line is a text.
+        work: maps a list of texts to a list of results.
+        show: prints one result.
 
     Raises:
         DataError: a file cannot be read.
     """
     for texts, count in _sources(given, read_rows, suffixes):
         size = 1 if count is None and sys.stdin.isatty() else TOGETHER
-        hidden = count is None or not sys.stderr.isatty() or sys.stdout.isatty()  # it would mix with what is shown
+        hidden = count is None or not sys.stderr.isatty() or sys.stdout.isatty()  # it would mix with the output
         with Progress(console=Console(stderr=True), disable=hidden) as progress:
             bar = progress.add_task("texts", total=count)
             while part := list(itertools.islice(texts, size)):
@@ -97,7 +103,7 @@ def work_through(
 def _sources(
     given: list[str], read_rows: Callable[[Path], Iterable], suffixes: tuple[str, ...]
 ) -> Iterator[tuple[Iterator, int | None]]:
-    """The texts of each source and how many they are, None if unknown; texts that stand together are one source."""
+    """Yield the texts of each source and their number (None if unknown); adjacent text arguments are one source."""
     for is_text, names in itertools.groupby(given or ["-"], key=lambda name: name != "-" and not _is_file(name)):
         if is_text:
             texts = list(names)

@@ -1,4 +1,4 @@
-"""``unihyperlora inspect ADAPTER [--host HOST]``: what is in an adapter, and how it fits a host."""
+"""``unihyperlora inspect ADAPTER [--host HOST]``: contents of an adapter, and its fit to a host."""
 
 from rich.console import Console
 from rich.table import Table
@@ -10,10 +10,10 @@ from . import new_parser
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = new_parser("inspect", "ADAPTER", "What is in an adapter, and how it fits a host.")
-    parser.add_argument("adapter", help="its folder or Hub id")
-    parser.add_argument("--host", help="also put it on this host: a folder or Hub id")
-    parser.add_argument("--revision", default="main", help="of the adapter on the Hub")
+    parser = new_parser("inspect", "ADAPTER", "Show the contents of an adapter, and its fit to a host.")
+    parser.add_argument("adapter", help="folder or Hub id of the adapter")
+    parser.add_argument("--host", help="folder or Hub id of a host to put the adapter on")
+    parser.add_argument("--revision", default="main", help="revision of the adapter on the Hub")
     args = parser.parse_args(command_line)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -24,13 +24,13 @@ def main(command_line: list[str] | None = None) -> None:
         show_host(console, inspect_on_host(args.adapter, args.host, args.revision))
     else:
         own = report["config"].base_model_name_or_path
-        console.print(f"How it fits a host: --host A_HOST (its own was {own}).", highlight=False)
+        console.print(f"To see its fit to a host, add --host A_HOST (its own host was {own}).", highlight=False)
 
 
 def show_adapter(console: Console, report: dict) -> None:
     config = report["config"]
     if config.pathway == "stream":
-        kind = f"space {config.space['name']} {config.space['version']}, {config.space['dim']} coordinates a knot"
+        kind = f"space {config.space['name']} {config.space['version']}, {config.space['dim']} coordinates per knot"
     else:
         kind = f"projector {config.projector}, router {config.router}, {config.router_top_k} of {config.atoms} atoms"
     console.print(f"pathway {config.pathway}, {kind}, format {config.format_version}", highlight=False)
@@ -72,6 +72,6 @@ def show_host(console: Console, report: dict) -> None:
         for knot in report["knots"]:
             table.add_row(f"{knot['depth']:g}", str(knot["layer"]), f"{knot['r2']:.3f}")
         console.print(table)
-    console.print(f"extra multiply-adds a token: {report['flops_overhead_pct']:.2f} %", highlight=False)
+    console.print(f"extra multiply-adds per token: {report['flops_overhead_pct']:.2f} %", highlight=False)
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}", style="yellow", highlight=False)

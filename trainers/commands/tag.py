@@ -25,7 +25,7 @@ COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 def main(command_line: list[str] | None = None) -> None:
     parser = new_parser("tag", "ADAPTER [TEXT …]", __doc__)
     given_texts.add_arguments(parser)
-    arguments = parser.parse_intermixed_args(command_line)  # options may stand among the texts
+    arguments = parser.parse_intermixed_args(command_line)  # options may come between texts
     console = Console(soft_wrap=True)
 
     def show(found) -> None:
@@ -38,7 +38,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def tagger(arguments: argparse.Namespace):
-    """A function from texts to what ``tagging.tag`` finds in each."""
+    """A function that tags a list of texts."""
     sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
     if arguments.runtime == "onnx":
         reader = given_texts.load_onnx(arguments)
@@ -50,10 +50,10 @@ def tagger(arguments: argparse.Namespace):
 
 
 def read_rows(path: Path) -> Iterator[str | list[str]]:
-    """The texts of a JSON-lines file, or the words where its lines have "tokens".
+    """Yield the texts of a JSON-lines file, or lists of words if its lines have "tokens".
 
     Raises:
-        DataError: a line has neither, or they are no strings.
+        DataError: a line has neither, or they are not strings.
     """
     from modeling_unihyperlora import DataError
 
@@ -72,13 +72,13 @@ def read_rows(path: Path) -> Iterator[str | list[str]]:
 
 
 def as_json(found) -> dict[str, object]:
-    """What a line of --json says of one text."""
+    """Content of one line of --json, for one text."""
     entities = [dataclasses.asdict(entity) | {"score": round(entity.score, 4)} for entity in found.entities]
     return {"text": found.text, "entities": entities}
 
 
 def coloured(found) -> Text:
-    """The text with each entity in the colour of its type, and the type behind it."""
+    """The text with each entity in the colour of its type, followed by the type."""
     shown, at = Text(), 0
     for entity in found.entities:
         colour = COLOURS[zlib.crc32(entity.type.encode()) % len(COLOURS)]
