@@ -70,7 +70,7 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
                 output_loading_info=True,
                 **kwargs,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise HostError(
             f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass "
             "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder. If the host's repository needs "
@@ -170,6 +170,21 @@ def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
     if "use_cache" in known:
         inputs["use_cache"] = False
     return host(return_dict=True, **inputs)
+
+
+def explain_ids(host: nn.Module, input_ids: torch.Tensor, error: Exception) -> None:
+    """Raise ``HostError`` if ids (B, T) that a host failed to read are too many or beyond its embeddings."""
+    window, rows = window_of(host), host.get_input_embeddings().weight.shape[0]
+    if window is not None and input_ids.shape[1] > window:
+        raise HostError(
+            f"A text has {input_ids.shape[1]} tokens, and the host '{host.config.name_or_path}' reads {window} at "
+            "once. Give the tokenizer truncation=True, or cut the text; a pipeline reads it in windows with stride=16."
+        ) from error
+    if int(input_ids.max()) >= rows:
+        raise HostError(
+            f"input_ids go up to {int(input_ids.max())}, the host '{host.config.name_or_path}' embeds {rows}: "
+            "they are of another tokenizer. Use that of the host."
+        ) from error
 
 
 def check_states(

@@ -33,10 +33,18 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_config, reader_shape
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
-from .hosts import Hold, call_host, describe_host, encoder_of, load_host
+from .hosts import Hold, call_host, describe_host, encoder_of, explain_ids, load_host
 from .reader import Adapter, StreamAdapter, Words, sentences_by_task, unpack
 from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
-from .storage import WEIGHTS_NAME, adapter_file, load_adapter, replacing, save_adapter, take_over
+from .storage import (
+    WEIGHTS_NAME,
+    adapter_file,
+    check_same_layout,
+    load_adapter,
+    replacing,
+    save_adapter,
+    take_over,
+)
 from .words import Continuation, WordPlaces, WordReader, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,10 +55,14 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_unihyperlora.UniHyperLoraForTokenClassification",
     "AutoModelForSequenceClassification": "modeling_unihyperlora.UniHyperLoraForSequenceClassification",
 }
+# Of ``save_pretrained``: what transformers and accelerate give to every model, and what can have one value alone.
+_SAVE_ARGUMENTS = ("is_main_process", "push_to_hub", "repo_id", "state_dict", "save_function", "max_shard_size")
+_SAVE_ARGUMENTS += ("save_peft_format", "save_original_format")
+_ONE_VALUE = {"safe_serialization": True, "variant": None}
+_PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _IGNORED_ARGUMENTS = (
     "trust_remote_code",
-    "use_safetensors",  # other formats are never read
     "code_revision",
     "adapter_kwargs",
     "low_cpu_mem_usage",  # an adapter needs a megabyte
@@ -137,10 +149,18 @@ class Stream:
                 f"The stream finds words from token ids, but the call gave {sorted(inputs)} without input_ids. Give "
                 "input_ids, or canonical_states."
             )
-        if inputs["input_ids"].shape[1] == 0:
+        ids = inputs["input_ids"]
+        if ids.dim() != 2 or (word_index is not None and word_index.shape != ids.shape):
+            given = "" if word_index is None else f", word_index {tuple(word_index.shape)}"
+            raise ConfigError(f"input_ids and word_index must be (B, T); given: {tuple(ids.shape)}{given}.")
+        if ids.shape[1] == 0:
             raise ConfigError("The text is empty: it has no tokens. Leave empty texts out.")
-        out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
-        places = self.words.places(inputs["input_ids"], attention_mask, word_index)
+        try:
+            out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
+        except (IndexError, RuntimeError) as error:
+            explain_ids(self.host, ids, error)
+            raise
+        places = self.words.places(ids, attention_mask, word_index)
         z = self.canonical_states(out.hidden_states, self.words.read_at(places))
         return StreamRun(self.adapter, z, places.lengths, places, out.hidden_states)
 
@@ -365,7 +385,9 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         names = {name: kwargs.pop(name) for name in ("num_labels", "id2label", "label2id") if name in kwargs}
         loading = _given(dtype=kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         loading |= _given(attn_implementation=kwargs.pop("attn_implementation", None))
-        device, with_info = kwargs.pop("device_map", None), kwargs.pop("output_loading_info", False)
+        device, with_info = _one_device(kwargs.pop("device_map", None)), kwargs.pop("output_loading_info", False)
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ConfigError("use_safetensors=False is not possible: nothing but safetensors is ever read.")
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ConfigError(
                 "ignore_mismatched_sizes=True is not supported: an adapter's file must fit. Leave it out."
@@ -384,18 +406,22 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                     config.base_model_revision = None  # it was the revision of the adapter's own host
             if config.id2label != stored.id2label:
                 names = {"id2label": config.id2label} | names
+            elif config.label2id != stored.label2id:
+                names = {"label2id": config.label2id} | names
             asked = getattr(config, "_attn_implementation_internal", None)
             loading = _given(attn_implementation=asked) | loading
         for name, value in changes.items():
             setattr(config, name, value)
         config.check()
+        _check_outputs(config)
         if task is not None:
             config.activate(task)
         if config.active_task is not None:
             cls._check_type(config, config.active_task)
             _rename_labels(config, **names)
         if base_model_name_or_path is not None:
-            config.base_model_name_or_path, config.base_model_revision = base_model_name_or_path, base_model_revision
+            config.base_model_name_or_path = str(base_model_name_or_path)
+            config.base_model_revision = base_model_revision
         if host is None:
             name, own = config.base_model_name_or_path, {"revision": config.base_model_revision or "main"}
             own |= {key: value for key, value in hub.items() if key not in ("subfolder", "force_download")}
@@ -416,7 +442,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         else:
             _part("injection").warn_where_untrained(model)
         if device is not None:
-            model.to(_one_device(device))
+            model.to(device)
         model.eval()
         logger.info(model.describe())
         if with_info:
@@ -444,15 +470,24 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
 
         Raises:
             AdapterFileError: values are not finite, or the folder cannot be written; earlier files stay.
+            ConfigError: the configuration was changed and no longer describes the adapter.
         """
+        _take_names(self.config)
         self.config.architectures = [type(self).__name__]
-        content = json.loads(self.config.to_json_string(use_diff=False))
+        try:
+            content = json.loads(self.config.to_json_string(use_diff=False))
+        except TypeError as error:
+            raise ConfigError(
+                f"The configuration has a value that JSON cannot hold ({error}). Give plain numbers, strings, lists "
+                "and dicts."
+            ) from error
         own = {*UniHyperLoraConfig.__annotations__, "architectures", "model_type", "transformers_version"}
         more = {"id2label", "label2id"}
         auto_map = AUTO_MAP if self.config.pathway == "stream" else _part("injection").AUTO_MAP
         content = {name: value for name, value in content.items() if name in own | more}
         content |= {"auto_map": auto_map, "tasks": self.config.tasks}  # keeps their order
-        type(self.config)(**content | {"id2label": None, "label2id": None})  # raises if it cannot be read again
+        again = type(self.config)(**json.loads(json.dumps(content)) | {"id2label": None, "label2id": None})
+        check_same_layout(self.adapter, make_adapter(again))  # raises if it cannot be read again
         save_adapter(self.adapter, content, Path(folder))
 
     def save_pretrained(self, save_directory: str | Path, *, tasks: list[str] | None = None, **kwargs) -> None:
@@ -463,14 +498,22 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         Args:
             save_directory: output folder; created if needed.
             tasks: names of tasks to write; by default all.
-            **kwargs: arguments that transformers passes to every model; ``is_main_process``, ``push_to_hub``,
-                ``repo_id`` and the arguments of ``push_to_hub`` are used.
+            **kwargs: ``is_main_process``, ``push_to_hub``, ``repo_id`` and the arguments of ``push_to_hub`` are used.
+                ``max_shard_size``, ``state_dict``, ``save_function`` and the like, which accelerate and the Trainer
+                pass to every model, change nothing.
 
         Raises:
             AdapterFileError: values are not finite, or the folder cannot be written; earlier files stay.
             ConfigError: a task does not exist.
             HubError: the push failed.
         """
+        unread = kwargs.keys() - {*_SAVE_ARGUMENTS, *_ONE_VALUE, *_PUSH_ARGUMENTS}
+        unread |= {name for name, only in _ONE_VALUE.items() if kwargs.get(name) not in (None, only)}
+        if unread:
+            raise ConfigError(
+                f"save_pretrained cannot honour {sorted(unread)[0]}={kwargs[sorted(unread)[0]]!r}: an adapter is one "
+                "safetensors file of a fixed name. Leave it out."
+            )
         if not kwargs.get("is_main_process", True):
             return
         if tasks is not None:
@@ -488,8 +531,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             return
         bundle.complete(folder, self.config.pathway)
         if kwargs.get("push_to_hub", False):
-            names = ("commit_message", "private", "token", "revision", "create_pr")
-            push = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            push = {name: kwargs[name] for name in _PUSH_ARGUMENTS if kwargs.get(name) is not None}
             repo_id = kwargs.get("repo_id") or folder.absolute().name
             _from_package("publish.hub", "Pushing").push_folder(folder, repo_id, **push)
 
@@ -859,6 +901,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 "Give only one of task (the same for all sentences), task_ids (one per sentence) and tasks (all of "
                 "them for every sentence)."
             )
+        if tasks is not None and (isinstance(tasks, str) or not tasks):
+            raise ConfigError(f"tasks={tasks!r} must be a list of names; the adapter has {sorted(self.config.tasks)}.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         known = self._host_arguments | {"canonical_states", "word_index"}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         reads = {self.host.main_input_name, "inputs_embeds"}
@@ -874,7 +920,12 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 raise ConfigError("Only a stream can score several tasks in one pass (tasks=). Use task_ids=.")
             return self.injection.outputs(self, task, task_ids, attention_mask, output_hidden_states, inputs)
         if "canonical_states" in inputs:
-            z = inputs["canonical_states"]
+            z, shape = inputs["canonical_states"], (len(KNOTS), self.adapter.space.shape()["dim"])
+            if z.dim() != 4 or z.shape[2:] != shape or len(inputs) > 1:
+                raise ConfigError(
+                    f"canonical_states have to be (B, W, {shape[0]}, {shape[1]}) and stand in place of other inputs; "
+                    f"given: {tuple(z.shape)}, with {sorted(inputs.keys() - {'canonical_states'}) or 'nothing else'}."
+                )
             mask = torch.ones(z.shape[:2], device=z.device) if attention_mask is None else attention_mask
             run = StreamRun(self.adapter, z, (mask > 0).sum(dim=1))
         else:
@@ -905,7 +956,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
     def _output(self, kind: type, run: dict[str, Any], loss: torch.Tensor | None, return_dict: bool | None):
         names = ("logits", "hidden_states", "expected_atoms", "active_atoms")
         out = kind(loss=loss, **{name: run.get(name) for name in names})
-        return out if return_dict in (None, True) else out.to_tuple()
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     def _only(self, tasks: list[str]):
         """Context in which the adapter has only these tasks."""
@@ -936,7 +987,7 @@ class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
         run = self.run(task, attention_mask, output_hidden_states, task_ids, tasks, **inputs)
         names = ("last_hidden_state", "hidden_states", "expected_atoms", "active_atoms")
         out = UniHyperLoraOutput(**{name: run.get(name) for name in names})
-        return out if return_dict in (None, True) else out.to_tuple()
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
 class UniHyperLoraForTokenClassification(UniHyperLoraPreTrainedModel):
@@ -1087,22 +1138,51 @@ def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, l
         config.activate(config.active_task)
 
 
-def _one_device(device_map) -> torch.device | str:
+def _take_names(config: UniHyperLoraConfig) -> None:
+    """Label names that a caller has set on the configuration become those of the active task."""
+    if config.active_task is None:
+        return
+    ids = dict(enumerate(config.tasks[config.active_task]["labels"]))
+    given = {int(number): label for number, label in (config.id2label or {}).items()}
+    if given == ids and config.label2id != {label: number for number, label in ids.items()}:
+        _rename_labels(config, label2id=config.label2id)
+    elif given != ids:
+        _rename_labels(config, id2label=given)
+
+
+def _check_outputs(config: UniHyperLoraConfig) -> None:
+    """Raise ``ConfigError`` if the configuration asks for outputs or a loss that an adapter does not have."""
+    if config.output_attentions:
+        raise ConfigError("output_attentions=True: attention weights are the host's; ask model.host for them.")
+    kind = getattr(config, "problem_type", None)
+    if kind not in (None, "single_label_classification"):
+        raise ConfigError(f"problem_type={kind!r} is not possible: a text or a word has one label. Leave it out.")
+
+
+def _one_device(device_map) -> torch.device | str | None:
     """The device of a ``device_map``.
 
     Raises:
-        ConfigError: the map has several devices.
+        ConfigError: the map has several devices, or none that can hold a host.
     """
-    if device_map == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or "cpu"
     if isinstance(device_map, dict) and len({*map(str, device_map.values())}) == 1:
         device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return None
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or "cpu"
     if not isinstance(device_map, str | int | torch.device):
         raise ConfigError(
             f"device_map={device_map!r} spreads the host over several devices. Load the host yourself and pass host=."
         )
-    return torch.device(device_map)
+    try:
+        device = torch.device(device_map)
+    except RuntimeError as error:
+        raise ConfigError(f"device_map={device_map!r} names no device. Give 'auto', 'cpu', 'cuda:0' …") from error
+    if device.type == "meta":
+        raise ConfigError("device_map='meta' holds no values, and a host has to be read. Give 'auto' or 'cpu'.")
+    return device
 
 
 def _given(**kwargs) -> dict:

@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .errors import AdapterFileError, first_line
+from .errors import AdapterFileError, ConfigError, first_line
 
 FORMAT_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
@@ -228,6 +227,25 @@ def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def check_same_layout(adapter: nn.Module, other: nn.Module) -> None:
+    """Raise ``ConfigError`` unless two adapters have the same tensors in the same codecs.
+
+    Args:
+        adapter: what is to be saved.
+        other: made afresh from the configuration that is to be saved with it.
+    """
+    one, two = (
+        {name: (tuple(x.latent.shape), type(x.codec).__name__, *x.codec.settings()) for name, x in _stored(a).items()}
+        for a in (adapter, other)
+    )
+    if one != two:
+        name = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))[0]
+        raise ConfigError(
+            f"The configuration was changed and no longer describes the adapter: '{name}' is {one.get(name)}, and "
+            f"would be {two.get(name)}. Nothing was written; leave shapes, readers and delta_step as they were."
+        )
+
+
 def adapter_file(name: str | Path, file: str, revision: str | None, hub: dict) -> Path:
     """Path of an adapter's file: in a folder, of a ready adapter of the package, or downloaded from the Hub.
 
@@ -372,6 +390,17 @@ def write_checked(path: Path, tensors: dict[str, torch.Tensor], more: dict[str, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=signed_metadata(tensors, more))
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, the same bytes for the same contents: safetensors itself writes metadata in random order."""
+    content = serialize(tensors, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def signed_metadata(tensors: dict[str, torch.Tensor], more: dict[str, str] | None = None) -> dict[str, str]:

@@ -91,7 +91,11 @@ def load_tokenizer(name_or_path: str | None, trust_remote_code: bool = False, **
             f"The tokenizer of the host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass tokenizer=, or "
             "name another one with --tokenizer_name."
         ) from error
-    return prepare_tokenizer(tokenizer)
+    if kwargs.get("padding_side", "right") != "right":
+        raise HostError("padding_side='left' is not possible: words are counted from the left. Leave it out.")
+    prepared = prepare_tokenizer(tokenizer)
+    prepared.truncation_side = kwargs.get("truncation_side", prepared.truncation_side)
+    return prepared
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -1,11 +1,18 @@
 """Arguments of ``from_pretrained``, and the files that it reads or refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertModel,
+)
 
 from modeling_unihyperlora import (
     AdapterFileError,
@@ -55,9 +62,59 @@ class TestArguments:
         model = load(folders, device_map=value).cpu()
         assert torch.allclose(model(**batch()).logits, expected, atol=1e-5)
 
-    def test_several_devices_are_refused(self, folders):
-        with pytest.raises(ConfigError, match="pass host="):
-            load(folders, device_map={"embeddings": "cpu", "encoder": "meta"})
+    @pytest.mark.parametrize("value", ["balanced", "balanced_low_0", "sequential"])
+    def test_ways_to_spread_a_model_put_so_small_a_one_on_one_device(self, folders, value):
+        assert load(folders, device_map=value).device == load(folders, device_map="auto").device
+
+    @pytest.mark.parametrize(
+        ("given", "error", "message"),
+        [
+            ({"device_map": {"embeddings": "cpu", "encoder": "meta"}}, ConfigError, "pass host="),
+            ({"device_map": "quick"}, ConfigError, "device_map='quick' names no device"),
+            ({"device_map": "meta"}, ConfigError, "device_map='meta' holds no values"),
+            ({"dtype": "half"}, HostError, "cannot be loaded"),
+            ({"dtype": "bogus"}, HostError, "cannot be loaded .*bogus"),
+            ({"use_safetensors": False}, ConfigError, "nothing but safetensors is ever read"),
+            ({"variant": "fp16"}, ConfigError, "no argument 'variant'"),
+        ],
+    )
+    def test_what_cannot_be_loaded_so(self, folders, given, error, message):
+        if given == {"dtype": "half"}:  # torch knows it
+            assert load(folders, **given).host.dtype == torch.float16
+            return
+        with pytest.raises(error, match=message):
+            load(folders, **given)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"output_attentions": True}, "attention weights are the host's"),
+            ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' is not"),
+            ({"label2id": {"a": 0, "b": 1}}, "the call gave 2"),
+        ],
+    )
+    def test_what_an_auto_class_puts_into_the_configuration_is_refused(self, folders, given, message):
+        with pytest.raises(ConfigError, match=message):
+            AutoModelForTokenClassification.from_pretrained(folders[0], **given)
+
+    def test_what_an_auto_class_puts_into_the_configuration_is_honoured(self, folders):
+        auto = AutoModelForTokenClassification.from_pretrained
+        assert len(auto(folders[0], output_hidden_states=True)(**batch()).hidden_states) == 5
+        assert isinstance(auto(folders[0], return_dict=False)(**batch()), tuple)
+        assert auto(folders[0], label2id={name: at for at, name in OTHERS.items()}).labels == list(OTHERS.values())
+        assert auto(folders[0], problem_type="single_label_classification").labels == LABELS
+
+    def test_sides_of_the_tokenizer(self, folders):
+        with pytest.raises(HostError, match="padding_side='left' is not possible"):
+            AutoTokenizer.from_pretrained(folders[0], padding_side="left")
+        right, left = (AutoTokenizer.from_pretrained(folders[0], truncation_side=side) for side in ("right", "left"))
+        words = ["word1", "word2", "word3"]
+        assert right(words, is_split_into_words=True, truncation=True, max_length=3)["word_index"] == [-1, 0, -1]
+        assert left(words, is_split_into_words=True, truncation=True, max_length=3)["word_index"] == [-1, 2, -1]
+
+    def test_a_path_of_the_host_can_be_saved(self, folders, tmp_path):
+        load(folders, base_model_name_or_path=folders[1]).save_pretrained(tmp_path)
+        assert load([tmp_path]).config.base_model_name_or_path == str(folders[1])
 
     @pytest.mark.parametrize(
         "given",
@@ -156,6 +213,73 @@ class TestArguments:
         labels = torch.zeros_like(batch()["input_ids"])
         loss, logits, states = model(**batch(), labels=labels, output_hidden_states=True, return_dict=False)
         assert loss == model(**batch(), labels=labels).loss and len(states) == 5
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        ("given", "error", "message"),
+        [
+            ({"input_ids": torch.tensor([2, 5, 3])}, ConfigError, "must be .B, T.; given: .3,."),
+            ({"input_ids": torch.ones(1, 3).long(), "word_index": torch.ones(1, 2).long()}, ConfigError, "word_index"),
+            ({"input_ids": torch.full((1, 100), 5)}, HostError, "100 tokens, and the host .* reads 64 at once"),
+            ({"input_ids": torch.tensor([[2, 999, 3]])}, HostError, "input_ids go up to 999, the host .* embeds 50"),
+            ({"canonical_states": torch.zeros(1, 2, 5, 7)}, ConfigError, r"\(B, W, 5, 12\) .*given: \(1, 2, 5, 7\)"),
+            (
+                {"canonical_states": torch.zeros(1, 2, 5, 12), "input_ids": torch.ones(1, 3).long()},
+                ConfigError,
+                "in place of other inputs; .*input_ids",
+            ),
+            ({**batch(), "tasks": "people"}, ConfigError, "tasks='people' must be a list"),
+            ({**batch(), "tasks": []}, ConfigError, r"tasks=\[\] must be a list"),
+        ],
+    )
+    def test_what_cannot_be_read(self, folders, given, error, message):
+        with pytest.raises(error, match=message):
+            load(folders)(**given)
+
+
+class TestSaving:
+    @pytest.mark.parametrize("kind", ["id2label", "label2id"])
+    def test_names_set_on_the_configuration_are_saved(self, folders, kind, tmp_path):
+        model = load(folders)
+        ids = {name: at for at, name in OTHERS.items()}
+        setattr(model.config, kind, OTHERS if kind == "id2label" else ids)
+        model.save_pretrained(tmp_path)
+        again = load([tmp_path])
+        assert again.labels == list(OTHERS.values()) and again.config.label2id == ids
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda config: setattr(config, "num_labels", 5), "has 3 labels .* gave 5"),
+            (lambda config: config.space.update(dim=9), "no longer describes the adapter: 'space.atoms_in'"),
+            (lambda config: config.tasks["people"]["reader"].update(width=7), "no longer describes the adapter"),
+            (lambda config: setattr(config, "delta_step", 0.5), "'tasks.people.delta' is .*0.03125.*0.5"),
+            (lambda config: config.tasks["people"].update(note=object()), "value that JSON cannot hold"),
+            (lambda config: setattr(config, "source_hosts", [{"name": Path("x")}]), "value that JSON cannot hold"),
+        ],
+    )
+    def test_a_configuration_that_no_longer_fits_is_not_written(self, folders, change, message, tmp_path):
+        model = load(folders)
+        model.save_pretrained(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        change(model.config)
+        with pytest.raises(ConfigError, match=message):
+            model.save_pretrained(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize("given", [{"safe_serialization": False}, {"variant": "fp16"}, {"fidelity": 1}], ids=str)
+    def test_arguments_that_would_be_dropped(self, folders, given, tmp_path):
+        with pytest.raises(ConfigError, match=f"cannot honour {next(iter(given))}"):
+            load(folders).save_pretrained(tmp_path, **given)
+        assert not any(tmp_path.iterdir())
+
+    def test_what_accelerate_gives_to_every_model(self, folders, tmp_path):
+        model = load(folders)
+        model.save_pretrained(
+            tmp_path, is_main_process=True, state_dict=model.state_dict(), save_function=torch.save, variant=None
+        )
+        assert load([tmp_path]).labels == LABELS
 
 
 class TestConfigurations:

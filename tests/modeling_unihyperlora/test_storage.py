@@ -79,6 +79,21 @@ def rewrite(folder, change, sign: bool = True) -> None:
     save_file(tensors, path, metadata=signed_metadata(tensors) if sign else metadata)
 
 
+def test_equal_contents_are_equal_files(saved, tmp_path):
+    """Byte for byte, in any process; another process has another order of hashed names."""
+    tensors = load_file(saved[1] / WEIGHTS_NAME)
+    metadata = signed_metadata(tensors, {f"key {number}": "é" * number for number in range(9)})
+    contents = set()
+    for number in range(5):
+        order = sorted(metadata, key=lambda name, number=number: hash((name, number)))
+        storage.save_file(tensors, tmp_path / "one", {name: metadata[name] for name in order})
+        contents.add((tmp_path / "one").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "one", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
     @pytest.mark.parametrize("router", ["token", "static"])
