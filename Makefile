@@ -1,6 +1,8 @@
-# make demo    train and score on the embedded host and tweets, then tag a sentence: make demo SENTENCE="..."
+# make demo    a ready adapter on two hosts, then a task of your own, moved: make demo SENTENCE="..."
 # make test    lint, format check and the quick tests
 # make bench   what an adapter costs beside the bare host and LoRA: results/speed.md (about half an hour)
+# make dist    wheel and sdist, in dist/
+# make adapters  make the ready adapters anew: make adapters DATA=DIR HOSTS="SOURCE OTHERS …" [ONLY="sentiment …"]
 # make space   make the package's canonical space anew: make space HOSTS="A B C", Hub ids or folders
 # Each target sets up what it needs in .venv; PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
@@ -9,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SENTENCE ?=
 
-.PHONY: demo test test-slow bench space lint clean
+.PHONY: demo test test-slow bench dist adapters space lint clean
 
 demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
@@ -21,6 +23,7 @@ test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
 
 # BENCH_HOSTS: Hub ids or folders; the first is measured in everything.
+HOSTS ?=
 BENCH_HOSTS ?= sentence-transformers/all-MiniLM-L6-v2 sentence-transformers/all-mpnet-base-v2
 BENCH = OMP_NUM_THREADS=1 $(RUN) -m scripts.research.benchmark
 bench: $(VENV)/.installed-test
@@ -30,8 +33,19 @@ bench: $(VENV)/.installed-test
 	$(BENCH) slopes --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-slopes.json
 	$(RUN) -m scripts.research.benchmark render
 
+dist: $(VENV)/.installed-test
+	$(RUN) -m build --outdir dist .
+
+# The data's folder is described in scripts/research/ready_adapters.py.
+DATA ?=
+ONLY ?=
+adapters: $(VENV)/.installed-test
+	$(if $(and $(DATA),$(HOSTS)),,$(error make adapters needs data and hosts: make adapters DATA=DIR HOSTS="SOURCE OTHERS"))
+	OMP_NUM_THREADS=1 $(RUN) -m scripts.research.ready_adapters --data $(DATA) --host $(firstword $(HOSTS)) \
+	    --target_hosts $(wordlist 2,$(words $(HOSTS)),$(HOSTS)) $(if $(ONLY),--only $(ONLY))
+	$(RUN) -m scripts.research.benchmark render
+
 # What it was made from is written beside it, into space.safetensors.json. Give another version when the space changes.
-HOSTS ?=
 SPACE_VERSION ?= 1
 space: $(VENV)/.installed-test
 	$(if $(HOSTS),,$(error make space needs the hosts that the space is made from: make space HOSTS="A B C"))
@@ -49,5 +63,5 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

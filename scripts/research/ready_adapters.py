@@ -5,9 +5,9 @@
 
 ``make adapters DATA=DIR HOSTS="SOURCE OTHERS …"`` does the same. DIR has a folder for each data set, with JSON lines:
 btc and wnut17 (``tokens``, ``ner_tags``), snips (also ``text``, ``intent``), amazon_uci (``text``, ``label``).
-Every adapter is trained with one set of settings, on which no score had an influence, and with seed 0. Written are
+Every adapter is trained with the same settings, on which no score had an influence, and with seed 0. Written are
 modeling_unihyperlora/ready/NAME (weights, configuration, card) and results/ready.json, from which the cards and the
-tables of the documents come.
+tables of the documents come. What is in --output_dir, or in that file, is not done again.
 """
 
 import argparse
@@ -19,19 +19,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from seqeval.metrics import f1_score as entity_f1
+from sklearn.metrics import f1_score
+
 from modeling_unihyperlora import DataError, UniHyperLoraError
 from modeling_unihyperlora.configuration_unihyperlora import read_config
 from modeling_unihyperlora.storage import READY, WEIGHTS_NAME, read_json_object, write_json
 from trainers.running import run
+from trainers.tag_schemes import reader_of_tags
+from trainers.tagging import classify, tag
 from trainers.tasks import TASKS
 
-RESULTS = Path(__file__).parents[2] / "results"
+RESULTS, RECORD = Path(__file__).parents[2] / "results", "ready.json"
 SOURCE_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # which an adapter names as its host
 TRAINING = """
-    --do_train --max_steps 1500 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
-    --save_strategy no --seed 0 --overwrite_output_dir
+    --do_train --max_steps 1000 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
+    --weight_decay 0.01 --save_strategy no --seed 0 --disable_tqdm true --logging_steps 250 --overwrite_output_dir
 """.split()
-COMMON = "--per_device_eval_batch_size 64 --disable_tqdm true --logging_steps 500".split()
 Splits = dict[str, list[dict]]  # "train", and every set to score on by the name that tables give it
 
 
@@ -41,7 +45,6 @@ class Recipe:
 
     Attributes:
         kind: "ner" or "classification".
-        reader: the size of its reader.
         about: what it finds, for its card.
         example: a text that shows it.
         data: what it was trained on, with the licence.
@@ -50,7 +53,6 @@ class Recipe:
     """
 
     kind: str
-    reader: str
     about: str
     example: str
     data: str
@@ -70,50 +72,63 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ready"))
     args = parser.parse_args(command_line)
     for name in args.only:
-        make(name, RECIPES[name], args.data, args.host, args.target_hosts, args.output_dir / name)
+        splits = RECIPES[name].read(args.data)
+        if not (args.output_dir / name / "all_results.json").is_file():
+            train(name, splits, args.host, args.output_dir / name)
+    for host in [args.host, *args.target_hosts]:
+        for name in args.only:
+            keep_scores(name, RECIPES[name].read(args.data), host)
 
 
-def make(name: str, recipe: Recipe, data: Path, host: str, targets: list[str], folder: Path) -> None:
-    """Train an adapter, score it on every host, and put it among the ready ones."""
-    files, sentences = {}, {}
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for split, rows in recipe.read(data).items():
-        files[split] = folder / "data" / f"{split.replace(' ', '-')}.jsonl"
-        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        sentences[split] = len(rows)
-    task = TASKS[recipe.kind]
-    own = ["--task_name", name, "--model_name_or_path", host, "--reader", recipe.reader]
-    trained = run(
-        task, [*TRAINING, *COMMON, *own, "--train_file", str(files["train"]), "--output_dir", str(folder / "trained")]
-    )
-    scores: dict[str, dict[str, float]] = {}
-    for target in [host, *targets]:
-        scores[Path(target).name] = {
-            split: run(
-                task,
-                ["--do_eval", *COMMON, "--adapter", str(folder / "trained"), "--model_name_or_path", target]
-                + ["--validation_file", str(file), "--output_dir", str(folder / f"{Path(target).name}-{file.stem}")],
-            )["eval_f1"]
-            for split, file in files.items()
-            if split != "train"
-        }
-    place(folder / "trained", READY / name)
+def train(name: str, splits: Splits, host: str, folder: Path) -> None:
+    """Train an adapter in a folder, put it among the ready ones, and begin its record."""
+    recipe, file = RECIPES[name], folder / "data" / "train.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in splits["train"]), encoding="utf-8")
+    own = ["--task_name", name, "--model_name_or_path", host, "--reader", "medium", "--train_file", str(file)]
+    trained = run(TASKS[recipe.kind], [*TRAINING, *own, "--output_dir", str(folder)])
+    place(folder, READY / name)
+    parts = ("adapter_bytes", "bytes_of_space", "reader_bytes", "head_bytes")
     record = {
-        "kind": "ready",
         "task": recipe.kind,
         "source": Path(host).name,
-        "sentences": sentences,
-        "sha256": {split: hashlib.sha256(file.read_bytes()).hexdigest() for split, file in files.items()},
+        "sentences": {split: len(rows) for split, rows in splits.items()},
+        "sha256": {split: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for split, rows in splits.items()},
         "space": trained["space"],
-        "reader": recipe.reader,
-        "bytes": {part: trained[part] for part in ("adapter_bytes", "bytes_of_space", "reader_bytes", "head_bytes")},
-        "f1": scores,
+        "bytes": {part: trained[part] for part in parts},
+        "f1": {},
     }
-    path = RESULTS / "ready.json"
+    write_record(name, record)
+
+
+def keep_scores(name: str, splits: Splits, host: str) -> None:
+    """Score a ready adapter on a host, if that is not recorded yet."""
+    record, shown = read_json_object(RESULTS / RECORD)["adapters"][name], Path(host).name
+    if shown not in record["f1"]:
+        cls = TASKS[record["task"]].model_class
+        model = cls.from_pretrained(name, base_model_name_or_path=host)
+        scores = {split: score(model, rows) for split, rows in splits.items() if split != "train"}
+        write_record(name, record | {"f1": record["f1"] | {shown: scores}})
+
+
+def score(model, rows: list[dict]) -> float:
+    """Micro F1 of entities, or macro F1 of classes, of what ``tagging`` finds in each row."""
+    if model.task_type == "token_classification":
+        read = reader_of_tags(model.labels, model.config.tasks[model.config.active_task]["scheme"])
+        found = tag(model, [row["tokens"] for row in rows], batch_size=64)
+        gold = [[read(own) for own in row["ner_tags"]] for row in rows]
+        return float(entity_f1(gold, [[read(own) for own in one.tags] for one in found]))
+    found = classify(model, [row["text"] for row in rows], batch_size=64)
+    return float(f1_score([row["label"] for row in rows], [one.label for one in found], average="macro"))
+
+
+def write_record(name: str, record: dict) -> None:
+    """Put the record of an adapter into results/ready.json, and write its card from it."""
+    path = RESULTS / RECORD
     records = read_json_object(path) if path.is_file() else {"kind": "ready", "adapters": {}}
     records["adapters"][name] = record
     write_json(path, records)
-    (READY / name / "README.md").write_text(card(name, recipe, record), encoding="utf-8")
+    (READY / name / "README.md").write_text(card(name, RECIPES[name], record), encoding="utf-8")
 
 
 def place(trained: Path, ready: Path) -> None:
@@ -200,7 +215,6 @@ NO_TEST = (
 RECIPES = {
     "people-places-organisations": Recipe(
         kind="ner",
-        reader="medium",
         about="People (PER), places (LOC) and organisations (ORG) in English text, above all in tweets.",
         example="Angela Merkel met Tim Cook at Apple, in Cupertino.",
         data="Broad Twitter Corpus (Derczynski et al. 2016), 6,338 tweets, CC BY 4.0",
@@ -211,7 +225,6 @@ RECIPES = {
     ),
     "sentiment": Recipe(
         kind="classification",
-        reader="medium",
         about="Whether a sentence of a review is positive or negative: restaurants, films, products.",
         example="The food was wonderful, and the staff were friendly.",
         data="Sentiment Labelled Sentences (Kotzias et al. 2015; UCI repository, data set 331), four in five of 3,000 "
@@ -222,7 +235,6 @@ RECIPES = {
     ),
     "assistant-slots": Recipe(
         kind="ner",
-        reader="medium",
         about="The 39 slots of requests to a voice assistant, such as `artist`, `city` and `timeRange`.",
         example="Book a table for two at a Greek restaurant in Athens tomorrow evening.",
         data=SNIPS,
@@ -231,7 +243,6 @@ RECIPES = {
     ),
     "assistant-intents": Recipe(
         kind="classification",
-        reader="medium",
         about="Which of seven things a request to a voice assistant asks for.",
         example="What will the weather be like in Lisbon tomorrow?",
         data=SNIPS,
@@ -289,7 +300,7 @@ def card(name: str, recipe: Recipe, record: dict) -> str:
         f"{record['bytes']['bytes_of_space']:,}, the reader {record['bytes']['reader_bytes']:,} and the head "
         f"{record['bytes']['head_bytes']:,}.",
         "- Licence: Apache-2.0.",
-        f"- Made by `make adapters ONLY={name}`, 1,500 steps of 32, seed 0.",
+        f"- Made by `make adapters ONLY={name}`, 1,000 steps of 32, seed 0.",
         "",
         "It has the errors and biases of its host and of its data. Do not base decisions about people on it alone.",
         "",

@@ -56,9 +56,27 @@ def test_ranks_of_lora_are_apart(tmp_path):
         run = json.loads((folder / "run_arguments.json").read_text()) | {"lora_r": rank}
         (folder / "run_arguments.json").write_text(json.dumps(run))
         runs.append(record_of(folder))
-    text = summary({str(number): run for number, run in enumerate(runs)})
+    text = rendered({str(number): run for number, run in enumerate(runs)})
     for rank in (1, 8):
-        assert f"| tweets | lora, r={rank} | host-a | LoRA and head | 1 | 0.800 |" in text
+        assert f"| tweets | lora, r={rank} | host-a | LoRA and head | " in text
+
+
+def test_ready_adapters_have_a_column_for_each_host():
+    adapters = {
+        name: {"sentences": {"train": 9, "test": 4, "other": 3}, "bytes": {"adapter_bytes": 570_000}, "f1": scores}
+        for name, scores in (
+            ("moods", {"a": {"test": 0.9123, "other": 0.5}, "b": {"test": 0.8, "other": 0.25}}),
+            ("people", {"a": {"test": 0.75, "other": 0.125}}),
+        )
+    }
+    records = {"ready": {"kind": "ready", "adapters": adapters}}
+    assert summary(records).splitlines() == [
+        "| adapter | scored on | file, B | a | b |",
+        "|---|---|---|---|---|",
+        "| `moods` | test, 4 | 570,000 | 0.912 | 0.800 |",
+        "| `people` | test, 4 | 570,000 | 0.750 | – |",
+    ]
+    assert "| moods | other | 3 | b | 0.2500 |" in rendered(records)
 
 
 def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
@@ -110,7 +128,7 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     assert "| cut off | 1,200 | 3 | 0 | 0 |" in hosts
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    assert "| host-a | task | 2 | 0.750 ± 0.071 | 118,000 | 105 ± 7 |" in readme
+    assert "No ready adapter is recorded." in readme
     assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
 
 
