@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.integrations import deepspeed
 
 from .errors import HostError, MergeError, first_line
@@ -118,6 +118,24 @@ def _unsharded() -> Iterator[None]:
         yield
     finally:
         deepspeed.set_hf_deepspeed_config(config)
+
+
+class NoHost(nn.Module):
+    """In place of a host where its text was read before: the model computes on canonical states that are given.
+
+    Args:
+        name_or_path: the host that an adapter made so is put on by default when it is loaded.
+    """
+
+    main_input_name = "canonical_states"
+    device = torch.device("cpu")
+
+    def __init__(self, name_or_path: str | None = None):
+        super().__init__()
+        self.config = PreTrainedConfig(name_or_path=name_or_path or "")
+
+    def forward(self, canonical_states: torch.Tensor):
+        raise HostError("This model has no host in memory, so it reads no text: give canonical_states.")
 
 
 def transformers_folder(name_or_path: str) -> str:

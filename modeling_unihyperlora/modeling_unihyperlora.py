@@ -33,7 +33,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_config, reader_shape
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
-from .hosts import Hold, call_host, describe_host, encoder_of, explain_ids, load_host
+from .hosts import Hold, NoHost, call_host, describe_host, encoder_of, explain_ids, load_host
 from .reader import Adapter, StreamAdapter, Words, sentences_by_task, unpack
 from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
 from .storage import (
@@ -288,7 +288,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         """A fresh adapter on a host; the host computes what it always did.
 
         Args:
-            host: Hub id, folder, or a loaded transformers model.
+            host: Hub id, folder, or a loaded transformers model; ``NoHost()`` where canonical states will be given.
             labels: label names of the first task; may be None for the model without a head.
             task: name of that task.
             config: shapes and choices; defaults to ``UniHyperLoraConfig()``, which is a stream.
@@ -317,7 +317,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             model = cls(config, host)
             config.source_hosts = [describe_host(model.host, name or None, model.injection.map.num_layers)]
         else:
-            if tokenizer is None:
+            if tokenizer is None and not isinstance(host, NoHost):
                 own = {key: value for key, value in host_kwargs.items() if key in _HUB_ARGUMENTS}
                 tokenizer = load_tokenizer(name, revision=revision or "main", **own)
             if anchor_file is not None:
@@ -330,7 +330,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             config.check()
             model = cls(config, host, StreamAdapter(config, space))
             model._calibrate_or_detach(tokenizer)
-            config.source_hosts = [describe_host(model.host, name or None, model.stream.words.num_layers)]
+            if model.stream is not None:
+                config.source_hosts = [describe_host(model.host, name or None, model.stream.words.num_layers)]
         if labels is not None:
             try:
                 model.add_task(task, labels, reader)
@@ -360,7 +361,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: the adapter's folder or Hub id.
             config: its configuration, if already read.
-            host: a loaded host; otherwise one is loaded by name.
+            host: a loaded host; otherwise one is loaded by name. ``NoHost()`` where canonical states will be given.
             base_model_name_or_path: the host's folder or Hub id; the adapter's own host by default.
             base_model_revision: that host's revision.
             task: the task to activate.
@@ -708,6 +709,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                 )
 
     def _calibrate_or_detach(self, tokenizer) -> None:
+        if isinstance(self.host, NoHost):
+            return
         try:
             self.calibrate(tokenizer)
         except UniHyperLoraError:
@@ -747,6 +750,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         fit = "not aligned" if self.stream is None else " ".join(f"{r2:.2f}" for r2 in self.stream.fit.r2)
         blocks = "?" if self.stream is None else self.stream.words.num_layers
         space = self.adapter.space
+        if isinstance(self.host, NoHost):
+            return (
+                f"UniHyperLoRA without a host: space {space.name} {space.version}, tasks {sorted(self.config.tasks)}"
+            )
         return (
             f"UniHyperLoRA on {name} ({self.host.config.model_type}, {blocks} blocks x "
             f"{self.host.config.hidden_size}): space {space.name} {space.version} ({space.digest}), R² per knot "
@@ -947,8 +954,31 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             self._task(name)
         return outputs | {"logits": run.mixed_logits(names, rows)}
 
+    def read(
+        self, texts: Sequence[str] | Sequence[list[str]] | Mapping[str, Sequence], column: str | None = None, **how
+    ) -> dict[str, list]:
+        """Canonical states of words, which depend on no host: train, score and predict with them on any.
+
+        ``Dataset.map(model.read, batched=True)`` works, with ``fn_kwargs={"column": …}`` for another column.
+
+        Args:
+            texts: raw texts, which are cut into words, or lists of words, which are kept; or a batch of a data set.
+            column: of a batch, the column to read; by default "tokens", "words", "text" or "sentence".
+            **how: ``max_seq_length``, most sub-tokens that the host reads at once (128), and ``batch_size`` (32). A
+                longer text is read in windows that overlap.
+
+        Returns:
+            ``words``, a list for each text, and ``states``, (W, K, D) float16 for each.
+
+        Raises:
+            ConfigError, DataError, HostError: no such column; a row is no text; the model is no stream.
+        """
+        return _from_package("corpus.reading", "Reading a corpus").read(self, texts, column, **how)
+
     @property
     def bound_stream(self) -> Stream:
+        if self.stream is None and isinstance(self.host, NoHost):
+            raise HostError("The model has no host in memory to read with: load the adapter on a host.")
         if self.stream is None:
             raise HostError("The stream is not aligned with its host yet; call calibrate(tokenizer).")
         return self.stream

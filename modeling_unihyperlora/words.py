@@ -57,12 +57,20 @@ CUT = "|".join(
 )  # matches the empty positions where a word begins without a blank
 
 
+_CUT_TEXT = normalizers.Sequence([normalizers.Replace(Regex(CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")])
+
+
 def is_mark(character: str) -> bool:
     """Whether a character is a word by itself: punctuation, a symbol, or a Chinese character."""
     number = ord(character)
     if _SKIN_TONES[0] <= number <= _SKIN_TONES[1]:
         return False
     return unicodedata.category(character)[0] in "PS" or any(low <= number <= high for low, high in _IDEOGRAPHS)
+
+
+def cut_words(text: str) -> list[str]:
+    """The words of a raw text; every host reads the text and these words alike."""
+    return _CUT_TEXT.normalize_str(text).split()
 
 
 # ---- the tokenizer of a host ----
@@ -148,9 +156,8 @@ def _with_blanks(state: dict) -> dict:
         after = [step for step in after if step != blank and step["type"] != "Prepend"]
         others = [step for step in steps if step["type"] not in ("Metaspace", "WhitespaceSplit", "Split")]
         steps = [_as_json(step) for step in (pre_tokenizers.WhitespaceSplit(), _prefix("▁"))] + others
-    cut = [normalizers.Replace(Regex(CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")]
     changed = state | {
-        "normalizer": {"type": "Sequence", "normalizers": [*map(_as_json, cut), *after]},
+        "normalizer": {"type": "Sequence", "normalizers": [_as_json(_CUT_TEXT), *after]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,
     }
     return json.loads(json.dumps(changed).replace('"trim_offsets": true', '"trim_offsets": false'))

@@ -25,6 +25,11 @@ INJECTED_FLAGS = ("projector", "router", "router_top_k", "atoms", "anchor_dim") 
 UNIVERSAL_FLAGS = ("pathway", *(flag for flag in INJECTED_FLAGS if flag != "router_top_k"))  # not for SAT-LoRA
 TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # PEFT's name → ours
 METHOD_LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}  # defaults; the other methods use the adapter's default
+HOST_FLAGS = (  # for a host; a run on stored states has none
+    *("model_name_or_path", "model_revision", "tokenizer_name", "source_hosts", "anchor_file", "refine_host"),
+    *("refine_file", "hidden_size", "num_layers"),
+)
+SPLITS = ("train", "validation", "test")
 
 # Flags of transformers' run_ner.py, run_classification.py and run_glue.py that the scripts refuse, and the reason.
 FOREIGN_FLAGS = {
@@ -243,6 +248,12 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "File to train on; the README lists the formats."})
     validation_file: str | None = field(default=None, metadata={"help": "File for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
+    train_states: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders written by `unihyperlora read`, in place of a file; no host is loaded."},
+    )
+    validation_states: list[str] | None = field(default=None, metadata={"help": "Such folders for --do_eval."})
+    test_states: list[str] | None = field(default=None, metadata={"help": "Such folders for --do_predict."})
     train_split: str = field(
         default="train", metadata={"help": "Split of --dataset_name to train on, such as 'train[:90%%]'."}
     )
@@ -281,13 +292,24 @@ class DataArguments:
         return metric in self.METRICS
 
     def name(self) -> str:
-        """Name of the data in results: the id of the data set, or the folder of the files."""
+        """Name of the data in results: the id of the data set, or the folder of the files or of the states."""
         files = (self.train_file, self.validation_file, self.test_file)
+        if self.reads_states:
+            return next(Path(folders[0]).absolute().name for folders in map(self.states_of, SPLITS) if folders)
         return self.dataset_name or next((Path(file).absolute().parent.name for file in files if file), "")
 
     def file_of(self, split: str) -> str | None:
         """The file given for "train", "validation" or "test"."""
         return getattr(self, f"{split}_file")
+
+    def states_of(self, split: str) -> list[str] | None:
+        """The folders of stored states given for it."""
+        return getattr(self, f"{split}_states")
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the run reads stored states, and no text."""
+        return any(map(self.states_of, SPLITS))
 
     def split_of(self, split: str) -> str:
         """Name that the data set has for "train", "validation" or "test"."""
@@ -414,6 +436,9 @@ def parse(
         run = read_run_config(typed.run_config)
         if typed.train_file or typed.validation_file or typed.test_file:
             run.arguments.pop("dataset_name", None)  # files on the command line replace the run config's data set
+        if typed.train_states or typed.validation_states or typed.test_states:
+            for name in ("dataset_name", "train_file", "validation_file", "test_file", "model_name_or_path"):
+                run.arguments.pop(name, None)  # stored states replace the run config's data, and need no host
         command_line = run.to_command_line() + command_line
         typed, _ = parser.parse_known_args(command_line)
     if typed.method in METHOD_LEARNING_RATES:
@@ -506,7 +531,9 @@ def check_arguments(
     if model_args.makes_stream and (given := [n for n in INJECTED_FLAGS if getattr(model_args, n) is not None]):
         raise ConfigError(f"--{given[0]} is for an injected update: add --pathway inject, or leave it out.")
     reader_shape(**{"reader": "large"} | model_args.new_reader())
-    if model_args.model_name_or_path is None and model_args.adapter is None:
+    if data_args.reads_states:
+        check_stored(model_args, data_args)
+    elif model_args.model_name_or_path is None and model_args.adapter is None:
         raise ConfigError("No host: give --model_name_or_path, or an --adapter, which names its host.")
     if model_args.method == "unihyperlora" and training_args.train_scope == "delta" and model_args.adapter is None:
         raise ConfigError(
@@ -545,6 +572,30 @@ def check_arguments(
     if data_args.dataset_name is not None and any(files):
         raise DataError("Give --dataset_name or files (--train_file …), not both.")
     require_writable(training_args.output_dir)
+
+
+def check_stored(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """What a run on stored states cannot do, which has no host in memory and reads no text.
+
+    Raises:
+        ConfigError, DataError
+    """
+    given = next(f"--{split}_states" for split in SPLITS if data_args.states_of(split))
+    if data_args.dataset_name is not None or any(map(data_args.file_of, SPLITS)):
+        raise DataError(f"{given} takes the place of text. Give stored states or text (--train_file …), not both.")
+    if named := [name for name in HOST_FLAGS if getattr(model_args, name) is not None]:
+        raise ConfigError(f"{given}: a host has read these states, and none is loaded. Leave --{named[0]} out.")
+    if model_args.method != "unihyperlora" or model_args.pathway == "inject":
+        other = "--pathway inject" if model_args.method == "unihyperlora" else f"--method {model_args.method}"
+        raise ConfigError(f"{other} computes inside a host, and {given} loads none. Leave one of the two out.")
+    if data_args.cache_eval_states:
+        raise ConfigError(
+            f"--cache_eval_states keeps the states of text, and {given} are stored already. Leave it out."
+        )
+    if getattr(data_args, "label_all_tokens", False) or data_args.pad_to_max_length:
+        raise ConfigError(
+            f"{given} has words and no sub-tokens. Leave --label_all_tokens and --pad_to_max_length out."
+        )
 
 
 def check_evaluation(

@@ -53,12 +53,16 @@ _DIGITS = re.compile(r"[+-]?\d+")
 
 @dataclass(frozen=True)
 class Example:
-    """A text, the second text of a pair or None, the label (None if unknown), the origin ("train.csv, line 3")."""
+    """A text, the second text of a pair or None, the label (None if unknown), the origin ("train.csv, line 3").
+
+    ``stored`` tells where the canonical states of the words are, if they were read before.
+    """
 
     text: str
     pair: str | None
     label: str | None
     origin: str
+    stored: object | None = None
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ def check_class_names(labels: list[str], whose: str) -> None:
         DataError: a label is empty or has a line break, which predictions.txt cannot hold.
     """
     for label in labels:
-        _label_name(label, None, f"The labels of {whose}")
+        label_name(label, None, f"The labels of {whose}")
     warn_of_likeness(labels, whose)
 
 
@@ -307,11 +311,16 @@ def _example(row: Mapping[str, object], columns: Columns, label_names: list[str]
         if column is not None and not isinstance(text, str):
             raise DataError(f"{origin}: '{column}' must be a string, not {str(text)[:80]!r}. Name another column.")
         check_text(text or "", f"'{column}'", origin)
-    label = None if columns.label is None else _label_name(row[columns.label], label_names, origin)
+    label = None if columns.label is None else label_name(row[columns.label], label_names, origin)
     return Example(*texts, label, origin)
 
 
-def _label_name(label: object, names: list[str] | None, origin: str) -> str | None:
+def label_name(label: object, names: list[str] | None, origin: str) -> str | None:
+    """The name of a label as the data have it; None for an unknown one.
+
+    Raises:
+        DataError: it is no label, or an id without a name.
+    """
     if label is None:
         return None
     if isinstance(label, str):

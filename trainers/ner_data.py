@@ -43,12 +43,14 @@ _NOT_A_WORD = re.compile(r"[0-9]+[-.][0-9]+")  # id of a CoNLL-U line for severa
 class Sentence:
     """The words of a sentence, one tag per word (None if the tags are unknown), and its origin.
 
-    A sentence may be empty. The origin is text such as "train.jsonl, line 3".
+    A sentence may be empty. The origin is text such as "train.jsonl, line 3". ``stored`` tells where the
+    canonical states of the words are, if they were read before.
     """
 
     tokens: list[str]
     tags: list[str] | None
     origin: str
+    stored: object | None = None
 
 
 def read_file(
@@ -122,7 +124,7 @@ def read_hub_dataset(
     own_names = list(element.names) if hasattr(element, "names") else None
     tags_of_rows = rows[label_column] if has_tags else [None] * len(rows)
     sentences = [
-        _sentence(words, tags, own_names or label_names, f"{name} ({split}), row {number}", needs_tags)
+        sentence_of(words, tags, own_names or label_names, f"{name} ({split}), row {number}", needs_tags)
         for number, (words, tags) in enumerate(zip(rows[text_column], tags_of_rows, strict=True))
     ]
     if not sentences:
@@ -243,7 +245,7 @@ def _json_lines(
     for origin, row in json_rows(path, example):
         has_tags = needs_tags or label_column in row
         require_columns(origin, row, _columns_by_flag(text_column, label_column, has_tags))
-        yield _sentence(row[text_column], row.get(label_column), label_names, origin, needs_tags)
+        yield sentence_of(row[text_column], row.get(label_column), label_names, origin, needs_tags)
 
 
 @dataclass
@@ -381,8 +383,12 @@ def _columns_by_flag(text_column: str, label_column: str, has_tags: bool) -> dic
     return {"--text_column_name": text_column} | ({"--label_column_name": label_column} if has_tags else {})
 
 
-def _sentence(words: object, tags: object, label_names: list[str] | None, origin: str, needs_tags: bool) -> Sentence:
-    """Check one row and turn its tag ids into names."""
+def sentence_of(words: object, tags: object, label_names: list[str] | None, origin: str, needs_tags: bool) -> Sentence:
+    """Check one row and turn its tag ids into names.
+
+    Raises:
+        DataError: the words are not a list of strings, or the tags are not one per word.
+    """
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{origin}: the words must be a list of strings, not {str(words)[:80]!r}.")
     for word in words:

@@ -105,6 +105,10 @@ class SentenceWindows(Dataset):
                 labels[start + 1 : start + size] = [self._further_ids[tags[word]]] * (size - 1)
         return item | {"labels": labels}
 
+    def label_ids(self, index: int) -> list[int]:
+        """The labels of the words that are scored in a window, in order."""
+        return [label for label in self[index].get("labels", []) if label != IGNORED]
+
     def word_logits(self, logits: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Logits (W, C) of every sentence's words, joined from its windows; ``logits`` as for ``tags_of``."""
         if len(logits) != len(self.windows):
@@ -179,9 +183,7 @@ _REPORTED = {"precision": "precision", "recall": "recall", "f1": "f1-score", "nu
 def _require_own_order(windows: SentenceWindows, label_ids: np.ndarray) -> None:
     """Raise ``DataError`` if predictions are not in the order of the windows: sentences would get wrong tags."""
     in_order = len(label_ids) == len(windows) and all(
-        [label for label in row if label != IGNORED]
-        == [label for label in windows[index]["labels"] if label != IGNORED]
-        for index, row in enumerate(label_ids)
+        [label for label in row if label != IGNORED] == windows.label_ids(index) for index, row in enumerate(label_ids)
     )
     if not in_order:
         raise DataError(

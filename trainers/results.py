@@ -122,17 +122,20 @@ def write_arguments(
         arguments: argument → value.
         name: name of the data set.
         splits: split → its sentences (dataclasses). The file records their number, and a SHA-256 over all their
-            fields except ``origin``.
+            fields but where they were read.
     """
     kept = {key: value for key, value in arguments.items() if not key.endswith("token")}
     data = {split: {"sentences": len(rows), "sha256": _digest(rows)} for split, rows in splits.items()}
     write_json(Path(folder) / "run_arguments.json", kept | {"data": {"name": name, "splits": data}})
 
 
+_WHERE = ("origin", "stored")  # of a sentence: where it was read, and where its states are
+
+
 def _digest(sentences: Sequence[object]) -> str:
     digest = hashlib.sha256()
     for sentence in sentences:
-        content = [getattr(sentence, field.name) for field in fields(sentence) if field.name != "origin"]
+        content = [getattr(sentence, field.name) for field in fields(sentence) if field.name not in _WHERE]
         digest.update(json.dumps(content, ensure_ascii=False).encode())
     return digest.hexdigest()
 

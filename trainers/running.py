@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraConfig, UniHyperLoraModel
 from modeling_unihyperlora.configuration_unihyperlora import read_config
-from modeling_unihyperlora.hosts import window_of
+from modeling_unihyperlora.hosts import NoHost, window_of
 from modeling_unihyperlora.measure.accounting import check_budget, measure
 from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedModel
 from modeling_unihyperlora.storage import WEIGHTS_NAME, adapter_file, replacing
@@ -36,6 +36,7 @@ from .reading import check_label_names, numbered_lines
 from .results import delete_checkpoints, process_costs, require_unused, write_arguments, write_results
 from .sources import SourceStates, sources_of
 from .state_cache import CanonicalStates, StreamCollator, WordStates, scores_of_words
+from .stored_data import host_of
 from .trainer import UniHyperLoraTrainer
 from .training_args import UniHyperLoraTrainingArguments
 from .unusable import check_pathway
@@ -61,6 +62,8 @@ class Task:
     check_splits: Callable  # ({split: rows}, labels, whose labels) → None, or DataError
     scheme: Callable  # ({split: rows}, labels, scheme of the task if known, data arguments) → tag scheme or None
     dataset: Callable[..., Dataset]  # (rows, tokenizer, labels, max_seq_length, data arguments, tag scheme)
+    read_states: Callable  # (folders, limit, label_column, label_names, needs labels) → rows of stored states
+    stored_dataset: Callable[..., Dataset]  # (those rows, labels, tag scheme)
     collator: Callable  # (tokenizer, padding, max_length, pad_to_multiple_of)
     logits: Callable  # preprocess_logits_for_metrics
     scores: Callable  # (data set, arguments) → compute_metrics
@@ -101,7 +104,8 @@ def run_parsed(
     set_up_logging(training_args, task.script)
     set_seed(training_args.seed)
 
-    adapter = load_adapter(task.model_class, model_args, data_args.task_name) if model_args.adapter else None
+    host = NoHost() if data_args.reads_states else None  # the text was read by a host before
+    adapter = load_adapter(task.model_class, model_args, data_args.task_name, host) if model_args.adapter else None
     name = data_args.task_name or (adapter and adapter.config.active_task) or task.default_name
     if adapter is not None and model_args.new_reader():
         check_new_reader(adapter.config, name, model_args.adapter)
@@ -110,8 +114,10 @@ def run_parsed(
     splits, labels = read_data(task, data_args, training_args, name, task_labels)
     scheme = task.scheme(splits, labels, known.get("scheme"), data_args)
 
+    if host is not None:
+        host.config.name_or_path = host_of(splits)
     if adapter is None:
-        model = make_model(task.model_class, model_args, name, labels)
+        model = make_model(task.model_class, model_args, name, labels, host)
     else:
         model = adapter
         if task_labels is None:
@@ -123,7 +129,8 @@ def run_parsed(
         model.config.tasks[name]["scheme"] = scheme
     if model_args.refine_host is not None:
         refine(task, model, model_args, splits)
-    trainer, datasets = make_trainer(task, model, splits, labels, scheme, model_args, data_args, training_args)
+    make = make_trainer if host is None else make_stored_trainer
+    trainer, datasets = make(task, model, splits, labels, scheme, model_args, data_args, training_args)
     for callback in callbacks:
         trainer.add_callback(callback)
     if training_args.do_train and overwrites and not wants_resume and trainer.is_world_process_zero():
@@ -165,9 +172,12 @@ def next_steps(command: str, folder: str, moves: bool) -> str:
 
 
 def load_adapter(
-    model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str | None
+    model_class: type[UniHyperLoraPreTrainedModel],
+    args: ModelArguments,
+    task_name: str | None,
+    host: NoHost | None = None,
 ) -> UniHyperLoraPreTrainedModel:
-    """Load --adapter on its own host or on --model_name_or_path.
+    """Load --adapter on its own host, on --model_name_or_path, or on ``host``.
 
     The active task becomes ``task_name`` if the adapter has this task. Otherwise the saved active task stays, or, if
     it is of another kind, no task is active: an adapter for tags may get a task for sentences.
@@ -182,11 +192,17 @@ def load_adapter(
     elif config.active_task is not None and config.tasks[config.active_task]["type"] != model_class.task_type:
         config.active_task = None
     check_kind(config, args)
+    if host is not None and config.pathway == "inject":
+        raise ConfigError(
+            f"The adapter '{args.adapter}' is an injected update, which computes inside its host: it cannot read "
+            "stored states. Give text files, or the adapter of a stream."
+        )
     tokenizer = None if args.tokenizer_name is None else named_tokenizer(args)
     routing = {name: value for name, value in args.shape().items() if name in ("router", "router_top_k")}
     return model_class.from_pretrained(
         args.adapter,
         config=config,
+        host=host,
         base_model_name_or_path=args.model_name_or_path,
         base_model_revision=args.model_revision,
         revision=args.adapter_revision,
@@ -246,9 +262,13 @@ def refine(task: Task, model: UniHyperLoraPreTrainedModel, args: ModelArguments,
 
 
 def make_model(
-    model_class: type[UniHyperLoraPreTrainedModel], args: ModelArguments, task_name: str, labels: list[str]
+    model_class: type[UniHyperLoraPreTrainedModel],
+    args: ModelArguments,
+    task_name: str,
+    labels: list[str],
+    host: NoHost | None = None,
 ) -> nn.Module:
-    """Make a new adapter on the host, or the baseline of --method."""
+    """Make a new adapter on --model_name_or_path or on ``host``, or the baseline of --method."""
     if args.method in BASELINES:
         where = {"revision": args.model_revision or "main", **args.hub()}
         return make_baseline(args.method, model_class.task_type, args.model_name_or_path, labels, args.lora_r, **where)
@@ -256,7 +276,7 @@ def make_model(
     if config.pathway == "stream":
         more = {"space": args.space, "anchor_file": args.anchor_file, **args.new_reader(named=False)}
     return model_class.from_host(
-        args.model_name_or_path,
+        args.model_name_or_path if host is None else host,
         labels=labels,
         task=task_name,
         config=config,
@@ -316,8 +336,14 @@ def read_split(
     task: Task, args: DataArguments, split: str, id_names: list[str] | None
 ) -> tuple[list, list[str] | None]:
     """Read "train", "validation" or "test"; returns the rows, and the labels that the data set declares or None."""
-    file, declared = args.file_of(split), None
-    if file is not None:
+    file, declared, limit = args.file_of(split), None, args.limit_of(split)
+    if args.reads_states:
+        if not args.states_of(split):
+            raise DataError(f"No {split} data: give --{split}_states, as the other data are stored states too.")
+        how = args.reading(split)
+        needed = how.get("needs_tags", how.get("needs_label"))
+        rows = task.read_states(args.states_of(split), limit, how["label_column"], id_names, needed)
+    elif file is not None:
         rows = task.read_file(file, label_names=id_names, **args.reading(split))
     elif args.dataset_name is not None:
         where = (args.dataset_name, args.split_of(split), args.dataset_config_name)
@@ -325,7 +351,7 @@ def read_split(
     else:
         raise DataError(f"No {split} data: give --{split}_file or --dataset_name.")
     logger.info("%s: %d sentences", split, len(rows))
-    return rows[: args.limit_of(split)], declared
+    return rows[:limit], declared
 
 
 def make_trainer(
@@ -410,6 +436,34 @@ def make_trainer(
         compute_metrics=scores,
         preprocess_logits_for_metrics=task.logits,
         **more,
+    )
+    return trainer, datasets
+
+
+def make_stored_trainer(
+    task: Task,
+    model: UniHyperLoraPreTrainedModel,
+    splits: dict[str, list],
+    labels: list[str],
+    scheme: str | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: UniHyperLoraTrainingArguments,
+) -> tuple[UniHyperLoraTrainer, dict[str, Dataset]]:
+    """The Trainer of a model without a host, and every split as stored states."""
+    logger.info(model.describe())
+    datasets = {split: task.stored_dataset(rows, labels, scheme) for split, rows in splits.items()}
+    for data in datasets.values():
+        data.check_space(model.adapter.space)
+    validation = datasets.get("validation")
+    trainer = UniHyperLoraTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=datasets.get("train"),
+        eval_dataset=validation,
+        data_collator=StreamCollator(),
+        compute_metrics=validation and task.scores(validation, data_args),
+        preprocess_logits_for_metrics=task.logits,
     )
     return trainer, datasets
 
@@ -527,8 +581,10 @@ def costs(model: nn.Module, model_args: ModelArguments, args: UniHyperLoraTraini
 def host_cpu_seconds(model: nn.Module, trainer: Trainer) -> float | None:
     """CPU seconds that this process spent on aligning hosts and computing their states; None without a stream.
 
-    The figure is near zero if everything was in the cache.
+    The figure is near zero if everything was in the cache, and zero if stored states were read.
     """
+    if isinstance(getattr(model, "host", None), NoHost):
+        return 0.0
     if getattr(model, "stream", None) is None:
         return None
     cached = [*trainer.sources, *([trainer.eval_dataset.words] if hasattr(trainer.eval_dataset, "words") else [])]

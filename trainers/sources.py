@@ -64,7 +64,10 @@ class Source:
         fits: the host's map, and those of the copies after a call of ``line_up_copies``.
         data: canonical states of the windows, one view per map.
         cpu_seconds: CPU time for the maps and the states.
+        hosts: descriptions of hosts that read stored states; none here.
     """
+
+    hosts: tuple = ()
 
     def __init__(
         self,

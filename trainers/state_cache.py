@@ -217,21 +217,22 @@ def scores_of_words(words: WordStates, compute: Callable[[EvalPrediction], dict]
 class StreamCollator:
     """Makes batches of cached states, padded to W words, or of token ids with another collator."""
 
-    def __init__(self, for_tokens: Callable):
+    def __init__(self, for_tokens: Callable | None = None):
         self.for_tokens = for_tokens
 
     def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
         if "canonical_states" not in items[0]:
             return self.for_tokens(items)
         pad = torch.nn.utils.rnn.pad_sequence
-        labels = [item["labels"] for item in items]
-        return {
+        masks = [torch.ones(len(item["canonical_states"]), dtype=torch.long) for item in items]
+        batch = {
             "canonical_states": pad([item["canonical_states"] for item in items], batch_first=True),
-            "attention_mask": pad(
-                [torch.ones(len(item["canonical_states"]), dtype=torch.long) for item in items], True
-            ),
-            "labels": torch.stack(labels) if labels[0].dim() == 0 else pad(labels, True, IGNORED),
+            "attention_mask": pad(masks, batch_first=True),
         }
+        if "labels" not in items[0]:
+            return batch
+        labels = [item["labels"] for item in items]
+        return batch | {"labels": torch.stack(labels) if labels[0].dim() == 0 else pad(labels, True, IGNORED)}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHyperLoraForTokenClassification
 
-from . import classification_data, ner_data
+from . import classification_data, ner_data, stored_data
 from .arguments import ClassificationArguments, NerArguments
 from .classification_inputs import EncodedTexts, best_class, classification_scores
 from .ner_windows import SentenceWindows, entity_scores, token_scores
@@ -24,6 +24,8 @@ NER = Task(
     dataset=lambda sentences, tokenizer, labels, length, args, scheme: SentenceWindows(
         sentences, tokenizer, labels, length, scheme, args.label_all_tokens
     ),
+    read_states=stored_data.read_sentences,
+    stored_dataset=stored_data.StoredSentences,
     collator=DataCollatorForTokenClassification,
     logits=token_scores,
     scores=lambda windows, args: entity_scores(windows, args.return_entity_level_metrics),
@@ -43,6 +45,8 @@ CLASSIFICATION = Task(
     check_splits=classification_data.check_splits,
     scheme=lambda *_: None,
     dataset=lambda examples, tokenizer, labels, length, *_: EncodedTexts(examples, tokenizer, labels, length),
+    read_states=stored_data.read_examples,
+    stored_dataset=lambda examples, labels, scheme: stored_data.StoredTexts(examples, labels),
     collator=DataCollatorWithPadding,
     logits=best_class,
     scores=lambda texts, args: classification_scores,

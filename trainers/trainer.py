@@ -11,7 +11,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import HubStrategy
 
 from modeling_unihyperlora.errors import AdapterFileError, ConfigError, HubError, first_line
-from modeling_unihyperlora.hosts import describe_host
+from modeling_unihyperlora.hosts import NoHost, describe_host
 from modeling_unihyperlora.measure.accounting import PARTS, check_budget, part_of
 from modeling_unihyperlora.publish.card import write_card
 from modeling_unihyperlora.publish.hub import Push, create_repository, push_folder
@@ -22,7 +22,9 @@ from .first_candidate import StartIsACandidate
 from .interruption import resumable
 from .launching import fill_in_frozen, whole
 from .searchable import SearchableTrainer
-from .sources import Source
+from .sources import Source, SourceStates
+from .state_cache import StreamCollator
+from .stored_data import StoredRows, StoredSource
 from .training_args import UniHyperLoraTrainingArguments
 from .unusable import check_adapter_trainer, check_optimizer, check_pathway
 
@@ -41,9 +43,11 @@ class UniHyperLoraTrainer(SearchableTrainer):
         model: a UniHyperLoRA model.
         args: training arguments.
         sources: hosts to train a task of a stream on; the model's own host comes first.
-        **kwargs: passed to ``Trainer``.
+        **kwargs: passed to ``Trainer``. Data sets of stored states (``stored_data``) need no ``sources`` and no
+            ``data_collator``.
 
     Raises:
+        DataError: stored states are of another space.
         BudgetError: the weights file or the multiply-adds exceed the budget; raised before training.
         ConfigError: an argument cannot be honoured; raised before training.
     """
@@ -57,6 +61,15 @@ class UniHyperLoraTrainer(SearchableTrainer):
         sources: list[Source] | None = None,
         **kwargs,
     ):
+        if isinstance(kwargs.get("train_dataset"), StoredRows):
+            sources = [StoredSource(kwargs["train_dataset"])]
+            kwargs["train_dataset"] = SourceStates(sources)
+        stored = [
+            data for data in (sources and sources[0].data, kwargs.get("eval_dataset")) if isinstance(data, StoredRows)
+        ]
+        for data in stored:
+            data.check_space(model.adapter.space)
+            kwargs.setdefault("data_collator", StreamCollator())
         self.sources = sources or []
         if self.sources and kwargs.get("model_init") is not None:
             raise ConfigError(
@@ -214,7 +227,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
             task["trained"] = True  # its reader and head are no longer new
             if model.injection is None and self.args.train_scope == "delta":
                 task.pop("refined", None)
-                task |= {"refined": model.stream.refined} if model.stream.refined else {}  # δθ needs this map
+                refined = model.stream.refined if model.stream else None
+                task |= {"refined": refined} if refined else {}  # δθ needs this map
+            elif isinstance(model.host, NoHost):
+                read_by = [host for source in self.sources for host in source.hosts]
+                known = {host["fingerprint"] for host in config.source_hosts}
+                config.source_hosts += [host for host in read_by if host["fingerprint"] not in known]
             else:
                 blocks = (model.injection.map if model.injection else model.stream.words).num_layers
                 if not is_among(model.host, blocks, config.source_hosts):

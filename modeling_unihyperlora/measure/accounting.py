@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BudgetError
+from ..hosts import NoHost
 from ..sites import linear_multiply_adds
 from ..space import KNOTS
 from ..storage import WEIGHTS_NAME, StoredTensor, adapter_tensors, file_bytes
@@ -133,13 +134,15 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
         ``adapter_bytes``: size of the weights file (None without ``folder``).
         ``head_bytes``, ``reader_bytes``, ``delta_bytes``: of the active task (None without a reader, or if δθ is never
         trained).
-        ``extra_ram_mb``, ``flops_overhead_pct`` (at 128 tokens), ``trainable_parameters``, ``budget_ok``.
+        ``extra_ram_mb``, ``flops_overhead_pct`` (at 128 tokens): None without a host in memory.
+        ``trainable_parameters``, ``budget_ok``.
         ``parts``: part → bytes, over all tasks.
         ``space``: name, version and digest of a stream's space (else None).
     """
     own = model.adapter.tasks[model.config.active_task]
     size = None if folder is None else (Path(folder) / WEIGHTS_NAME).stat().st_size
-    overhead, stream = flops_overhead_pct(model), model.injection is None
+    has_host, stream = not isinstance(model.host, NoHost), model.injection is None
+    overhead = flops_overhead_pct(model) if has_host else None
     stored = size if size is not None else file_bytes(model.adapter)
     space = model.adapter.space if stream else None
     return {
@@ -147,11 +150,11 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
         "head_bytes": _file_bytes(own.head_weight, own.head_bias),
         "reader_bytes": _file_bytes(*_stored_in(own.reader)) if stream else None,
         "delta_bytes": None if model.config.projector == "host" else _file_bytes(own.delta),
-        "extra_ram_mb": round(held_megabytes(model), 3),
-        "flops_overhead_pct": round(overhead, 4),
+        "extra_ram_mb": round(held_megabytes(model), 3) if has_host else None,
+        "flops_overhead_pct": round(overhead, 4) if has_host else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parts": bytes_of_parts(model.adapter),
-        "budget_ok": stored <= MAX_ADAPTER_BYTES and overhead <= MAX_FLOPS_OVERHEAD_PCT,
+        "budget_ok": stored <= MAX_ADAPTER_BYTES and (overhead or 0) <= MAX_FLOPS_OVERHEAD_PCT,
         "space": None if space is None else f"{space.name} {space.version} {space.digest}",
     }
 
@@ -159,8 +162,12 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
 def check_budget(
     model, max_bytes: int = MAX_ADAPTER_BYTES, max_flops_overhead_pct: float = MAX_FLOPS_OVERHEAD_PCT
 ) -> None:
-    """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds exceed the budget."""
-    size, overhead = file_bytes(model.adapter), flops_overhead_pct(model)
+    """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds exceed the budget.
+
+    Without a host in memory the multiply-adds are not checked: there is nothing to compare them with.
+    """
+    size = file_bytes(model.adapter)
+    overhead = 0.0 if isinstance(model.host, NoHost) else flops_overhead_pct(model)
     if size > max_bytes or overhead > max_flops_overhead_pct:
         smaller = "a smaller reader (--reader), or a space with fewer coordinates or anchors (--space)"
         if model.config.projector == "host":

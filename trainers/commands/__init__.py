@@ -17,6 +17,7 @@ COMMANDS = {
     "classification": ("classification", "train and score a classifier of texts, on any host"),
     "tag": ("tag", "find the entities of texts"),
     "classify": ("classify", "find the class of texts"),
+    "read": ("read", "read a corpus into canonical states, once for all tasks and hosts"),
     "inspect": ("inspect", "show what is in an adapter, and how it fits a host"),
     "push": ("push", "push an adapter to the Hub"),
     "export-onnx": ("export_onnx", "write host and adapter as ONNX"),

@@ -1,0 +1,212 @@
+"""From text to canonical states, without a label: what ``model.read`` does.
+
+Letters: W words of a text, K knots, D coordinates a knot.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, DataError
+from ..hosts import call_host, window_of
+from ..space import KNOTS
+from ..words import NO_WORD, cut_words
+
+TEXT_COLUMNS = ("tokens", "words", "text", "sentence")  # the first that is there is read where none is named
+
+
+def read(
+    model,
+    texts: Sequence[str] | Sequence[list[str]] | Mapping[str, Sequence],
+    column: str | None = None,
+    max_seq_length: int = 128,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, list]:
+    """Canonical states of all words; see ``UniHyperLoraPreTrainedModel.read``.
+
+    Args:
+        progress: told after every batch how many words were read.
+
+    Raises:
+        ConfigError: no such column, or no word fits into ``max_seq_length``.
+        DataError: a row is neither a text nor a list of words.
+        HostError: the model is no stream that is lined up with a host.
+    """
+    if isinstance(texts, Mapping):
+        texts = texts[text_column(texts, column)]
+    sentences = [words_of(row, f"row {number}") for number, row in enumerate(texts)]
+    return {"words": sentences, "states": states_of(model, sentences, max_seq_length, batch_size, progress)}
+
+
+def text_column(present: Iterable[str], named: str | None = None) -> str:
+    """The column that is read: the one that is named, else the first of ``TEXT_COLUMNS`` that is there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    present = list(present)
+    column = named or next((name for name in TEXT_COLUMNS if name in present), None)
+    if column not in present:
+        lacks = f"no column {named!r}" if named else f"none of the columns {', '.join(TEXT_COLUMNS)}"
+        raise ConfigError(f"The rows have {lacks}; they have {', '.join(present) or 'none'}. Name the one to read.")
+    return column
+
+
+def words_of(row: object, origin: str) -> list[str]:
+    """The words of a row: those of a list, or those that a text is cut into.
+
+    Raises:
+        DataError: it is neither, or has half of a surrogate pair in it, which no tokenizer can read.
+    """
+    try:
+        if isinstance(row, str):
+            row.encode()
+            return cut_words(row)
+        if isinstance(row, list | tuple | np.ndarray) and all(isinstance(word, str) for word in row):
+            "".join(row).encode()
+            return [str(word) for word in row]
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{origin} has half of a surrogate pair in it ({str(row)[:40]!a}), which is no character. Write the text "
+            "again in UTF-8."
+        ) from error
+    raise DataError(
+        f"{origin} is {str(row)[:40]!a}, of type {type(row).__name__}. A row must be a text, or a list of words."
+    )
+
+
+@torch.inference_mode()
+def states_of(
+    model,
+    sentences: list[list[str]],
+    max_seq_length: int = 128,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Canonical states of words, for every sentence (W, K, D) float16; a sentence of no words has (0, K, D).
+
+    The host reads windows of like length together, ``batch_size`` at a time.
+    """
+    stream = model.bound_stream
+    tokenizer, device = stream.words.tokenizer, stream.host.device
+    limit = min(max_seq_length, window_of(stream.host, tokenizer) or max_seq_length)
+    windows = windows_of(sentences, tokenizer, limit, stream.words.causal)
+    windows.sort(key=lambda window: len(window.input_ids))
+    to_knots = stream.map_on(device)
+    shape = (len(KNOTS), to_knots.landmarks.weights.shape[0] // len(KNOTS))
+    states = [np.empty((len(sentence), *shape), np.float16) for sentence in sentences]
+    training = stream.host.training
+    stream.host.eval()
+    try:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            ids, mask = _padded(batch, tokenizer.pad_token_id, device)
+            out = call_host(stream.host, mask, input_ids=ids, output_hidden_states=True)
+            at = np.concatenate([row * ids.shape[1] + window.at for row, window in enumerate(batch)])
+            at = torch.from_numpy(at).to(device)
+            layers = {layer for layer, *_ in to_knots.layers}
+            z = to_knots({layer: out.hidden_states[layer].flatten(0, 1).index_select(0, at) for layer in layers})
+            z = z.half().cpu().numpy().reshape(-1, *shape)
+            ends = np.cumsum([len(window.words) for window in batch])
+            for window, own in zip(batch, np.split(z, ends[:-1]), strict=True):
+                states[window.sentence][window.words] = own
+            if progress is not None:
+                progress(len(at))
+    finally:
+        stream.host.train(training)
+    return states
+
+
+class Window(NamedTuple):
+    """What the host reads at once of a sentence: ``input_ids``, and of some of its words (numbers) where they are."""
+
+    sentence: int
+    input_ids: list[int]
+    words: np.ndarray
+    at: np.ndarray  # the sub-token whose state is the word's
+
+
+def windows_of(
+    sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase, limit: int, causal: bool
+) -> list[Window]:
+    """Windows of at most ``limit`` sub-tokens that overlap by half, each word in the one where it has most context.
+
+    A word that the tokenizer makes nothing of is read as an unknown one.
+
+    Raises:
+        ConfigError: no word fits.
+        DataError: there is no token for an unknown word.
+    """
+    room = limit - tokenizer.num_special_tokens_to_add()
+    if room < 1:
+        raise ConfigError(
+            f"max_seq_length={limit} leaves no room for a word beside {limit - room} special tokens. Choose a larger "
+            "one, such as 128."
+        )
+    cut = {"truncation": True, "max_length": limit, "stride": room // 2, "return_overflowing_tokens": True}
+    encoded = tokenizer(sentences, is_split_into_words=True, **cut) if sentences else {"input_ids": []}
+    windows, unread = [], {}
+    for number, (first, end) in enumerate(_runs(encoded.get("overflow_to_sample_mapping", []), len(sentences))):
+        found = [_places(encoded["word_index"][row], causal) for row in range(first, end)]
+        context = [_context(*edges, row > first, row < end - 1) for row, (*_, edges) in enumerate(found, start=first)]
+        words = np.concatenate([words for words, *_ in found])
+        window = np.repeat(np.arange(first, end), [len(words) for words, *_ in found])
+        order = np.lexsort([-np.concatenate(context), words])
+        best = order[np.unique(words[order], return_index=True)[1]]
+        if len(best) < len(sentences[number]):
+            unread[number] = {*range(len(sentences[number]))} - {*words[best].tolist()}
+            continue
+        at = np.concatenate([at for _, at, _ in found])
+        for row in range(first, end):
+            own = best[window[best] == row]
+            if len(own):
+                windows.append(Window(number, encoded["input_ids"][row], words[own], at[own]))
+    if unread:
+        unknown = tokenizer.unk_token or tokenizer.mask_token or tokenizer.eos_token
+        if unknown is None:
+            raise DataError("The tokenizer makes nothing of a word and has no unknown token to use instead.")
+        again = [
+            [unknown if at in missing else word for at, word in enumerate(sentences[number])]
+            for number, missing in unread.items()
+        ]
+        numbers = [*unread]
+        windows += [
+            window._replace(sentence=numbers[window.sentence])
+            for window in windows_of(again, tokenizer, limit, causal)
+        ]
+    return windows
+
+
+def _runs(sample: list[int], count: int) -> list[tuple[int, int]]:
+    """The rows of each text, (first, end), from the text of each row."""
+    ends = np.searchsorted(sample, np.arange(count), side="right").tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _places(word_index: list[int], causal: bool) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """The words of a row and the sub-token of each that is read; and the edges that ``_context`` counts from."""
+    index = np.array(word_index)
+    inside = index != NO_WORD
+    first = np.flatnonzero(inside & (index != np.append(NO_WORD, index[:-1])))
+    last = np.flatnonzero(inside & (index != np.append(index[1:], NO_WORD)))
+    return index[first], last if causal else first, (first, last)
+
+
+def _context(first: np.ndarray, last: np.ndarray, is_cut_before: bool, is_cut_after: bool) -> np.ndarray:
+    """Sub-tokens that a row has on the shorter side of each word; where the text ends there is nothing to miss."""
+    nothing = np.full(len(first), np.inf)
+    left = first - first[:1] if is_cut_before else nothing
+    right = last[-1:] - last if is_cut_after else nothing
+    return np.minimum(left, right)
+
+
+def _padded(batch: list[Window], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (B, T) each."""
+    longest = max(len(window.input_ids) for window in batch)
+    ids = torch.tensor([window.input_ids + [pad] * (longest - len(window.input_ids)) for window in batch])
+    lengths = torch.tensor([[len(window.input_ids)] for window in batch])
+    return ids.to(device), (torch.arange(longest) < lengths).long().to(device)

@@ -1,0 +1,133 @@
+"""Read a corpus into canonical states, once: Parquet shards that train, score and serve tasks of any host.
+
+    unihyperlora read --host HOST --input corpus.jsonl --output states
+    unihyperlora read --host HOST --input HUB_DATASET --split train --output states --bits 4
+    unihyperlora ner --train_states states --do_train --output_dir runs/task          # no host in memory
+    accelerate launch --config_file hub_configs/accelerate/ddp_gpu.yaml -m trainers.commands read …
+    unihyperlora read … --ray_workers 8                                       # pip install 'unihyperlora[ray]'
+
+Rows are texts or lists of words; all their other columns, such as labels, are carried along. A reading that was
+stopped goes on where it stopped when the same command is given again. What is in the shards does not depend on the
+number of processes.
+"""
+
+import argparse
+import json
+import logging
+import time
+from dataclasses import fields
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..reading_job import CorpusReader, ReadingJob, own_shards
+from ..stored_states import BITS
+
+logger = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unihyperlora read",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--host", required=True, help="Host that reads: folder or Hub id.")
+    add("--input", required=True, help="A .jsonl, .json, .csv or .parquet file, or a data set of the Hub.")
+    add("--output", required=True, help="Folder for the states.")
+    add("--split", default="train", help="Of a data set; 'train[:1000]' are the first rows, also of a file.")
+    add("--config_name", help="Configuration of a data set.")
+    add("--column", help="Column to read; by default tokens, words, text or sentence.")
+    add("--bits", type=int, default=16, choices=sorted(BITS), help="Of a number; 16 is float16.")
+    add("--rows_a_shard", type=int, default=2048, help="Rows that are written together.")
+    add("--max_seq_length", type=int, default=128, help="Most sub-tokens that the host reads at once.")
+    add("--batch_size", type=int, default=32, help="Windows that the host reads together.")
+    add("--space", help="File of the canonical space; the package's own if none.")
+    add("--ray_workers", type=int, help="Read on a Ray cluster, with so many hosts.")
+    return parser
+
+
+def main(command_line: list[str] | None = None) -> dict[str, object]:
+    """Do what the command line asks for; returns what was read."""
+    arguments = vars(parser().parse_args(command_line))
+    workers = arguments.pop("ray_workers")
+    job = ReadingJob(**{field.name: arguments[field.name] for field in fields(ReadingJob)})
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    if workers is not None:
+        from ..ray_reading import read_on_ray  # needs Ray, which nothing else does
+
+        found = read_on_ray(job, workers)
+    else:
+        found = read_own_shards(job)
+    print(json.dumps(found))
+    return found
+
+
+def read_own_shards(job: ReadingJob) -> dict[str, object]:
+    """Read what is left of the shards of this process; returns how many of all it read, their words and seconds."""
+    reader = CorpusReader(job)
+    left = reader.to_do(own_shards(reader.manifest.shards))
+    logger.info(
+        "%s: %d rows in %d shards, %d for this process to read.",
+        job.output,
+        reader.manifest.rows,
+        reader.manifest.shards,
+        len(left),
+    )
+    start, start_cpu, words = time.perf_counter(), time.process_time(), 0
+    with ShownProgress(sum(len(reader.manifest.rows_of(shard)) for shard in left)) as progress:
+        for number, shard in enumerate(left, start=1):
+            rows = len(reader.manifest.rows_of(shard))
+            words += reader.read_shard(shard, lambda n, share, rows=rows: progress.add(n, share * rows))
+            progress.finish(f"shard {number} of {len(left)}")
+    return {
+        "output": job.output,
+        "shards": reader.manifest.shards,
+        "shards_read": len(left),
+        "words_read": words,
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - start_cpu, 2),
+    }
+
+
+class ShownProgress:
+    """How far the reading is, words a second and time left: a bar in a terminal, elsewhere a line a shard.
+
+    Args:
+        rows: to be read.
+    """
+
+    def __init__(self, rows: int):
+        console = Console(stderr=True)
+        columns = ("[progress.description]{task.description}", "{task.completed:.0f} of {task.total:.0f} rows")
+        rate = TextColumn("{task.fields[rate]:,.0f} words a second")
+        shown = (TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), rate, TimeRemainingColumn())
+        self.bar = Progress(*shown, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("Reading", total=rows, rate=0)
+        self.rows, self.done, self.words, self.start = rows, 0.0, 0, time.perf_counter()
+
+    def add(self, words: int, rows: float) -> None:
+        self.words, self.done = self.words + words, self.done + rows
+        self.bar.update(self.task, completed=self.done, rate=self.rate)
+
+    @property
+    def rate(self) -> float:
+        """Words a second."""
+        return self.words / (time.perf_counter() - self.start)
+
+    def finish(self, shard: str) -> None:
+        """A shard was written."""
+        if self.bar.disable:
+            passed = time.perf_counter() - self.start
+            left = time.strftime("%H:%M:%S", time.gmtime(passed * (self.rows / max(self.done, 1e-9) - 1)))
+            logger.info("%s, %d words, %.0f words a second, %s left", shard, self.words, self.rate, left)
+
+    def __enter__(self) -> "ShownProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()

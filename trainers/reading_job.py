@@ -1,0 +1,275 @@
+"""Reading a corpus into a folder of canonical states: by one process, by several, and again after one was killed.
+
+The shards are shared out over the processes by their numbers alone, and what is in a shard depends on the manifest
+alone: it is the same whatever the number of processes. A process never waits for another.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import torch
+from filelock import FileLock
+
+from modeling_unihyperlora import UniHyperLoraModel
+from modeling_unihyperlora.corpus.reading import states_of, text_column, words_of
+from modeling_unihyperlora.errors import AdapterFileError, ConfigError, DataError, first_line
+from modeling_unihyperlora.hosts import describe_host, window_of
+from modeling_unihyperlora.space import KNOTS
+
+from .reading import JSON_SUFFIXES, UNKNOWN_ID, json_rows, load_split
+from .stored_states import BITS, MANIFEST, Manifest, write_shard
+
+BUILDERS = {**dict.fromkeys(JSON_SUFFIXES, "json"), ".csv": "csv", ".parquet": "parquet"}
+OWN_COLUMNS = ("words", "states")  # of the folder
+AT_ONCE = 1000  # rows that are checked together
+
+
+@dataclass(frozen=True)
+class ReadingJob:
+    """What is to be read by what, and where to.
+
+    Attributes:
+        host: folder or Hub id.
+        input: a .jsonl, .json, .csv or .parquet file, or a data set of the Hub.
+        output: the folder of the states.
+        split: of the data set; "train[:1000]" are the first rows, also of a file.
+        config_name: configuration of the data set.
+        column: with a text or a list of words; see ``corpus.reading.text_column``.
+        bits: of a number, one of ``stored_states.BITS``.
+        rows_a_shard: rows that are written together.
+        max_seq_length: most sub-tokens that the host reads at once.
+        batch_size: windows that it reads together.
+        space: file of the canonical space; the package's own when None.
+    """
+
+    host: str
+    input: str
+    output: str
+    split: str = "train"
+    config_name: str | None = None
+    column: str | None = None
+    bits: int = 16
+    rows_a_shard: int = 2048
+    max_seq_length: int = 128
+    batch_size: int = 32
+    space: str | None = None
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a number that is not allowed."""
+        if self.bits not in BITS:
+            raise ConfigError(f"bits {self.bits} is not allowed; choose one of {', '.join(map(str, BITS))}.")
+        for name in ("rows_a_shard", "max_seq_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is not allowed; give 1 or more.")
+
+
+class CorpusReader:
+    """A host that reads the shards of a job.
+
+    Everything that can be refused is refused here: before the host reads, every row is checked once.
+
+    Args:
+        job: what to read.
+
+    Attributes:
+        manifest: of the folder; it is written, or is the one that is there.
+
+    Raises:
+        ConfigError, DataError, HostError
+    """
+
+    def __init__(self, job: ReadingJob):
+        job.check()
+        self.job, self.folder = job, Path(job.output)
+        self.rows = load_rows(job)
+        self.column = text_column(self.rows.column_names, job.column)
+        taken = [name for name in OWN_COLUMNS if name in self.rows.column_names and name != self.column]
+        if taken:
+            raise ConfigError(
+                f"{job.input} has a column '{taken[0]}', as the folder of states has one of its own. Rename it."
+            )
+        digest, words = self._check_rows()
+        self.model = UniHyperLoraModel.from_host(job.host, space=job.space)
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator().type
+            self.model.to(torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))))
+        self.manifest = self._manifest(digest)
+        self._require_room(words)
+        self._agree()
+
+    def _check_rows(self) -> tuple[str, int]:
+        """The digest of all rows, and about how many words they have."""
+        digest, words, number = hashlib.sha256(), 0, 0
+        try:
+            for batch in self.rows.iter(AT_ONCE):
+                for row in batch[self.column]:
+                    if isinstance(row, str):
+                        row.encode()
+                        words += len(row.split())
+                    else:
+                        words += len(words_of(row, f"{self.job.input}, row {number}"))
+                    number += 1
+                digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+        except UnicodeError as error:  # Arrow reads half of a surrogate pair and cannot give it back
+            raise DataError(
+                f"{self.job.input}, rows {number} to {number + AT_ONCE}: a text has half of a surrogate pair in it "
+                f"({first_line(error)}), which is no character. Write the file again in UTF-8."
+            ) from error
+        return digest.hexdigest()[:16], words
+
+    def _manifest(self, digest: str) -> Manifest:
+        stream, job = self.model.bound_stream, self.job
+        words, space = stream.words, self.model.adapter.space
+        window = window_of(self.model.host, words.tokenizer) or job.max_seq_length
+        name = Path(job.input).name if Path(job.input).exists() else job.input
+        return Manifest(
+            space={"name": space.name, "version": space.version, "digest": space.digest},
+            host=describe_host(self.model.host, job.host, words.num_layers),
+            tokenizer=hashlib.sha256(words.key().encode()).hexdigest()[:16],
+            max_seq_length=min(job.max_seq_length, window),
+            bits=job.bits,
+            knots=len(KNOTS),
+            dim=space.shape()["dim"],
+            rows=len(self.rows),
+            rows_a_shard=job.rows_a_shard,
+            input={"name": name, "split": job.split, "column": self.column, "digest": digest},
+        )
+
+    def _require_room(self, words: int) -> None:
+        """Raise ``DataError`` if the disk has no room for the states of so many words."""
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        there = sum(path.stat().st_size for path in self.folder.glob("states-*.parquet"))
+        needed = words * self.manifest.knots * self.manifest.dim * self.manifest.bits // 8 - there
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise DataError(
+                f"The states of {words:,} words take about {needed / 1e9:.1f} GB more, {self.folder} has "
+                f"{free / 1e9:.1f} GB left. Free some, choose another disk, or store fewer bits (--bits)."
+            )
+
+    def _agree(self) -> None:
+        """Write the manifest, or find that the one that is there is the same.
+
+        Raises:
+            DataError: it is of another run; or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f".{MANIFEST}.lock"):
+                if not (self.folder / MANIFEST).is_file():
+                    self.manifest.save(self.folder)
+        except (OSError, AdapterFileError) as error:
+            raise DataError(
+                f"{self.folder} cannot be written ({first_line(error)}). Choose another folder."
+            ) from error
+        known = Manifest.load(self.folder)
+        if known.digest != self.manifest.digest:
+            names = [name for name in vars(known) if getattr(known, name) != getattr(self.manifest, name)]
+            told = "; ".join(
+                f"{name}: {getattr(known, name)} there, {getattr(self.manifest, name)} now" for name in names
+            )
+            raise DataError(
+                f"{self.folder} holds the states of another run ({told}). Read into a new folder, or give what that "
+                "run had."
+            )
+
+    @cached_property
+    def _carried(self) -> datasets.Dataset:
+        """The columns that are carried along; labels that are ids of named classes are written as their names."""
+        rows = self.rows
+        if not isinstance(rows.features[self.column], datasets.Value):
+            rows = rows.remove_columns(self.column)  # which "words" repeats
+        return rows
+
+    def to_do(self, shards: Iterable[int]) -> list[int]:
+        """Those of some shards that are not complete.
+
+        Raises:
+            DataError: a shard that is there is of another run, or no Parquet file.
+        """
+        return [shard for shard in shards if not self.manifest.is_complete(self.folder, shard)]
+
+    def read_shard(self, shard: int, progress: Callable[[int, float], None] | None = None) -> int:
+        """Read and write a shard; returns how many words it has.
+
+        Args:
+            progress: told after every batch how many words were read, and what share of the shard they are.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        numbers = self.manifest.rows_of(shard)
+        rows = self.rows[numbers.start : numbers.stop][self.column]
+        origins = (f"{self.job.input}, row {number}" for number in numbers)
+        sentences = [words_of(row, origin) for row, origin in zip(rows, origins, strict=True)]
+        total = sum(map(len, sentences))
+        tell = None if progress is None else lambda words: progress(words, words / total)
+        states = states_of(self.model, sentences, self.manifest.max_seq_length, self.job.batch_size, tell)
+        columns = named_classes(self._carried.with_format("arrow")[numbers.start : numbers.stop], self.rows.features)
+        if "id" not in columns.column_names:
+            columns = columns.add_column(0, "id", pa.array(numbers, pa.int64()))
+        write_shard(self.manifest.path(self.folder, shard), self.manifest, columns, sentences, states)
+        return total
+
+
+def own_shards(shards: int) -> range:
+    """The shards of this process, of as many as a launcher has started (torchrun's environment)."""
+    return range(int(os.environ.get("RANK", 0)), shards, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def load_rows(job: ReadingJob) -> datasets.Dataset:
+    """The input, memory-mapped.
+
+    Raises:
+        DataError: it cannot be loaded, or has no row; of a JSON-lines file with the line that cannot be read.
+    """
+    path = Path(job.input)
+    if not path.is_file():
+        rows = load_split(job.input, job.split, job.config_name)
+    elif path.suffix.lower() not in BUILDERS:
+        raise DataError(
+            f"{path}: unknown kind of file '{path.suffix}'. Give {', '.join(BUILDERS)}, or a data set of the Hub."
+        )
+    else:
+        kind = BUILDERS[path.suffix.lower()]
+        how = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is a word
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(path), split=job.split, **how)
+        except Exception as error:  # the library raises some twenty types
+            if kind == "json":
+                for origin, row in json_rows(path, {"text": "Ada spoke."}):
+                    words_of(row[text_column(row, job.column)], origin)
+            raise DataError(
+                f"{path} cannot be read ({first_line(error.__cause__ or error)}). Correct the file."
+            ) from error
+    if len(rows) == 0:
+        raise DataError(f"{job.input} ({job.split}) has no row in it. Give one with at least one.")
+    return rows
+
+
+def named_classes(table: pa.Table, features: datasets.Features) -> pa.Table:
+    """A table in which ids of named classes, alone or in lists, are their names; an unknown one is null."""
+
+    def name(value, feature):
+        if isinstance(value, list):
+            return [name(one, feature.feature) for one in value]
+        return None if value in (None, UNKNOWN_ID) else feature.int2str(value)
+
+    for at, column in enumerate(table.column_names):
+        feature = features[column]
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel):
+            names = [name(value, feature) for value in table[column].to_pylist()]
+            kind = pa.string() if inner is feature else pa.list_(pa.string())
+            table = table.set_column(at, column, pa.array(names, kind))
+    return table
