@@ -1,14 +1,9 @@
-"""Read a corpus into canonical states, once: Parquet shards that train, score and serve tasks of any host.
+"""Read a corpus into canonical states, once for all tasks and hosts (docs/STATES.md).
 
     unihyperlora read --host HOST --input corpus.jsonl --output states
-    unihyperlora read --host HOST --input HUB_DATASET --split train --output states --bits 4
-    unihyperlora ner --train_states states --do_train --output_dir runs/task          # no host in memory
-    accelerate launch --config_file hub_configs/accelerate/ddp_gpu.yaml -m trainers.commands read …
-    unihyperlora read … --ray_workers 8                                       # pip install 'unihyperlora[ray]'
+    unihyperlora ner --train_states states --do_train --output_dir runs/task
 
-Rows are texts or lists of words; all their other columns, such as labels, are carried along. A reading that was
-stopped goes on where it stopped when the same command is given again. What is in the shards does not depend on the
-number of processes.
+The same command again continues an interrupted reading. Runs under accelerate launch.
 """
 
 import argparse
@@ -22,31 +17,34 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..reading_job import CorpusReader, ReadingJob, own_shards
 from ..stored_states import BITS
+from . import new_parser
 
 logger = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unihyperlora read",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--host", required=True, help="Host that reads: folder or Hub id.")
+    own = new_parser("read", "--host HOST --input INPUT --output FOLDER", __doc__)
+    add = own.add_argument
+    add("--host", required=True, help="Folder or Hub id of the host that reads.")
     add("--input", required=True, help="A .jsonl, .json, .csv or .parquet file, or a data set of the Hub.")
-    add("--output", required=True, help="Folder for the states.")
-    add("--split", default="train", help="Of a data set; 'train[:1000]' are the first rows, also of a file.")
-    add("--config_name", help="Configuration of a data set.")
-    add("--column", help="Column to read; by default tokens, words, text or sentence.")
-    add("--bits", type=int, default=16, choices=sorted(BITS), help="Of a number; 16 is float16.")
-    add("--rows_a_shard", type=int, default=2048, help="Rows that are written together.")
-    add("--max_seq_length", type=int, default=128, help="Most sub-tokens that the host reads at once.")
-    add("--batch_size", type=int, default=32, help="Windows that the host reads together.")
-    add("--space", help="File of the canonical space; the package's own if none.")
-    add("--ray_workers", type=int, help="Read on a Ray cluster, with so many hosts.")
-    return parser
+    add("--output", required=True, metavar="FOLDER", help="Where to write the states.")
+    add("--split", default="train", metavar="NAME", help="Of the input; 'train[:1000]' has its first rows.")
+    add("--config_name", metavar="NAME", help="Configuration of a data set.")
+    add("--column", metavar="NAME", help="Text or words; by default tokens, words, text or sentence.")
+    add(
+        "--bits",
+        type=int,
+        default=16,
+        choices=sorted(BITS),
+        metavar="N",
+        help="Of a number: 2, 3, 4, 8, or 16 (float16).",
+    )
+    add("--rows_a_shard", type=int, default=2048, metavar="N", help="Rows in one file.")
+    add("--max_seq_length", type=int, default=128, metavar="N", help="Sub-tokens that the host reads at once.")
+    add("--batch_size", type=int, default=32, metavar="N", help="Windows that it reads together.")
+    add("--space", metavar="FILE", help="Canonical space, if not the package's own.")
+    add("--ray_workers", type=int, metavar="N", help="Read on a Ray cluster, with N hosts.")
+    return own
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
