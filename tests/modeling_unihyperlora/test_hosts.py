@@ -26,7 +26,7 @@ def test_a_linear_layer_that_is_none_is_named(make_host):
     with pytest.raises(HostError, match="Block 1: 'intermediate.dense' is a Identity"):
         UniHyperLoraModel.from_host(host, config=UniHyperLoraConfig(pathway="inject"))
     del host.encoder.layer[1].intermediate.dense
-    with pytest.raises(HostError, match="No 'intermediate.dense' in block 1"):
+    with pytest.raises(HostError, match="Block 1 .* has no 'intermediate.dense'"):
         UniHyperLoraModel.from_host(host, config=UniHyperLoraConfig(pathway="inject"))
     assert hooks_in(host) == 0 and all(p.requires_grad for p in host.parameters())
 
@@ -127,4 +127,4 @@ def test_weights_that_a_checkpoint_lacks_are_named_if_states_depend_on_them(make
     save_file(kept, path, metadata)
     load_host(str(tmp_path))
     [record] = caplog.records
-    assert f"lacks {len(tensors) - len(kept)} of its weights (encoder.layer.1." in record.getMessage()
+    assert f"lacks {len(tensors) - len(kept)} weights (encoder.layer.1." in record.getMessage()

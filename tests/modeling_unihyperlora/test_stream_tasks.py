@@ -256,7 +256,7 @@ class TestLoading:
         model = load(folders["people"])
         model.config.delta_step = 1 / 16
         before = state_of(model)
-        with pytest.raises(ConfigError, match="steps of 0.03125, this one has 0.0625"):
+        with pytest.raises(ConfigError, match="has the step 0.03125, but this adapter has 0.0625"):
             model.load_task(folders["places"])
         assert_untouched(model, before)
         places = load(folders["places"])
