@@ -1,15 +1,15 @@
-"""An adapter on its host as ONNX: one file, or the host and a reader apart.
+"""Exports an adapter with its host to ONNX: as one file, or as separate files for the host and a reader.
 
 Letters: B batch, T tokens, W words, K knots, D canonical width, C labels.
 
 - One file: ``input_ids`` and ``attention_mask`` (B, T) int64 → ``logits``, (B, T, C) or (B, C) for sentences.
-- The host's file: ids and mask → ``canonical_states`` (B, W, K, D), ``lengths`` (B,) words a sentence, ``word_of``
-  (B, T) the word of each token, ``begins`` (B, T) whether it is the first token of its word. W is T; states beyond a
-  sentence's words mean nothing. It serves every task of the space. Its tokenizer is written beside it.
-- A reader's file: canonical states and lengths, of a tagger also ``word_of`` and ``begins``, → ``logits`` as above.
-  Its matrices are int8 as in the adapter's file.
+- The host's file: ids and mask → ``canonical_states`` (B, W, K, D), ``lengths`` (B,) words per sentence, ``word_of``
+  (B, T) the word of each token, ``begins`` (B, T) whether a token is the first of its word. W equals T; states after a
+  sentence's last word are undefined. The file serves every task of the space. Its tokenizer is written beside it.
+- A reader's file: canonical states and lengths, for a tagger also ``word_of`` and ``begins``, → ``logits`` as above.
+  Its matrices are int8, as in the adapter's file.
 
-The one file of a stream is the two, joined. The metadata of each file say which space, host and task it is of, so that
+The single file of a stream joins these two. The metadata of each file name its space, host and task, so that
 ``trainers.onnx_runtime`` can refuse two files that do not belong together.
 """
 
@@ -28,24 +28,24 @@ from ..storage import content_digest, replacing
 from ..words import CUT
 from .onnx_graphs import HostGraph, InjectedGraph, reader_model
 
-FORMAT = "1"  # of the metadata and of what passes from the host's file to a reader's
-OPSET = 20  # the first with GELU
-KEY = "unihyperlora"  # of the metadata, which are JSON
+FORMAT = "1"  # version of the metadata and of the tensors that pass from the host's file to a reader's
+OPSET = 20  # the first opset with GELU
+KEY = "unihyperlora"  # key of the metadata, which are JSON
 
 
 def export_onnx(model, path: str | Path, host_path: str | Path | None = None) -> None:
-    """Write the active task of a model as ONNX; batch and length are free.
+    """Write the active task of a model as ONNX, with dynamic batch size and length.
 
-    A host's token types are those of a single sentence.
+    The host's token types are all 0, as for a single sentence.
 
     Args:
         model: a stream, or an injected update with the static router; an update is merged for the export.
-        path: of the file; written whole or not at all. With ``host_path`` it has the reader alone.
-        host_path: of a stream, where to write the host; its tokenizer is written beside it (``tokenizer_path``).
+        path: file to write, completely or not at all. With ``host_path`` it contains only the reader.
+        host_path: file for the host of a stream; the tokenizer is written beside it (``tokenizer_path``).
 
     Raises:
-        ExportError: the token router of an injected update, or two files of one; the onnx packages are missing or
-            fail, or torch has fixed the input's size, as it may in a process that has exported before.
+        ExportError: an injected update has the token router, or two files were asked for it; the onnx packages are
+            missing or fail; or torch fixed the input's size, which may happen in a process that exported before.
         HostError: the stream is not calibrated.
     """
     task = model._task(None)
@@ -53,11 +53,11 @@ def export_onnx(model, path: str | Path, host_path: str | Path | None = None) ->
         raise ExportError("An injected update is inside its host, so both are one file. Leave host_path out.")
     if model.injection is not None and not model.injection.static:
         raise ExportError(
-            "The injected update with the token router is computed in hooks that ONNX does not see. Load the adapter "
-            "with router='static', and score it so before you export it."
+            "Hooks compute an injected update with the token router, and ONNX does not see hooks. Load the adapter "
+            "with router='static', and evaluate it that way before you export it."
         )
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise ExportError("The model is not on the CPU; export it from there: model.cpu().")
+        raise ExportError("The model is not on the CPU. Call model.cpu() before the export.")
     try:
         import onnx
     except ModuleNotFoundError as error:
@@ -84,12 +84,12 @@ def export_onnx(model, path: str | Path, host_path: str | Path | None = None) ->
 
 
 def tokenizer_path(host_path: str | Path) -> Path:
-    """Where the tokenizer of a host's file lies: host.onnx → host.tokenizer.json."""
+    """Path of the tokenizer of a host's file: host.onnx → host.tokenizer.json."""
     return Path(host_path).with_suffix(".tokenizer.json")
 
 
 def tokenizer_text(tokenizer) -> str:
-    """A prepared tokenizer as its tokenizer.json, which pads with its pad token and cuts nothing off."""
+    """Content of tokenizer.json for a prepared tokenizer: it pads with the pad token and does not truncate."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
@@ -97,7 +97,7 @@ def tokenizer_text(tokenizer) -> str:
 
 
 def host_metadata(model, tokenizer: str) -> dict[str, Any]:
-    """What the host's file says of itself."""
+    """Metadata of the host's file."""
     stream = model.bound_stream
     own = stream.words.tokenizer
     unknown = [own.unk_token_id, own.mask_token_id, own.eos_token_id]
@@ -111,7 +111,7 @@ def host_metadata(model, tokenizer: str) -> dict[str, Any]:
 
 
 def reader_metadata(model, task: str) -> dict[str, Any]:
-    """What a reader's file says of itself; ``map`` is None unless δθ amends the map of one host."""
+    """Metadata of a reader's file; ``map`` is None unless δθ was tuned for the map of one host."""
     own, tuned = model.config.tasks[task], bool(model.adapter.tasks[task].delta().any())
     return _metadata(model, "reader") | {
         "map": map_digest(model.bound_stream.fit) if tuned else None,
@@ -123,7 +123,7 @@ def reader_metadata(model, task: str) -> dict[str, Any]:
 
 
 def _metadata(model, kind: str) -> dict[str, Any]:
-    """What both files say."""
+    """Metadata that both files have."""
     space = model.adapter.space
     return {
         "kind": kind,
@@ -136,7 +136,7 @@ def _metadata(model, kind: str) -> dict[str, Any]:
 
 
 def map_digest(fit: HostFit) -> str:
-    """Of a host's map, SHA-256 (16 hex digits)."""
+    """SHA-256 of a host's map (16 hex digits)."""
     return content_digest(to_tensors(fit), {})[:16]
 
 
@@ -152,13 +152,13 @@ def _save(model, path: str | Path) -> None:
     try:
         content = model.SerializeToString()
     except (EncodeError, ValueError) as error:
-        raise ExportError(f"This host is too large for one ONNX file, 2 GB at most ({first_line(error)}).") from error
+        raise ExportError(f"This host exceeds the 2 GB limit of an ONNX file ({first_line(error)}).") from error
     with replacing(Path(path)) as temporary:
         Path(temporary).write_bytes(content)
 
 
 def _merged_host(model, task: str):
-    """The ONNX model of an injected update, merged into its host."""
+    """Build the ONNX model of an injected update that is merged into its host."""
     was_merged = model.merged
     graph = InjectedGraph(model, task)
     model.merge()
@@ -170,7 +170,7 @@ def _merged_host(model, task: str):
 
 
 def _traced(graph: nn.Module, outputs: list[str]):
-    """The ONNX model of a module that reads ids and mask."""
+    """Export a module that reads ids and mask; returns the ONNX model."""
     example = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     training = [module for module in graph.modules() if module.training]
@@ -194,5 +194,5 @@ def _traced(graph: nn.Module, outputs: list[str]):
         for module in training:
             module.training = True
     if any(isinstance(size, int) for size in program.model.graph.inputs[0].shape):
-        raise ExportError("torch fixed the size of the input to that of its example. Export in a fresh process.")
+        raise ExportError("torch fixed the input size to the example's. Export in a new process.")
     return program.model_proto

@@ -1,9 +1,9 @@
-"""What the ONNX files compute: the host's part as a torch module that torch exports, the reader's as an ONNX graph.
+"""The computations in the ONNX files: torch modules with the host, for torch's exporter, and the reader's ONNX graph.
 
 Letters: B batch, T tokens, W words, K knots, D canonical width, C labels, d host width, F features of a word.
 
-The reader is written operation by operation: ONNX has an LSTM that reads sentences of different lengths from both
-ends, and matrices in int8, neither of which torch's exporter makes.
+The reader's graph is written operation by operation, because torch's exporter supports neither ONNX's bidirectional
+LSTM for sentences of different lengths nor int8 matrices.
 """
 
 import inspect
@@ -23,7 +23,7 @@ GATES = (0, 3, 1, 2)  # torch's LSTM has input, forget, cell, output; ONNX has i
 
 
 class _Graph(nn.Module):
-    """What both pathways share: the host's states from ids and mask."""
+    """Base class of both pathways: computes the host's states from ids and mask."""
 
     def __init__(self, model):
         super().__init__()
@@ -39,7 +39,7 @@ class _Graph(nn.Module):
 
 
 class InjectedGraph(_Graph):
-    """The merged host and the head on its knots."""
+    """The merged host, and the head that reads its knots."""
 
     def __init__(self, model, task: str):
         from .weights import host_head
@@ -61,7 +61,7 @@ class InjectedGraph(_Graph):
 
 
 class HostGraph(_Graph):
-    """The host of a stream and its map, without δθ; W = T places for words."""
+    """The host of a stream and its map, without δθ; the output has W = T positions for words."""
 
     OUTPUTS = ("canonical_states", "lengths", "word_of", "begins")
 
@@ -87,7 +87,7 @@ class HostGraph(_Graph):
         states = self.states(input_ids, attention_mask)
         begins, inside = begins_of(self.flags, input_ids, attention_mask)
         places = word_places(begins, inside, input_ids.shape[1])
-        at = (places.last if self.causal else places.first)[:, :, None]  # (B, W, 1), 0 beyond a sentence's words
+        at = (places.last if self.causal else places.first)[:, :, None]  # (B, W, 1), 0 after a sentence's last word
         of_words = {
             layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])) for layer in self.asked
         }  # (B, W, d) each
@@ -102,9 +102,9 @@ class HostGraph(_Graph):
 
 
 def reader_model(model, task: str, opset: int):
-    """The ONNX model of a task: what δθ adds to the map, the reader, and the head.
+    """Build the ONNX model of a task: δθ, the reader and the head.
 
-    Where δθ is not zero it is folded into the reader's first matrix, which is then of float32.
+    If δθ is not zero, it is folded into the reader's first matrix, which is then float32.
     """
     from onnx import TensorProto, checker, helper
 
@@ -142,14 +142,14 @@ def reader_model(model, task: str, opset: int):
 
 
 class _Builder:
-    """Nodes and constants of an ONNX graph, in the order in which they are added; names begin with "reader."."""
+    """Collects the nodes and constants of an ONNX graph in the order of insertion; names begin with "reader."."""
 
     def __init__(self):
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
     def add(self, operation: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes) -> str:
-        """The name of the first output of a new node."""
+        """Add a node; returns the name of its first output."""
         from onnx import helper
 
         own = name or f"reader.{operation.lower()}_{len(self.nodes)}"
@@ -164,14 +164,14 @@ class _Builder:
         return f"reader.{name}"
 
     def matrix(self, name: str, stored: StoredTensor) -> str:
-        """A stored matrix, transposed."""
+        """Add a stored matrix, transposed; returns its name."""
         codes, scale = stored.codec.codes(stored.latent.detach().float())
         return self.coded(name, codes.T, scale.T)
 
     def coded(self, name: str, codes: torch.Tensor, scale: torch.Tensor) -> str:
-        """int8 codes times their scales, which every runtime computes once, when it loads the file.
+        """Add int8 codes times their scales; every runtime computes the product once, when it loads the file.
 
-        DequantizeLinear in front of MatMul lets onnxruntime round what the matrix is multiplied with to int8 as well.
+        With DequantizeLinear before MatMul, onnxruntime might also round the other factor to int8.
         """
         codes = self.constant(f"{name}.codes", _array(codes).astype(np.int8))
         return self.add("Mul", self.add("Cast", codes, to=1), self.constant(f"{name}.scale", _array(scale)))
@@ -182,14 +182,14 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
 
 def _amended(task: StreamTask, space: nn.Module) -> torch.Tensor | None:
-    """(K, D, D) that z is multiplied by; None where δθ is zero."""
+    """Matrices (K, D, D) that δθ multiplies z by; None if δθ is zero."""
     with torch.no_grad():
         amended = task.values(space).amended
     return None if amended is None else amended + torch.eye(amended.shape[-1])
 
 
 def _features(graph: _Builder, task: StreamTask, amended: torch.Tensor | None) -> str:
-    """(B, W, K, D) → (B, W, F)."""
+    """Add the reader's layers: canonical states (B, W, K, D) → features (B, W, F)."""
     reader = task.reader
     if amended is None:
         inward = graph.matrix("inward", reader.inward)
@@ -212,20 +212,20 @@ def _features(graph: _Builder, task: StreamTask, amended: torch.Tensor | None) -
 
 
 def _both_directions(graph: _Builder, reader: nn.Module, name: str) -> str:
-    """The matrices of both directions of the LSTM, (2, 4·hidden, …), rows in the order of ONNX."""
+    """Add the matrices of both LSTM directions, (2, 4·hidden, …), with rows in ONNX's order."""
     made = [d[name].codec.codes(d[name].latent.detach().float()) for d in reader.directions]
     codes, scale = (torch.stack([_by_gate(part) for part in parts]) for parts in zip(*made, strict=True))
     return graph.coded(name, codes, scale)
 
 
 def _by_gate(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of torch's gates in the order of ONNX."""
+    """Reorder rows from torch's order of the gates to ONNX's."""
     gates = rows.unflatten(0, (4, -1))
     return gates[list(GATES)].flatten(0, 1)
 
 
 def _mean(graph: _Builder, features: str) -> str:
-    """(B, W, F) → (B, F), over the words of each sentence."""
+    """Add the mean over the words of each sentence: (B, W, F) → (B, F)."""
     one, zero = graph.constant("one", np.array(1)), graph.constant("zero", np.array(0))
     last = graph.constant("last_axis", np.array([-1]))
     words = graph.add("Squeeze", graph.add("Shape", features, start=1, end=2))
@@ -239,7 +239,7 @@ def _mean(graph: _Builder, features: str) -> str:
 
 
 def _of_tokens(graph: _Builder, logits: str, further: Continuation) -> str:
-    """(B, W, C) of words → (B, T, C) of tokens; see ``words.Continuation``."""
+    """Add the step from logits of words (B, W, C) to logits of tokens (B, T, C); see ``words.Continuation``."""
     last = graph.constant("last_axis", np.array([-1]))
     labels = graph.constant("labels", np.array([1, 1, len(further.partner)]))
     index = graph.add("Expand", graph.add("Unsqueeze", "word_of", last), labels)

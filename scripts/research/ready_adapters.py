@@ -1,13 +1,13 @@
-"""Make the adapters that the package brings along, and score each on its test data and on hosts that it never saw.
+"""Make the adapters that the package contains, and score each on test data, with its host and with unseen hosts.
 
     python -m scripts.research.ready_adapters --data DIR --host sentence-transformers/all-MiniLM-L6-v2 \
         --target_hosts sentence-transformers/all-mpnet-base-v2 … --output_dir runs/ready
 
 ``make adapters DATA=DIR HOSTS="SOURCE OTHERS …"`` does the same. DIR has a folder for each data set, with JSON lines:
 btc and wnut17 (``tokens``, ``ner_tags``), snips (also ``text``, ``intent``), amazon_uci (``text``, ``label``).
-Every adapter is trained with the same settings, on which no score had an influence, and with seed 0. Written are
-modeling_unihyperlora/ready/NAME (weights, configuration, card) and results/ready.json, from which the cards and the
-tables of the documents come. What is in --output_dir, or in that file, is not done again.
+All adapters are trained with the same settings, which were not chosen by any score, and with seed 0. The script writes
+modeling_unihyperlora/ready/NAME (weights, configuration, card) and results/ready.json, the source of the cards and of
+the tables in the documents. It skips adapters that are in --output_dir and scores that are in results/ready.json.
 """
 
 import argparse
@@ -31,25 +31,25 @@ from trainers.tagging import classify, tag
 from trainers.tasks import TASKS
 
 RESULTS, RECORD = Path(__file__).parents[2] / "results", "ready.json"
-SOURCE_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # which an adapter names as its host
+SOURCE_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # host that an adapter's configuration names
 TRAINING = """
     --do_train --max_steps 1000 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
     --weight_decay 0.01 --save_strategy no --seed 0 --disable_tqdm true --logging_steps 250 --overwrite_output_dir
 """.split()
-Splits = dict[str, list[dict]]  # "train", and every set to score on by the name that tables give it
+Splits = dict[str, list[dict]]  # rows of "train" and of each evaluation set, under its name in the tables
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a ready adapter is made.
+    """Recipe of a ready adapter.
 
     Attributes:
         kind: "ner" or "classification".
-        about: what it finds, for its card.
-        example: a text that shows it.
-        data: what it was trained on, with the licence.
-        note: what a reader of its scores has to know.
-        read: from the folder of all data to its splits.
+        about: what it finds, for the card.
+        example: example text for the card.
+        data: training data and their licence.
+        note: remark about the scores, for the card.
+        read: function from the folder of all data to the splits.
     """
 
     kind: str
@@ -61,14 +61,14 @@ class Recipe:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    """Make what the command line asks for."""
+    """Make the adapters that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="ready_adapters"
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
-    parser.add_argument("--host", default=SOURCE_ON_HUB, help="all-MiniLM-L6-v2, by its Hub id or its folder")
-    parser.add_argument("--target_hosts", nargs="*", default=[], help="hosts to score on as well")
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="these adapters alone")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--host", default=SOURCE_ON_HUB, help="Hub id or folder of all-MiniLM-L6-v2")
+    parser.add_argument("--target_hosts", nargs="*", default=[], help="further hosts to score on")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="make only these adapters")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ready"))
     args = parser.parse_args(command_line)
     for name in args.only:
@@ -81,7 +81,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def train(name: str, splits: Splits, host: str, folder: Path) -> None:
-    """Train an adapter in a folder, put it among the ready ones, and begin its record."""
+    """Train an adapter in a folder, copy it to the ready adapters, and start its record."""
     recipe, file = RECIPES[name], folder / "data" / "train.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in splits["train"]), encoding="utf-8")
@@ -112,7 +112,7 @@ def keep_scores(name: str, splits: Splits, host: str) -> None:
 
 
 def score(model, rows: list[dict]) -> float:
-    """Micro F1 of entities, or macro F1 of classes, of what ``tagging`` finds in each row."""
+    """Score rows with ``tagging``: micro F1 of entities, or macro F1 of classes."""
     if model.task_type == "token_classification":
         read = reader_of_tags(model.labels, model.config.tasks[model.config.active_task]["scheme"])
         found = tag(model, [row["tokens"] for row in rows], batch_size=64)
@@ -123,7 +123,7 @@ def score(model, rows: list[dict]) -> float:
 
 
 def write_record(name: str, record: dict) -> None:
-    """Put the record of an adapter into results/ready.json, and write its card from it."""
+    """Write an adapter's record to results/ready.json, and its card from the record."""
     path = RESULTS / RECORD
     records = read_json_object(path) if path.is_file() else {"kind": "ready", "adapters": {}}
     records["adapters"][name] = record
@@ -132,7 +132,7 @@ def write_record(name: str, record: dict) -> None:
 
 
 def place(trained: Path, ready: Path) -> None:
-    """Copy weights and configuration; the host is named as on the Hub, not by a folder of this machine."""
+    """Copy weights and configuration; the configuration names the host by its Hub id, not by a local folder."""
     ready.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(trained / WEIGHTS_NAME, ready / WEIGHTS_NAME)
     config = read_json_object(trained / "config.json")
@@ -140,7 +140,7 @@ def place(trained: Path, ready: Path) -> None:
     for host in config["source_hosts"]:
         host["name"] = SOURCE_ON_HUB
     write_json(ready / "config.json", config)
-    read_config(ready / "config.json")  # only what can be read again is written
+    read_config(ready / "config.json")  # checks that the file can be read again
 
 
 # ---- the data ----
@@ -149,12 +149,12 @@ def place(trained: Path, ready: Path) -> None:
 def rows_of(path: Path) -> list[dict]:
     """The lines of a JSON-lines file."""
     if not path.is_file():
-        raise DataError(f"{path} is not there. Give --data a folder with a folder for each data set; see --help.")
+        raise DataError(f"{path} does not exist. Give --data a folder with a folder for each data set; see --help.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def people_places_organisations(data: Path) -> Splits:
-    """Tweets of the Broad Twitter Corpus; WNUT-17 is scored on with its own names of the three types."""
+    """Tweets of the Broad Twitter Corpus; WNUT-17 is only for evaluation, with its three types renamed."""
     return {
         "train": rows_of(data / "btc/train.jsonl"),
         "btc test": rows_of(data / "btc/test.jsonl"),
@@ -166,7 +166,7 @@ WNUT_TYPES = {"person": "PER", "location": "LOC", "corporation": "ORG"}
 
 
 def renamed(rows: list[dict], types: dict[str, str]) -> list[dict]:
-    """Sentences with other names of the entity types; a type without one is O."""
+    """Rename the entity types of sentences; types without a new name become O."""
 
     def tag(own: str) -> str:
         prefix, _, kind = own.partition("-")
@@ -176,7 +176,7 @@ def renamed(rows: list[dict], types: dict[str, str]) -> list[dict]:
 
 
 def sentiment(data: Path) -> Splits:
-    """Sentences of reviews; by a digest of its text one in five is held out."""
+    """Sentences of reviews; a digest of the text selects one in five to be held out."""
     splits: Splits = {"train": [], "held out": []}
     for name in ("yelp", "imdb", "amazon_cells"):
         for row in rows_of(data / f"amazon_uci/{name}.jsonl"):
@@ -195,12 +195,12 @@ def assistant_slots(data: Path) -> Splits:
 
 
 def assistant_intents(data: Path) -> Splits:
-    """The same requests and what each asks for."""
+    """The same requests and their intents."""
     return _snips(data, ("text", "text"), ("label", "intent"))
 
 
 def _snips(data: Path, *columns: tuple[str, str]) -> Splits:
-    """Both splits, with columns of these names from columns of those."""
+    """Read both splits; ``columns`` are pairs of a new column name and the name in the file."""
     return {
         split: [{new: row[old] for new, old in columns} for row in rows_of(data / f"snips/{split}.jsonl")]
         for split in ("train", "validation")
