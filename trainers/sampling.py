@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-OWN_SHARE = 0.5  # share of the sentences that are read with the host itself, not with a copy of it
 TOGETHER = 64  # neighbouring sentences that share a view in an epoch, so that one matrix product serves all of them
 
 
@@ -18,15 +17,17 @@ class SentenceSampler(Sampler[int]):
         sentences: number of sentences.
         views: number of views of a sentence; view 0 is the host itself, the others are copies of it.
         seed: random seed of the run.
+        copy_share: share of the sentences that are read with copies, where there are any.
 
     Yields:
         ``view * sentences + index``.
     """
 
-    def __init__(self, sentences: int, views: int, seed: int):
+    def __init__(self, sentences: int, views: int, seed: int, copy_share: float = 0.5):
         self.sentences = sentences
         self.views = views
         self.seed = seed
+        self.copy_share = copy_share
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,6 +42,6 @@ class SentenceSampler(Sampler[int]):
         if self.views > 1:
             blocks = -(-self.sentences // TOGETHER)
             view = torch.randint(1, self.views, (blocks,), generator=generator)
-            view[torch.rand(blocks, generator=generator) < OWN_SHARE] = 0
+            view[torch.rand(blocks, generator=generator) < 1 - self.copy_share] = 0
             order += view[order // TOGETHER] * self.sentences
         return iter(order.tolist())

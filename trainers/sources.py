@@ -145,11 +145,14 @@ class SourceStates(Dataset):
         sources: the hosts.
         fidelity, copy_fidelity: ``fidelity`` of ``disturb`` for the hosts' own states and for their copies'; the
             Trainer sets both. Copies get more noise, since other hosts may differ more than copies do.
+        copy_share: share of the windows that are read with copies; the Trainer sets it too.
     """
 
-    def __init__(self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0):
+    def __init__(
+        self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0, copy_share: float = 0.5
+    ):
         self.sources = sources
-        self.fidelity, self.copy_fidelity = fidelity, copy_fidelity
+        self.fidelity, self.copy_fidelity, self.copy_share = fidelity, copy_fidelity, copy_share
         self.starts = [0, *itertools.accumulate(len(source.data) for source in sources)]
         self._sampler: SentenceSampler | None = None  # the noise depends on its seed and epoch
 
@@ -173,7 +176,7 @@ class SourceStates(Dataset):
 
     def sampler(self, seed: int) -> SentenceSampler:
         """A sampler that yields every window once per epoch."""
-        self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed)
+        self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed, self.copy_share)
         return self._sampler
 
 

@@ -142,7 +142,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
             trains_task = self.args.train_scope == "task"
             self.train_dataset.fidelity = self.args.fidelity if trains_task else 1.0
             self.train_dataset.copy_fidelity = self.args.copy_fidelity
-            for source in self.sources if trains_task else ():
+            self.train_dataset.copy_share = self.args.copy_share
+            for source in self.sources if trains_task and self.args.copy_share else ():
                 source.line_up_copies()
         return super().get_train_dataloader()
 

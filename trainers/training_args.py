@@ -83,6 +83,13 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     copy_fidelity: float = field(
         default=0.7, metadata={"help": "As --fidelity, for copies of the source host with fewer blocks or dimensions."}
     )
+    copy_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the sentences that are read with copies of the source host; 0 trains faster and better "
+            "for the source alone."
+        },
+    )
     max_adapter_bytes: int | None = field(
         default=MAX_ADAPTER_BYTES,
         metadata={
@@ -101,7 +108,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.train_scope not in ("task", "delta"):
             raise ConfigError(f"train_scope={self.train_scope!r} is not allowed; choose 'task' or 'delta'.")
-        for name in ("fidelity", "copy_fidelity"):
+        for name in ("fidelity", "copy_fidelity", "copy_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number from 0 to 1.")
         for name in ("lambda_f", "lambda_q"):

@@ -27,7 +27,6 @@ from modeling_unihyperlora.space import KNOTS, HostToKnots, join_anchors, read_a
 from modeling_unihyperlora.space_making.make import PACKAGE_ANCHORS
 from modeling_unihyperlora.storage import Grid, write_json
 from scripts.research.runner import without
-from trainers import sources
 from trainers.arguments import STREAM_FLAGS
 from trainers.running import run
 from trainers.tasks import NER
@@ -77,11 +76,6 @@ def no_dropout() -> mock._patch:
 def given_words_alone() -> mock._patch:
     """Words are those of the data alone, and not those of raw text as well."""
     return mock.patch.object(sys.modules[__name__], "NER", replace(NER, further=lambda *_: []))
-
-
-def no_copies() -> mock._patch:
-    """All training sentences are read by the source itself, not by copies of it."""
-    return mock.patch.object(sources, "COPIES", ())
 
 
 def _line_up_otherwise(name: str, new: Callable) -> contextlib.AbstractContextManager:
@@ -139,8 +133,8 @@ def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
         Row("as shipped"),
         Row("without noise", ("--fidelity", "1", "--copy_fidelity", "1")),
         Row("without noise on copies", ("--copy_fidelity", "1")),
-        Row("without copies of the source", change=no_copies),
-        Row("without noise and copies", ("--fidelity", "1", "--copy_fidelity", "1"), no_copies),
+        Row("without copies of the source", ("--copy_share", "0")),
+        Row("without noise and copies", ("--fidelity", "1", "--copy_share", "0")),
         Row("without dropout", change=no_dropout),
         Row("without the words of raw text", change=given_words_alone),
         Row("each word alone", change=words_alone),

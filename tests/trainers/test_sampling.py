@@ -1,8 +1,9 @@
 """The order of an epoch: all sentences, in different views, and the same order after an interruption."""
 
 import numpy as np
+import pytest
 
-from trainers.sampling import OWN_SHARE, TOGETHER, SentenceSampler
+from trainers.sampling import TOGETHER, SentenceSampler
 
 
 def test_every_sentence_once_an_epoch_in_another_order_each_time():
@@ -24,8 +25,9 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
-def test_views_are_the_host_itself_and_its_copies():
-    sampler, seen = SentenceSampler(1000, 4, seed=0), []
+@pytest.mark.parametrize("copy_share", [0.5, 0.8])
+def test_views_are_the_host_itself_and_its_copies(copy_share):
+    sampler, seen = SentenceSampler(1000, 4, seed=0, copy_share=copy_share), []
     for number in range(200):
         sampler.set_epoch(number)
         views, sentences = np.divmod(list(sampler), 1000)
@@ -34,7 +36,7 @@ def test_views_are_the_host_itself_and_its_copies():
         for block in np.split(seen[-1], range(TOGETHER, 1000, TOGETHER)):
             assert len(set(block)) == 1, "a block is made in one view"
     shares = np.bincount(np.concatenate(seen), minlength=4) / np.size(seen)
-    np.testing.assert_allclose(shares, [OWN_SHARE, *[(1 - OWN_SHARE) / 3] * 3], atol=0.03)
+    np.testing.assert_allclose(shares, [1 - copy_share, *[copy_share / 3] * 3], atol=0.03)
     of_blocks = np.array(seen)[:, ::TOGETHER]
     assert all(set(block) == {0, 1, 2, 3} for block in of_blocks.T), "every block is read in every view"
     together = np.corrcoef(of_blocks.T)[~np.eye(of_blocks.shape[1], dtype=bool)]

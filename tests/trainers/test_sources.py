@@ -272,6 +272,14 @@ class TestTraining:
         for name, value in made.model.adapter.state_dict().items():
             torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
 
+    @pytest.mark.parametrize("copy_share", [0.0, 1.0])
+    def test_the_share_of_copies_is_that_of_the_arguments(self, made, copy_share):
+        made.args.copy_share = copy_share
+        keys = [key for batch in made.get_train_dataloader().batch_sampler for key in batch]
+        copies = [key >= len(made.train_dataset) for key in keys]
+        assert len(keys) == len(made.train_dataset) and all(is_copy == bool(copy_share) for is_copy in copies)
+        assert all(len(source.fits) == (7 if copy_share else 1) for source in made.sources)
+
     def test_delta_reads_its_host_as_it_is(self, made):
         """Without copies and noise: two passes over the same sentences have the same loss."""
         made.model.config.tasks["people"]["trained"] = True

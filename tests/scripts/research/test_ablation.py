@@ -14,7 +14,6 @@ from modeling_unihyperlora.storage import RowInteger
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 from scripts.research import ablation
 from tests.conftest import tiny_tokenizer
-from trainers import sources
 from trainers.arguments import NerArguments, parse
 from trainers.ner_data import Sentence
 
@@ -67,25 +66,6 @@ def test_without_dropout_training_and_scoring_are_the_same():
     assert differs()
     with ablation.no_dropout():
         assert not differs()
-
-
-def test_without_copies_a_source_has_one_map(tiny_host, text, tmp_path, monkeypatch):
-    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path / "cache"))
-    from modeling_unihyperlora.hosts import load_host
-
-    host, windows = (
-        load_host(str(tiny_host)),
-        [{"input_ids": [2, 5, 6, 3], "attention_mask": [1] * 4, "labels": [0] * 4}],
-    )
-    words = WordReader(host, load_tokenizer(str(tiny_host)))
-    own = CanonicalSpace.make([host], text, dim=4, tokenizers=[words.tokenizer])
-    counts = []
-    for change in (contextlib.nullcontext, ablation.no_copies):
-        with change():
-            source = sources.Source(host, words, own, windows, space.line_up(own, host, words))
-            source.line_up_copies()
-            counts.append(len(source.fits))
-    assert counts == [7, 1]
 
 
 @pytest.mark.parametrize("change", LINE_UP, ids=lambda change: change.__name__)
