@@ -121,10 +121,10 @@ def _unsharded() -> Iterator[None]:
 
 
 class NoHost(nn.Module):
-    """In place of a host where its text was read before: the model computes on canonical states that are given.
+    """Stands in for a host: the model gets canonical states, which a host has computed before.
 
     Args:
-        name_or_path: the host that an adapter made so is put on by default when it is loaded.
+        name_or_path: default host for loading adapters that are made with this object.
     """
 
     main_input_name = "canonical_states"
@@ -135,7 +135,7 @@ class NoHost(nn.Module):
         self.config = PreTrainedConfig(name_or_path=name_or_path or "")
 
     def forward(self, canonical_states: torch.Tensor):
-        raise HostError("This model has no host in memory, so it reads no text: give canonical_states.")
+        raise HostError("This model has no host in memory, so it cannot read text: give canonical_states.")
 
 
 def transformers_folder(name_or_path: str) -> str:
@@ -191,17 +191,17 @@ def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
 
 
 def explain_ids(host: nn.Module, input_ids: torch.Tensor, error: Exception) -> None:
-    """Raise ``HostError`` if ids (B, T) that a host failed to read are too many or beyond its embeddings."""
+    """Raise ``HostError`` if a host failed on ids (B, T) because they are too many or exceed its embeddings."""
     window, rows = window_of(host), host.get_input_embeddings().weight.shape[0]
     if window is not None and input_ids.shape[1] > window:
         raise HostError(
-            f"A text has {input_ids.shape[1]} tokens, and the host '{host.config.name_or_path}' reads {window} at "
-            "once. Give the tokenizer truncation=True, or cut the text; a pipeline reads it in windows with stride=16."
+            f"A text has {input_ids.shape[1]} tokens, but the host '{host.config.name_or_path}' reads at most "
+            f"{window}. Give the tokenizer truncation=True, or cut the text. A pipeline with stride=16 reads windows."
         ) from error
     if int(input_ids.max()) >= rows:
         raise HostError(
-            f"input_ids go up to {int(input_ids.max())}, the host '{host.config.name_or_path}' embeds {rows}: "
-            "they are of another tokenizer. Use that of the host."
+            f"input_ids go up to {int(input_ids.max())}, but the host '{host.config.name_or_path}' embeds {rows}: "
+            "the ids are from another tokenizer. Use the host's tokenizer."
         ) from error
 
 

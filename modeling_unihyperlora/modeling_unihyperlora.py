@@ -55,7 +55,8 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_unihyperlora.UniHyperLoraForTokenClassification",
     "AutoModelForSequenceClassification": "modeling_unihyperlora.UniHyperLoraForSequenceClassification",
 }
-# Of ``save_pretrained``: what transformers and accelerate give to every model, and what can have one value alone.
+# Arguments of ``save_pretrained`` that transformers and accelerate pass to every model, and those with only one
+# possible value:
 _SAVE_ARGUMENTS = ("is_main_process", "push_to_hub", "repo_id", "state_dict", "save_function", "max_shard_size")
 _SAVE_ARGUMENTS += ("save_peft_format", "save_original_format")
 _ONE_VALUE = {"safe_serialization": True, "variant": None}
@@ -285,10 +286,10 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         layout=None,
         **host_kwargs,
     ) -> Self:
-        """A fresh adapter on a host; the host computes what it always did.
+        """Make a new adapter on a host; the host itself does not change.
 
         Args:
-            host: Hub id, folder, or a loaded transformers model; ``NoHost()`` where canonical states will be given.
+            host: Hub id, folder, or a loaded transformers model; ``NoHost()`` to compute on given canonical states.
             labels: label names of the first task; may be None for the model without a head.
             task: name of that task.
             config: shapes and choices; defaults to ``UniHyperLoraConfig()``, which is a stream.
@@ -361,7 +362,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: the adapter's folder or Hub id.
             config: its configuration, if already read.
-            host: a loaded host; otherwise one is loaded by name. ``NoHost()`` where canonical states will be given.
+            host: a loaded host; by default one is loaded by name. ``NoHost()`` to compute on given canonical states.
             base_model_name_or_path: the host's folder or Hub id; the adapter's own host by default.
             base_model_revision: that host's revision.
             task: the task to activate.
@@ -388,7 +389,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         loading |= _given(attn_implementation=kwargs.pop("attn_implementation", None))
         device, with_info = _one_device(kwargs.pop("device_map", None)), kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", None) is False:
-            raise ConfigError("use_safetensors=False is not possible: nothing but safetensors is ever read.")
+            raise ConfigError("use_safetensors=False is not possible: only safetensors files are read.")
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ConfigError(
                 "ignore_mismatched_sizes=True is not supported: an adapter's file must fit. Leave it out."
@@ -488,7 +489,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         content = {name: value for name, value in content.items() if name in own | more}
         content |= {"auto_map": auto_map, "tasks": self.config.tasks}  # keeps their order
         again = type(self.config)(**json.loads(json.dumps(content)) | {"id2label": None, "label2id": None})
-        check_same_layout(self.adapter, make_adapter(again))  # raises if it cannot be read again
+        check_same_layout(self.adapter, make_adapter(again))  # checks that the file can be read again
         save_adapter(self.adapter, content, Path(folder))
 
     def save_pretrained(self, save_directory: str | Path, *, tasks: list[str] | None = None, **kwargs) -> None:
@@ -512,8 +513,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         unread |= {name for name, only in _ONE_VALUE.items() if kwargs.get(name) not in (None, only)}
         if unread:
             raise ConfigError(
-                f"save_pretrained cannot honour {sorted(unread)[0]}={kwargs[sorted(unread)[0]]!r}: an adapter is one "
-                "safetensors file of a fixed name. Leave it out."
+                f"save_pretrained does not support {sorted(unread)[0]}={kwargs[sorted(unread)[0]]!r}: an adapter is "
+                "one safetensors file with a fixed name. Leave it out."
             )
         if not kwargs.get("is_main_process", True):
             return
@@ -930,7 +931,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             z, shape = inputs["canonical_states"], (len(KNOTS), self.adapter.space.shape()["dim"])
             if z.dim() != 4 or z.shape[2:] != shape or len(inputs) > 1:
                 raise ConfigError(
-                    f"canonical_states have to be (B, W, {shape[0]}, {shape[1]}) and stand in place of other inputs; "
+                    f"canonical_states must be (B, W, {shape[0]}, {shape[1]}) and replace all other inputs; "
                     f"given: {tuple(z.shape)}, with {sorted(inputs.keys() - {'canonical_states'}) or 'nothing else'}."
                 )
             mask = torch.ones(z.shape[:2], device=z.device) if attention_mask is None else attention_mask
@@ -957,28 +958,30 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
     def read(
         self, texts: Sequence[str] | Sequence[list[str]] | Mapping[str, Sequence], column: str | None = None, **how
     ) -> dict[str, list]:
-        """Canonical states of words, which depend on no host: train, score and predict with them on any.
+        """Compute the canonical states of words. They can be used for training and prediction without a host.
 
         ``Dataset.map(model.read, batched=True)`` works, with ``fn_kwargs={"column": …}`` for another column.
 
         Args:
-            texts: raw texts, which are cut into words, or lists of words, which are kept; or a batch of a data set.
-            column: of a batch, the column to read; by default "tokens", "words", "text" or "sentence".
-            **how: ``max_seq_length``, most sub-tokens that the host reads at once (128), and ``batch_size`` (32). A
-                longer text is read in windows that overlap.
+            texts: raw texts, which are split into words; or lists of words; or a batch of a data set.
+            column: column of the batch to read; by default "tokens", "words", "text" or "sentence".
+            **how: ``max_seq_length``, the maximum number of sub-tokens that the host reads at once (128), and
+                ``batch_size`` (32). Longer texts are read in overlapping windows.
 
         Returns:
-            ``words``, a list for each text, and ``states``, (W, K, D) float16 for each.
+            ``words``, a list per text, and ``states``, (W, K, D) float16 per text.
 
         Raises:
-            ConfigError, DataError, HostError: no such column; a row is no text; the model is no stream.
+            ConfigError: the column does not exist, or ``max_seq_length`` leaves no room for a word.
+            DataError: a row is neither a text nor a list of words.
+            HostError: the model is not a stream that is aligned with a host.
         """
         return _from_package("corpus.reading", "Reading a corpus").read(self, texts, column, **how)
 
     @property
     def bound_stream(self) -> Stream:
         if self.stream is None and isinstance(self.host, NoHost):
-            raise HostError("The model has no host in memory to read with: load the adapter on a host.")
+            raise HostError("The model has no host in memory, so it cannot read text: load the adapter on a host.")
         if self.stream is None:
             raise HostError("The stream is not aligned with its host yet; call calibrate(tokenizer).")
         return self.stream
@@ -1169,7 +1172,7 @@ def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, l
 
 
 def _take_names(config: UniHyperLoraConfig) -> None:
-    """Label names that a caller has set on the configuration become those of the active task."""
+    """Copy label names that a caller has set on the configuration to the active task."""
     if config.active_task is None:
         return
     ids = dict(enumerate(config.tasks[config.active_task]["labels"]))
@@ -1183,7 +1186,7 @@ def _take_names(config: UniHyperLoraConfig) -> None:
 def _check_outputs(config: UniHyperLoraConfig) -> None:
     """Raise ``ConfigError`` if the configuration asks for outputs or a loss that an adapter does not have."""
     if config.output_attentions:
-        raise ConfigError("output_attentions=True: attention weights are the host's; ask model.host for them.")
+        raise ConfigError("output_attentions=True: only the host has attention weights; get them from model.host.")
     kind = getattr(config, "problem_type", None)
     if kind not in (None, "single_label_classification"):
         raise ConfigError(f"problem_type={kind!r} is not possible: a text or a word has one label. Leave it out.")
@@ -1211,7 +1214,7 @@ def _one_device(device_map) -> torch.device | str | None:
     except RuntimeError as error:
         raise ConfigError(f"device_map={device_map!r} names no device. Give 'auto', 'cpu', 'cuda:0' …") from error
     if device.type == "meta":
-        raise ConfigError("device_map='meta' holds no values, and a host has to be read. Give 'auto' or 'cpu'.")
+        raise ConfigError("device_map='meta' keeps no values, but the host's are needed. Give 'auto' or 'cpu'.")
     return device
 
 

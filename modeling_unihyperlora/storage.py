@@ -231,8 +231,8 @@ def check_same_layout(adapter: nn.Module, other: nn.Module) -> None:
     """Raise ``ConfigError`` unless two adapters have the same tensors in the same codecs.
 
     Args:
-        adapter: what is to be saved.
-        other: made afresh from the configuration that is to be saved with it.
+        adapter: adapter to save.
+        other: new adapter, made from the configuration to save.
     """
     one, two = (
         {name: (tuple(x.latent.shape), type(x.codec).__name__, *x.codec.settings()) for name, x in _stored(a).items()}
@@ -241,8 +241,8 @@ def check_same_layout(adapter: nn.Module, other: nn.Module) -> None:
     if one != two:
         name = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))[0]
         raise ConfigError(
-            f"The configuration was changed and no longer describes the adapter: '{name}' is {one.get(name)}, and "
-            f"would be {two.get(name)}. Nothing was written; leave shapes, readers and delta_step as they were."
+            f"The configuration was changed and no longer describes the adapter: '{name}' is {one.get(name)}, but "
+            f"would be {two.get(name)}. Nothing was written; restore the shapes, readers and delta_step."
         )
 
 
@@ -393,7 +393,7 @@ def write_checked(path: Path, tensors: dict[str, torch.Tensor], more: dict[str, 
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """A safetensors file, the same bytes for the same contents: safetensors itself writes metadata in random order."""
+    """Write a safetensors file that depends only on the contents: safetensors itself shuffles the metadata."""
     content = serialize(tensors, metadata)
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])

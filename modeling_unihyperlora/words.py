@@ -69,7 +69,7 @@ def is_mark(character: str) -> bool:
 
 
 def cut_words(text: str) -> list[str]:
-    """The words of a raw text; every host reads the text and these words alike."""
+    """Split a raw text into words; every host reads these words exactly like the text."""
     return _CUT_TEXT.normalize_str(text).split()
 
 

@@ -25,7 +25,7 @@ INJECTED_FLAGS = ("projector", "router", "router_top_k", "atoms", "anchor_dim") 
 UNIVERSAL_FLAGS = ("pathway", *(flag for flag in INJECTED_FLAGS if flag != "router_top_k"))  # not for SAT-LoRA
 TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention_output"}  # PEFT's name → ours
 METHOD_LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}  # defaults; the other methods use the adapter's default
-HOST_FLAGS = (  # for a host; a run on stored states has none
+HOST_FLAGS = (  # need a host; a run on stored states has none
     *("model_name_or_path", "model_revision", "tokenizer_name", "source_hosts", "anchor_file", "refine_host"),
     *("refine_file", "hidden_size", "num_layers"),
 )
@@ -250,10 +250,10 @@ class DataArguments:
     test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
     train_states: list[str] | None = field(
         default=None,
-        metadata={"help": "Folders written by `unihyperlora read`, in place of a file; no host is loaded."},
+        metadata={"help": "Folders written by `unihyperlora read`, instead of a file; no host is loaded."},
     )
-    validation_states: list[str] | None = field(default=None, metadata={"help": "Such folders for --do_eval."})
-    test_states: list[str] | None = field(default=None, metadata={"help": "Such folders for --do_predict."})
+    validation_states: list[str] | None = field(default=None, metadata={"help": "Folders for --do_eval."})
+    test_states: list[str] | None = field(default=None, metadata={"help": "Folders for --do_predict."})
     train_split: str = field(
         default="train", metadata={"help": "Split of --dataset_name to train on, such as 'train[:90%%]'."}
     )
@@ -303,12 +303,12 @@ class DataArguments:
         return getattr(self, f"{split}_file")
 
     def states_of(self, split: str) -> list[str] | None:
-        """The folders of stored states given for it."""
+        """The folders of stored states given for "train", "validation" or "test"."""
         return getattr(self, f"{split}_states")
 
     @property
     def reads_states(self) -> bool:
-        """Whether the run reads stored states, and no text."""
+        """Whether the run reads stored states instead of text."""
         return any(map(self.states_of, SPLITS))
 
     def split_of(self, split: str) -> str:
@@ -575,26 +575,27 @@ def check_arguments(
 
 
 def check_stored(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """What a run on stored states cannot do, which has no host in memory and reads no text.
+    """Check the arguments of a run on stored states, which has no host in memory and reads no text.
 
     Raises:
-        ConfigError, DataError
+        ConfigError: an argument needs a host or sub-tokens.
+        DataError: text is given too.
     """
     given = next(f"--{split}_states" for split in SPLITS if data_args.states_of(split))
     if data_args.dataset_name is not None or any(map(data_args.file_of, SPLITS)):
-        raise DataError(f"{given} takes the place of text. Give stored states or text (--train_file …), not both.")
+        raise DataError(f"{given} replaces text. Give stored states or text (--train_file …), not both.")
     if named := [name for name in HOST_FLAGS if getattr(model_args, name) is not None]:
-        raise ConfigError(f"{given}: a host has read these states, and none is loaded. Leave --{named[0]} out.")
+        raise ConfigError(f"{given}: the states are stored, so no host is loaded. Leave --{named[0]} out.")
     if model_args.method != "unihyperlora" or model_args.pathway == "inject":
         other = "--pathway inject" if model_args.method == "unihyperlora" else f"--method {model_args.method}"
-        raise ConfigError(f"{other} computes inside a host, and {given} loads none. Leave one of the two out.")
+        raise ConfigError(f"{other} computes inside a host, but {given} loads no host. Leave one of the two out.")
     if data_args.cache_eval_states:
         raise ConfigError(
-            f"--cache_eval_states keeps the states of text, and {given} are stored already. Leave it out."
+            f"--cache_eval_states is for text, but the states of {given} are stored already. Leave it out."
         )
     if getattr(data_args, "label_all_tokens", False) or data_args.pad_to_max_length:
         raise ConfigError(
-            f"{given} has words and no sub-tokens. Leave --label_all_tokens and --pad_to_max_length out."
+            f"{given} has words, but no sub-tokens. Leave --label_all_tokens and --pad_to_max_length out."
         )
 
 

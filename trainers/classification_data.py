@@ -55,7 +55,7 @@ _DIGITS = re.compile(r"[+-]?\d+")
 class Example:
     """A text, the second text of a pair or None, the label (None if unknown), the origin ("train.csv, line 3").
 
-    ``stored`` tells where the canonical states of the words are, if they were read before.
+    ``stored`` locates the canonical states of the words, if they are stored.
     """
 
     text: str
@@ -316,10 +316,10 @@ def _example(row: Mapping[str, object], columns: Columns, label_names: list[str]
 
 
 def label_name(label: object, names: list[str] | None, origin: str) -> str | None:
-    """The name of a label as the data have it; None for an unknown one.
+    """Convert a label of the data to its name; None if it is unknown.
 
     Raises:
-        DataError: it is no label, or an id without a name.
+        DataError: the value is not a label, or is an id without a name.
     """
     if label is None:
         return None

@@ -43,8 +43,8 @@ _NOT_A_WORD = re.compile(r"[0-9]+[-.][0-9]+")  # id of a CoNLL-U line for severa
 class Sentence:
     """The words of a sentence, one tag per word (None if the tags are unknown), and its origin.
 
-    A sentence may be empty. The origin is text such as "train.jsonl, line 3". ``stored`` tells where the
-    canonical states of the words are, if they were read before.
+    A sentence may be empty. The origin is text such as "train.jsonl, line 3". ``stored`` locates the canonical states
+    of the words, if they are stored.
     """
 
     tokens: list[str]
@@ -387,7 +387,7 @@ def sentence_of(words: object, tags: object, label_names: list[str] | None, orig
     """Check one row and turn its tag ids into names.
 
     Raises:
-        DataError: the words are not a list of strings, or the tags are not one per word.
+        DataError: the words are not a list of strings, or there is not one tag per word.
     """
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{origin}: the words must be a list of strings, not {str(words)[:80]!r}.")

@@ -106,7 +106,7 @@ class SentenceWindows(Dataset):
         return item | {"labels": labels}
 
     def label_ids(self, index: int) -> list[int]:
-        """The labels of the words that are scored in a window, in order."""
+        """Labels of the words that a window scores, in order."""
         return [label for label in self[index].get("labels", []) if label != IGNORED]
 
     def word_logits(self, logits: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""Reading a corpus on a Ray cluster: each worker has the host in memory and reads shards as they come.
+"""Reads a corpus on a Ray cluster: each worker has the host in memory and reads the shards that Ray assigns to it.
 
-A worker that dies is started again and its shard with it; a shard is written whole or not at all, so that nothing is
-lost and nothing is there twice. ``--output`` has to be on a disk that all workers see, ``--input`` as well.
+If a worker dies, Ray restarts it and its shard. A shard is written completely or not at all, so that no rows are lost
+or duplicated. ``--output`` and ``--input`` must be on a disk that all workers can access.
 """
 
 import os
@@ -22,17 +22,17 @@ except ImportError:  # an extra
 
 
 class ShardReader:
-    """For ``ray.data.Dataset.map_batches``: numbers of shards → what was read; one host for each worker.
+    """Reads shards for ``ray.data.Dataset.map_batches``; each worker has its own host.
 
     Args:
-        job: what to read; its manifest is in the output folder.
+        job: the reading's settings; the manifest is in the output folder.
     """
 
     def __init__(self, job: ReadingJob):
         self.reader = CorpusReader(job)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``id`` (shards,) → ``shard`` and ``words``, (shards,); a shard that is complete is not read again."""
+        """``id`` (shards,) → ``shard`` and ``words``, (shards,); complete shards are not read again."""
         shards = batch["id"].tolist()
         left = self.reader.to_do(shards)
         words = [self.reader.read_shard(shard) if shard in left else 0 for shard in shards]
@@ -40,32 +40,32 @@ class ShardReader:
 
 
 def read_on_ray(job: ReadingJob, workers: int) -> dict[str, object]:
-    """Read what is left of a job on the cluster that Ray is connected to, or on this machine.
+    """Read a job's missing shards on the cluster that Ray is connected to, or on this machine.
 
     Args:
-        job: what to read.
-        workers: how many hosts read at a time, with one CPU each, or with one GPU each where the cluster has GPUs.
+        job: the reading's settings.
+        workers: number of hosts that read in parallel, with one CPU each, or one GPU each if the cluster has GPUs.
 
     Returns:
-        Shards in all and read now, their words, seconds.
+        The output folder, the numbers of all shards and of those read now, their words, and seconds.
 
     Raises:
-        ConfigError: Ray is not installed, or no worker was asked for.
-        UniHyperLoraError: what a worker raised.
+        ConfigError: Ray is not installed, or ``workers`` is below 1.
+        UniHyperLoraError: a worker raised it.
     """
     if ray is None:
-        raise ConfigError("--ray_workers needs Ray, not installed: pip install 'unihyperlora[ray]'.")
+        raise ConfigError("--ray_workers needs Ray, which is not installed: pip install 'unihyperlora[ray]'.")
     if workers < 1:
         raise ConfigError(f"--ray_workers {workers} reads nothing; give 1 or more.")
     absolute = {name: str(Path(getattr(job, name)).absolute()) for name in ("output", "input", "host")}
     there = {name: path for name, path in absolute.items() if name == "output" or Path(path).exists()}
-    job = replace(job, **there)  # a worker runs in a folder of its own
+    job = replace(job, **there)  # workers have other working directories
     reader = CorpusReader(job)
     left, shards = reader.to_do(range(reader.manifest.shards)), reader.manifest.shards
     del reader  # the driver's host; each worker has its own
     start, found = time.perf_counter(), []
     if left:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         rows = ray.data.from_items([{"id": shard} for shard in left], override_num_blocks=len(left))
         size = min(workers, len(left))

@@ -1,7 +1,7 @@
-"""Reading a corpus into a folder of canonical states: by one process, by several, and again after one was killed.
+"""Reads a corpus into a folder of canonical states, with one or several processes; an interrupted reading can resume.
 
-The shards are shared out over the processes by their numbers alone, and what is in a shard depends on the manifest
-alone: it is the same whatever the number of processes. A process never waits for another.
+A shard's number decides which process reads it. The content of a shard depends only on the manifest, not on the number
+of processes. Processes never wait for each other.
 """
 
 import hashlib
@@ -28,26 +28,26 @@ from .reading import JSON_SUFFIXES, UNKNOWN_ID, json_rows, load_split
 from .stored_states import BITS, MANIFEST, Manifest, write_shard
 
 BUILDERS = {**dict.fromkeys(JSON_SUFFIXES, "json"), ".csv": "csv", ".parquet": "parquet"}
-OWN_COLUMNS = ("words", "states")  # of the folder
-AT_ONCE = 1000  # rows that are checked together
+OWN_COLUMNS = ("words", "states")  # columns that the folder adds
+AT_ONCE = 1000  # rows per batch of the check
 
 
 @dataclass(frozen=True)
 class ReadingJob:
-    """What is to be read by what, and where to.
+    """Settings of a reading: host, input and output.
 
     Attributes:
         host: folder or Hub id.
         input: a .jsonl, .json, .csv or .parquet file, or a data set of the Hub.
-        output: the folder of the states.
-        split: of the data set; "train[:1000]" are the first rows, also of a file.
+        output: folder of the states.
+        split: split of the data set; "train[:1000]" takes the first rows, also of a file.
         config_name: configuration of the data set.
-        column: with a text or a list of words; see ``corpus.reading.text_column``.
-        bits: of a number, one of ``stored_states.BITS``.
-        rows_a_shard: rows that are written together.
-        max_seq_length: most sub-tokens that the host reads at once.
-        batch_size: windows that it reads together.
-        space: file of the canonical space; the package's own when None.
+        column: column with texts or lists of words; see ``corpus.reading.text_column``.
+        bits: bits per number, one of ``stored_states.BITS``.
+        rows_a_shard: rows per shard.
+        max_seq_length: maximum number of sub-tokens that the host reads at once.
+        batch_size: windows that the host reads at once.
+        space: file of the canonical space; None for the package's space.
     """
 
     host: str
@@ -74,13 +74,13 @@ class ReadingJob:
 class CorpusReader:
     """A host that reads the shards of a job.
 
-    Everything that can be refused is refused here: before the host reads, every row is checked once.
+    The constructor checks everything, including every row, before the host reads.
 
     Args:
-        job: what to read.
+        job: the reading's settings.
 
     Attributes:
-        manifest: of the folder; it is written, or is the one that is there.
+        manifest: manifest of the folder; written if the folder has none yet.
 
     Raises:
         ConfigError, DataError, HostError
@@ -106,7 +106,7 @@ class CorpusReader:
         self._agree()
 
     def _check_rows(self) -> tuple[str, int]:
-        """The digest of all rows, and about how many words they have."""
+        """Check all rows; returns their digest and their approximate number of words."""
         digest, words, number = hashlib.sha256(), 0, 0
         try:
             for batch in self.rows.iter(AT_ONCE):
@@ -118,7 +118,7 @@ class CorpusReader:
                         words += len(words_of(row, f"{self.job.input}, row {number}"))
                     number += 1
                 digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
-        except UnicodeError as error:  # Arrow reads half of a surrogate pair and cannot give it back
+        except UnicodeError as error:  # Arrow accepts half of a surrogate pair, but cannot return it
             raise DataError(
                 f"{self.job.input}, rows {number} to {number + AT_ONCE}: a text has half of a surrogate pair in it "
                 f"({first_line(error)}), which is no character. Write the file again in UTF-8."
@@ -144,7 +144,7 @@ class CorpusReader:
         )
 
     def _require_room(self, words: int) -> None:
-        """Raise ``DataError`` if the disk has no room for the states of so many words."""
+        """Raise ``DataError`` if the disk has no space for the states of this number of words."""
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
@@ -153,15 +153,15 @@ class CorpusReader:
         free = shutil.disk_usage(place).free
         if needed > free:
             raise DataError(
-                f"The states of {words:,} words take about {needed / 1e9:.1f} GB more, {self.folder} has "
+                f"The states of {words:,} words need about {needed / 1e9:.1f} GB more, but {self.folder} has "
                 f"{free / 1e9:.1f} GB left. Free some, choose another disk, or store fewer bits (--bits)."
             )
 
     def _agree(self) -> None:
-        """Write the manifest, or find that the one that is there is the same.
+        """Write the manifest, or check that the existing one is the same.
 
         Raises:
-            DataError: it is of another run; or the folder cannot be written.
+            DataError: the existing manifest differs, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,25 +185,25 @@ class CorpusReader:
 
     @cached_property
     def _carried(self) -> datasets.Dataset:
-        """The columns that are carried along; labels that are ids of named classes are written as their names."""
+        """Columns of the input that are copied to the shards."""
         rows = self.rows
         if not isinstance(rows.features[self.column], datasets.Value):
-            rows = rows.remove_columns(self.column)  # which "words" repeats
+            rows = rows.remove_columns(self.column)  # "words" has the same content
         return rows
 
     def to_do(self, shards: Iterable[int]) -> list[int]:
-        """Those of some shards that are not complete.
+        """Return the incomplete ones of these shards.
 
         Raises:
-            DataError: a shard that is there is of another run, or no Parquet file.
+            DataError: a shard's file is from another run, or is not a Parquet file.
         """
         return [shard for shard in shards if not self.manifest.is_complete(self.folder, shard)]
 
     def read_shard(self, shard: int, progress: Callable[[int, float], None] | None = None) -> int:
-        """Read and write a shard; returns how many words it has.
+        """Read and write a shard; returns its number of words.
 
         Args:
-            progress: told after every batch how many words were read, and what share of the shard they are.
+            progress: called after every batch with its number of words and their share of the shard.
 
         Raises:
             DataError: the disk is full.
@@ -223,15 +223,15 @@ class CorpusReader:
 
 
 def own_shards(shards: int) -> range:
-    """The shards of this process, of as many as a launcher has started (torchrun's environment)."""
+    """Shards of this process; rank and number of processes come from torchrun's environment variables."""
     return range(int(os.environ.get("RANK", 0)), shards, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def load_rows(job: ReadingJob) -> datasets.Dataset:
-    """The input, memory-mapped.
+    """Load the input, memory-mapped.
 
     Raises:
-        DataError: it cannot be loaded, or has no row; of a JSON-lines file with the line that cannot be read.
+        DataError: the input cannot be loaded, or has no rows; for a JSON-lines file the message names the line.
     """
     path = Path(job.input)
     if not path.is_file():
@@ -253,12 +253,12 @@ def load_rows(job: ReadingJob) -> datasets.Dataset:
                 f"{path} cannot be read ({first_line(error.__cause__ or error)}). Correct the file."
             ) from error
     if len(rows) == 0:
-        raise DataError(f"{job.input} ({job.split}) has no row in it. Give one with at least one.")
+        raise DataError(f"{job.input} ({job.split}) has no row in it. Give an input with at least one row.")
     return rows
 
 
 def named_classes(table: pa.Table, features: datasets.Features) -> pa.Table:
-    """A table in which ids of named classes, alone or in lists, are their names; an unknown one is null."""
+    """Replace ids of named classes, also in lists, by their names; unknown ids become null."""
 
     def name(value, feature):
         if isinstance(value, list):

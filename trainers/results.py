@@ -122,14 +122,14 @@ def write_arguments(
         arguments: argument → value.
         name: name of the data set.
         splits: split → its sentences (dataclasses). The file records their number, and a SHA-256 over all their
-            fields but where they were read.
+            fields except their origin and the location of their states.
     """
     kept = {key: value for key, value in arguments.items() if not key.endswith("token")}
     data = {split: {"sentences": len(rows), "sha256": _digest(rows)} for split, rows in splits.items()}
     write_json(Path(folder) / "run_arguments.json", kept | {"data": {"name": name, "splits": data}})
 
 
-_WHERE = ("origin", "stored")  # of a sentence: where it was read, and where its states are
+_WHERE = ("origin", "stored")  # fields of a sentence with its origin and the location of its states
 
 
 def _digest(sentences: Sequence[object]) -> str:

@@ -104,7 +104,7 @@ def run_parsed(
     set_up_logging(training_args, task.script)
     set_seed(training_args.seed)
 
-    host = NoHost() if data_args.reads_states else None  # the text was read by a host before
+    host = NoHost() if data_args.reads_states else None  # a host read the text before
     adapter = load_adapter(task.model_class, model_args, data_args.task_name, host) if model_args.adapter else None
     name = data_args.task_name or (adapter and adapter.config.active_task) or task.default_name
     if adapter is not None and model_args.new_reader():
@@ -194,7 +194,7 @@ def load_adapter(
     check_kind(config, args)
     if host is not None and config.pathway == "inject":
         raise ConfigError(
-            f"The adapter '{args.adapter}' is an injected update, which computes inside its host: it cannot read "
+            f"The adapter '{args.adapter}' is an injected update, which computes inside its host, so it cannot read "
             "stored states. Give text files, or the adapter of a stream."
         )
     tokenizer = None if args.tokenizer_name is None else named_tokenizer(args)
@@ -339,7 +339,7 @@ def read_split(
     file, declared, limit = args.file_of(split), None, args.limit_of(split)
     if args.reads_states:
         if not args.states_of(split):
-            raise DataError(f"No {split} data: give --{split}_states, as the other data are stored states too.")
+            raise DataError(f"No {split} data: give --{split}_states, because the other data are stored states.")
         how = args.reading(split)
         needed = how.get("needs_tags", how.get("needs_label"))
         rows = task.read_states(args.states_of(split), limit, how["label_column"], id_names, needed)
@@ -450,7 +450,7 @@ def make_stored_trainer(
     data_args: DataArguments,
     training_args: UniHyperLoraTrainingArguments,
 ) -> tuple[UniHyperLoraTrainer, dict[str, Dataset]]:
-    """The Trainer of a model without a host, and every split as stored states."""
+    """Make the Trainer of a model without a host, and the data set of each split from stored states."""
     logger.info(model.describe())
     datasets = {split: task.stored_dataset(rows, labels, scheme) for split, rows in splits.items()}
     for data in datasets.values():

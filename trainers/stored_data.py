@@ -1,6 +1,6 @@
-"""Tasks on stored canonical states: rows of a folder of ``unihyperlora read`` as sentences, texts and training data.
+"""Training and evaluation data from stored canonical states, which ``unihyperlora read`` wrote.
 
-Letters: W words, K knots, D coordinates a knot, C labels.
+Letters: W words, K knots, D coordinates per knot, C labels.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoredWords(NamedTuple):
-    """Where the canonical states of a row's words are."""
+    """Location of the canonical states of a row's words."""
 
     corpus: StoredCorpus
     row: int
@@ -49,17 +49,17 @@ def read_sentences(
     label_names: list[str] | None,
     needs_tags: bool = True,
 ) -> list[Sentence]:
-    """Tagged words of folders of states, one folder after the other.
+    """Read tagged sentences from folders of states, one folder after the other.
 
     Args:
-        folders: what ``unihyperlora read`` wrote.
-        limit: only so many rows; all of them when None.
-        label_column: with a list of tags, strings or ids.
-        label_names: of ids.
+        folders: folders that ``unihyperlora read`` wrote.
+        limit: maximum number of rows; None for all.
+        label_column: column with a list of tags per row, as strings or ids.
+        label_names: names of ids.
         needs_tags: refuse rows without tags.
 
     Raises:
-        DataError: a folder cannot be used, or a row has no tag for each of its words.
+        DataError: a folder cannot be used, or the number of tags in a row differs from its number of words.
     """
     return [
         dataclasses.replace(
@@ -77,10 +77,12 @@ def read_examples(
     label_names: list[str] | None,
     needs_label: bool = True,
 ) -> list[Example]:
-    """Labelled texts of folders of states, likewise; the label's column is guessed where None.
+    """Read labelled texts from folders of states, like ``read_sentences``.
+
+    If ``label_column`` is None, the first existing column of ``LABEL_COLUMNS`` is used.
 
     Raises:
-        DataError
+        DataError: a folder or a label cannot be used.
     """
     return [
         Example(
@@ -97,7 +99,7 @@ def read_examples(
 def _rows(
     folders: Sequence[str], limit: int | None, label_column: str | None, needs_labels: bool
 ) -> Iterator[tuple[StoredCorpus, int, list[str], object]]:
-    """Corpus, number, words and label of each row."""
+    """Yield corpus, number, words and label of each row."""
 
     def rows_of(folder: str) -> Iterator[tuple[StoredCorpus, int, list[str], object]]:
         corpus = StoredCorpus(folder)
@@ -114,7 +116,7 @@ def _rows(
 
 
 def host_of(splits: dict[str, list[Sentence] | list[Example]]) -> str:
-    """The host that read the first of all rows: that on which an adapter is put by default."""
+    """Name of the host that read the first row; the default host of an adapter."""
     return next(rows[0] for rows in splits.values()).stored.corpus.manifest.host["name"]
 
 
@@ -122,11 +124,11 @@ def host_of(splits: dict[str, list[Sentence] | list[Example]]) -> str:
 
 
 class StoredRows(Dataset):
-    """Rows with a label for each word, or one each; a ``UniHyperLoraTrainer`` trains and scores on them.
+    """Rows with one label per word or per row; ``UniHyperLoraTrainer`` trains and evaluates on them.
 
     Args:
-        rows: that have at least one word.
-        labels: for each row those of its words, or its own; None where they are unknown.
+        rows: sentences with at least one word, or texts.
+        labels: for each row the labels of its words, or its label; None if unknown.
     """
 
     def __init__(self, rows: list[Sentence] | list[Example], labels: list[list[int]] | list[int] | None):
@@ -141,7 +143,7 @@ class StoredRows(Dataset):
         return item if self.of_rows is None else item | {"labels": torch.tensor(self.of_rows[index])}
 
     def check_space(self, space: CanonicalSpace) -> None:
-        """Raise ``DataError`` unless all states are of this space."""
+        """Raise ``DataError`` unless all states belong to this space."""
         for corpus in self._corpora():
             corpus.check_space(space)
 
@@ -155,12 +157,12 @@ class StoredRows(Dataset):
 
 
 class StoredSentences(StoredRows):
-    """Tagged sentences by their stored states; what ``ner_windows.SentenceWindows`` is for text.
+    """Tagged sentences with stored states; the counterpart of ``ner_windows.SentenceWindows`` for text.
 
     Args:
-        sentences: of ``read_sentences``.
+        sentences: result of ``read_sentences``.
         labels: names of the ids 0 … C-1; every tag must be one of them.
-        scheme: by whose rules predictions are decoded and scored; by default IOB2 where the labels are such.
+        scheme: tag scheme whose rules decode and score predictions; by default IOB2 if the labels allow it.
 
     Raises:
         DataError: no sentence has a word.
@@ -172,22 +174,20 @@ class StoredSentences(StoredRows):
         self._rules = rules_of(labels, self.scheme)
         rows = [sentence for sentence in sentences if sentence.tokens]
         if not rows:
-            raise DataError(
-                f"{sentences[0].origin}: not one sentence has a word in it. Check the column of the words."
-            )
+            raise DataError(f"{sentences[0].origin}: no sentence has any words. Check the column of the words.")
         ids = {label: number for number, label in enumerate(labels)}
         known = rows[0].tags is not None
         super().__init__(rows, [[ids[tag] for tag in row.tags] for row in rows] if known else None)
 
     def label_ids(self, index: int) -> list[int]:
-        """Those of the words of a row."""
+        """Label ids of a row's words."""
         return [] if self.of_rows is None else self.of_rows[index]
 
     def tags_of(self, logits: np.ndarray) -> list[list[str]]:
-        """One list of tag names a sentence, as long as the sentence; an empty sentence has an empty list.
+        """Decode predictions to one list of tag names per sentence, one tag per word; empty for empty sentences.
 
         Args:
-            logits: (rows, W, C), or log-probabilities, rows in the order of this data set, padding on the right.
+            logits: logits or log-probabilities (rows, W, C), in the order of this data set, padded on the right.
         """
         if len(logits) != len(self):
             raise DataError(f"{len(logits)} rows of predictions for {len(self)} sentences.")
@@ -199,16 +199,16 @@ class StoredSentences(StoredRows):
         return [[self.labels[number] for number in numbers] for numbers in found]
 
     def rows_of(self, logits: np.ndarray) -> list[dict[str, list[str]]]:
-        """The words and the found tags of each sentence, as a file to train or score on has them."""
+        """Words and predicted tags of each sentence, in the format of training files."""
         found = zip(self.sentences, self.tags_of(logits), strict=True)
         return [{"tokens": sentence.tokens, "ner_tags": tags} for sentence, tags in found]
 
 
 class StoredTexts(StoredRows):
-    """Texts with one label each by their stored states. A text of no words is one word in the middle of the space.
+    """Texts with one label each and stored states. A text without words is one word at the centre of the space.
 
     Args:
-        examples: of ``read_examples``.
+        examples: result of ``read_examples``.
         labels: names of the ids 0 … C-1; every label must be one of them.
     """
 
@@ -223,7 +223,7 @@ class StoredTexts(StoredRows):
         return item if len(z) else item | {"canonical_states": z.new_zeros(1, *z.shape[1:])}
 
     def rows_of(self, label_ids: np.ndarray) -> list[dict[str, str]]:
-        """Each text and the class that was found, from predicted ids (N,) in the order of this data set."""
+        """Text and predicted class of each row; ``label_ids`` (N,) are in the order of this data set."""
         found = zip(self.rows, label_ids, strict=True)
         return [{"text": example.text, "label": self.labels[number]} for example, number in found]
 
@@ -231,7 +231,7 @@ class StoredTexts(StoredRows):
 class StoredSource:
     """Stored states as a source of training data; see ``sources.Source``.
 
-    There are no copies of a host that is not in memory: ``fits`` has one view, the host that read.
+    No host is in memory, so there are no copies of it: ``fits`` has one view, the host that read the text.
     """
 
     cpu_seconds = 0.0

@@ -1,13 +1,13 @@
 """Canonical states as data: a folder of Parquet shards and its manifest.
 
-Letters: W words of a row, K knots, D coordinates a knot.
+Letters: W words of a row, K knots, D coordinates per knot.
 
-A shard has consecutive rows of what was read: the columns of the input, ``id`` (the number of the row where the input
-has no such column), ``words`` (a list of strings; the input's own list of words is this column) and ``states``. A row
-of ``states`` holds W·K·D numbers of ``bits`` bits: little-endian float16, or codes whose lowest bits come first.
+A shard has consecutive rows: the columns of the input, ``id`` (the row's number if the input has no such column),
+``words`` (a list of strings; replaces the input's list of words) and ``states``. A row of ``states`` has W·K·D numbers
+of ``bits`` bits: little-endian float16, or codes with the lowest bits first.
 
-``manifest.json`` says what the states depend on: host, space, method version, how words are cut, the input. Its digest
-is in every shard, so that shards of two runs never mix.
+``manifest.json`` records everything that the states depend on: host, space, method version, word splitting, input. Its
+digest is in every shard, so that shards of two runs never mix.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from modeling_unihyperlora.storage import read_json_object, replacing, write_jso
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-RUN_KEY = b"unihyperlora_run"  # in the footer of a shard: the digest of its manifest
+RUN_KEY = b"unihyperlora_run"  # key of the manifest's digest in a shard's footer
 FLOAT_BITS = 16
-# The step of uniform levels that loses least of a normal variable of unit variance (Max, 1960).
+# Step of the uniform quantiser with the smallest error for a normal variable of unit variance (Max, 1960).
 STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 BITS = (*STEPS, FLOAT_BITS)
 
 
 def encode(states: np.ndarray, bits: int) -> bytes:
-    """Coordinates of unit variance, (W, K, D), as a row of ``states`` holds them."""
+    """Encode coordinates of unit variance, (W, K, D), as a row of ``states``."""
     if bits == FLOAT_BITS:
         return states.astype("<f2").tobytes()
     levels = np.floor(states.astype(np.float32).reshape(-1) / STEPS[bits]) + 2 ** (bits - 1)
@@ -58,19 +58,19 @@ def decode(stored: bytes, bits: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the states of a folder depend on.
+    """Everything that the states of a folder depend on.
 
     Attributes:
         space: name, version and digest.
-        host: what ``hosts.describe_host`` says.
-        tokenizer: digest of all that the host's words depend on beside its weights.
-        max_seq_length: most sub-tokens that the host read at once.
-        bits: of a number in ``states``.
+        host: description by ``hosts.describe_host``.
+        tokenizer: digest of everything besides the weights that the states of words depend on.
+        max_seq_length: maximum number of sub-tokens that the host read at once.
+        bits: bits per number in ``states``.
         knots, dim: K and D.
-        rows, rows_a_shard: in all, and in every shard but the last.
-        input: what was read: name, split, column, and digest of all rows.
-        method: version of lining up.
-        format: of the folder.
+        rows, rows_a_shard: total number of rows, and rows in every shard except the last.
+        input: name, split and column of the input, and digest of all rows.
+        method: version of the alignment method.
+        format: version of the folder's format.
     """
 
     space: dict[str, str | int]
@@ -99,14 +99,14 @@ class Manifest:
         return folder / f"states-{shard:05d}-of-{self.shards:05d}.parquet"
 
     def rows_of(self, shard: int) -> range:
-        """The numbers of a shard's rows."""
+        """Numbers of a shard's rows."""
         return range(shard * self.rows_a_shard, min(self.rows, (shard + 1) * self.rows_a_shard))
 
     def is_complete(self, folder: Path, shard: int) -> bool:
-        """Whether a shard is there, of this run and with all its rows.
+        """Whether a shard exists, belongs to this run and has all its rows.
 
         Raises:
-            DataError: a file of its name is there that is of another run, or no Parquet file.
+            DataError: the file is from another run, or is not a Parquet file.
         """
         path = self.path(folder, shard)
         if not path.is_file():
@@ -120,16 +120,16 @@ class Manifest:
             ) from error
         if (footer.metadata or {}).get(RUN_KEY) != self.digest.encode() or footer.num_rows != len(self.rows_of(shard)):
             raise DataError(
-                f"{path} is of another run than {folder / MANIFEST}. Delete it, or read into a new folder."
+                f"{path} and {folder / MANIFEST} are from different runs. Delete the shard, or read into a new folder."
             )
         return True
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The manifest of a folder.
+        """Load the manifest of a folder.
 
         Raises:
-            DataError: there is none, it is damaged, or it is of another version of the folder or of lining up.
+            DataError: the manifest is missing or damaged, or has another version of the format or the alignment.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -140,32 +140,32 @@ class Manifest:
         try:
             content = read_json_object(path)
             if content.get("format") != FORMAT:
-                raise DataError(f"{path} has format {content.get('format')!r}, this package reads {FORMAT}.")
+                raise DataError(f"{path} has format {content.get('format')!r}, but this package reads {FORMAT}.")
             manifest = cls(**{name: value for name, value in content.items() if name != "digest"})
             if manifest.digest != content["digest"]:
-                raise DataError(f"{path} was changed by hand: its content is not what its digest says. Read again.")
+                raise DataError(f"{path} was changed by hand: its digest does not match. Read the text again.")
         except (AdapterFileError, TypeError, KeyError) as error:
-            raise DataError(f"{path} is no manifest of canonical states ({first_line(error)}).") from error
+            raise DataError(f"{path} is not a manifest of canonical states ({first_line(error)}).") from error
         if manifest.method != METHOD:
             raise DataError(
-                f"The states in {folder} were made by version {manifest.method} of lining up, this package has "
-                f"version {METHOD}, and the coordinates of the two are not the same. Read the text again."
+                f"The states in {folder} are from version {manifest.method} of the alignment, but this package has "
+                f"version {METHOD}, whose coordinates differ. Read the text again."
             )
         return manifest
 
     def save(self, folder: Path) -> None:
-        """Raises AdapterFileError where the folder cannot be written."""
+        """Write the manifest; raises ``AdapterFileError`` if the folder cannot be written."""
         write_json(folder / MANIFEST, asdict(self) | {"digest": self.digest})
 
 
 def write_shard(path: Path, manifest: Manifest, columns: pa.Table, words: list[list[str]], states: list) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard, completely or not at all.
 
     Args:
-        path: of the shard.
-        manifest: of its folder.
-        columns: what is carried along of the input.
-        words, states: of each row, as ``model.read`` returns them.
+        path: path of the shard.
+        manifest: manifest of the folder.
+        columns: columns of the input to copy.
+        words, states: words and states of each row, as ``model.read`` returns them.
 
     Raises:
         DataError: the disk is full, or the folder cannot be written.
@@ -174,30 +174,31 @@ def write_shard(path: Path, manifest: Manifest, columns: pa.Table, words: list[l
     table = columns.append_column("words", pa.array(words, pa.list_(pa.string())))
     table = table.append_column("states", pa.array(packed, pa.large_binary()))
     table = table.replace_schema_metadata({RUN_KEY: manifest.digest.encode()})
-    for left_behind in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+    for left_behind in path.parent.glob(f".{path.name}.*"):  # temporary files of killed processes
         left_behind.unlink(missing_ok=True)
     try:
         with replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", use_dictionary=False, write_page_checksum=True)
     except AdapterFileError as error:
         raise DataError(
-            f"{error} The shards before it are complete: the same command again goes on with this one."
+            f"{error} The shards before it are complete: give the same command again to resume with this one."
         ) from error
 
 
 class StoredCorpus:
-    """A folder of canonical states, all of whose shards are there.
+    """A complete folder of canonical states.
 
-    Rows are read from memory-mapped Arrow files in the cache folder, into which the shards are unpacked once.
+    The shards are unpacked once to memory-mapped Arrow files in the cache folder, from which rows are read.
 
     Args:
-        folder: that `unihyperlora read` wrote.
+        folder: folder that `unihyperlora read` wrote.
 
     Attributes:
-        manifest: of the folder.
+        manifest: manifest of the folder.
 
     Raises:
-        DataError: no such folder, of another version, or a shard is missing, damaged or of another run.
+        DataError: the folder does not exist or has another version, or a shard is missing, damaged or from another
+            run.
     """
 
     def __init__(self, folder: str | Path):
@@ -208,18 +209,18 @@ class StoredCorpus:
         if missing:
             first = self.manifest.path(self.folder, missing[0]).name
             raise DataError(
-                f"{self.folder} lacks {len(missing)} of its {len(shards)} shards, the first of them {first}: it was "
-                "not read to its end. Run the command that read it again; it goes on where it stopped."
+                f"{self.folder} lacks {len(missing)} of its {len(shards)} shards, the first of them {first}: the "
+                "reading is not complete. Give the command that read it again; it resumes where it stopped."
             )
 
     def check_space(self, space: CanonicalSpace) -> None:
-        """Raise ``DataError`` unless the states are of this space."""
+        """Raise ``DataError`` unless the states belong to this space."""
         own = self.manifest.space
         if own["digest"] != space.digest:
             raise DataError(
-                f"The states in {self.folder} are of the space '{own['name']}' {own['version']} ({own['digest']}), "
-                f"the adapter is of '{space.name}' {space.version} ({space.digest}): their coordinates mean other "
-                "things. Give the file of that space with --space, or read the text again."
+                f"The states in {self.folder} have the space '{own['name']}' {own['version']} ({own['digest']}), but "
+                f"the adapter has '{space.name}' {space.version} ({space.digest}): their coordinates mean different "
+                "things. Give the file of the states' space with --space, or read the text again."
             )
 
     @cached_property
@@ -230,10 +231,10 @@ class StoredCorpus:
             return datasets.Dataset.from_parquet(
                 paths, cache_dir=str(cache_folder() / "stored"), fragment_scan_options=checked
             )
-        except Exception as error:  # the library raises many types; each means that a shard cannot be read
+        except Exception as error:  # many types; all mean that a shard cannot be read
             cause = error.__cause__ or error
             raise DataError(
-                f"The shards in {self.folder} cannot be read ({first_line(cause)}). Delete the damaged one and run "
+                f"The shards in {self.folder} cannot be read ({first_line(cause)}). Delete the damaged one and give "
                 "the command that read them again."
             ) from error
 
@@ -246,12 +247,12 @@ class StoredCorpus:
         return self._table.column_names
 
     def rows(self, *columns: str) -> Iterator[tuple]:
-        """Of every row what some columns hold, without its states."""
+        """Yield the values of these columns, row by row, without reading the states."""
         for batch in self._table.select_columns([*columns]).iter(1000):
             yield from zip(*(batch[name] for name in columns), strict=True)
 
     def states(self, row: int, words: int) -> torch.Tensor:
-        """(W, K, D) float32 of a row of so many words."""
+        """States of a row that has this number of words, (W, K, D) float32."""
         stored = self._states[row]["states"][0].as_buffer()
         shape = (words, self.manifest.knots, self.manifest.dim)
         return torch.from_numpy(decode(stored, self.manifest.bits, shape))

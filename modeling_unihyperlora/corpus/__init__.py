@@ -1,1 +1,1 @@
-"""Text as canonical states: what reads a corpus, of the installed package alone; no adapter brings it along."""
+"""Reading a corpus into canonical states. Only the installed package has this; adapter folders do not contain it."""

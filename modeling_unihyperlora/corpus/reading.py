@@ -1,6 +1,6 @@
-"""From text to canonical states, without a label: what ``model.read`` does.
+"""Converts text to canonical states, without labels; implements ``model.read``.
 
-Letters: W words of a text, K knots, D coordinates a knot.
+Letters: W words of a text, K knots, D coordinates per knot.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..hosts import call_host, window_of
 from ..space import KNOTS
 from ..words import NO_WORD, cut_words
 
-TEXT_COLUMNS = ("tokens", "words", "text", "sentence")  # the first that is there is read where none is named
+TEXT_COLUMNS = ("tokens", "words", "text", "sentence")  # by default the first that exists is read
 
 
 def read(
@@ -29,12 +29,12 @@ def read(
     """Canonical states of all words; see ``UniHyperLoraPreTrainedModel.read``.
 
     Args:
-        progress: told after every batch how many words were read.
+        progress: called after every batch with its number of words.
 
     Raises:
-        ConfigError: no such column, or no word fits into ``max_seq_length``.
+        ConfigError: the column does not exist, or no word fits into ``max_seq_length``.
         DataError: a row is neither a text nor a list of words.
-        HostError: the model is no stream that is lined up with a host.
+        HostError: the model is not a stream that is aligned with a host.
     """
     if isinstance(texts, Mapping):
         texts = texts[text_column(texts, column)]
@@ -43,10 +43,10 @@ def read(
 
 
 def text_column(present: Iterable[str], named: str | None = None) -> str:
-    """The column that is read: the one that is named, else the first of ``TEXT_COLUMNS`` that is there.
+    """Column to read: the named one, else the first of ``TEXT_COLUMNS`` that exists.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such column exists.
     """
     present = list(present)
     column = named or next((name for name in TEXT_COLUMNS if name in present), None)
@@ -57,10 +57,10 @@ def text_column(present: Iterable[str], named: str | None = None) -> str:
 
 
 def words_of(row: object, origin: str) -> list[str]:
-    """The words of a row: those of a list, or those that a text is cut into.
+    """Words of a row: a list is used as it is, a text is split into words.
 
     Raises:
-        DataError: it is neither, or has half of a surrogate pair in it, which no tokenizer can read.
+        DataError: the row is neither, or contains half of a surrogate pair, which no tokenizer can read.
     """
     try:
         if isinstance(row, str):
@@ -87,9 +87,9 @@ def states_of(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Canonical states of words, for every sentence (W, K, D) float16; a sentence of no words has (0, K, D).
+    """Canonical states of the words of each sentence, (W, K, D) float16; (0, K, D) for a sentence without words.
 
-    The host reads windows of like length together, ``batch_size`` at a time.
+    The host reads windows of similar length together, in batches of ``batch_size``.
     """
     stream = model.bound_stream
     tokenizer, device = stream.words.tokenizer, stream.host.device
@@ -122,30 +122,30 @@ def states_of(
 
 
 class Window(NamedTuple):
-    """What the host reads at once of a sentence: ``input_ids``, and of some of its words (numbers) where they are."""
+    """A part of a sentence that the host reads at once, and the words (by number) whose states are taken from it."""
 
     sentence: int
     input_ids: list[int]
     words: np.ndarray
-    at: np.ndarray  # the sub-token whose state is the word's
+    at: np.ndarray  # position of the sub-token whose state represents each word
 
 
 def windows_of(
     sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase, limit: int, causal: bool
 ) -> list[Window]:
-    """Windows of at most ``limit`` sub-tokens that overlap by half, each word in the one where it has most context.
+    """Windows of at most ``limit`` sub-tokens, overlapping by half; each word is read where it has most context.
 
-    A word that the tokenizer makes nothing of is read as an unknown one.
+    A word for which the tokenizer returns no token is replaced by the unknown token.
 
     Raises:
-        ConfigError: no word fits.
-        DataError: there is no token for an unknown word.
+        ConfigError: no word fits into ``limit``.
+        DataError: the tokenizer has no token for unknown words.
     """
     room = limit - tokenizer.num_special_tokens_to_add()
     if room < 1:
         raise ConfigError(
             f"max_seq_length={limit} leaves no room for a word beside {limit - room} special tokens. Choose a larger "
-            "one, such as 128."
+            "value, such as 128."
         )
     cut = {"truncation": True, "max_length": limit, "stride": room // 2, "return_overflowing_tokens": True}
     encoded = tokenizer(sentences, is_split_into_words=True, **cut) if sentences else {"input_ids": []}
@@ -168,7 +168,9 @@ def windows_of(
     if unread:
         unknown = tokenizer.unk_token or tokenizer.mask_token or tokenizer.eos_token
         if unknown is None:
-            raise DataError("The tokenizer makes nothing of a word and has no unknown token to use instead.")
+            raise DataError(
+                "The tokenizer returns no token for a word, and it has no unknown token. Use another host."
+            )
         again = [
             [unknown if at in missing else word for at, word in enumerate(sentences[number])]
             for number, missing in unread.items()
@@ -182,13 +184,13 @@ def windows_of(
 
 
 def _runs(sample: list[int], count: int) -> list[tuple[int, int]]:
-    """The rows of each text, (first, end), from the text of each row."""
+    """Range of rows (first, end) of each text; ``sample`` has the text of each row."""
     ends = np.searchsorted(sample, np.arange(count), side="right").tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _places(word_index: list[int], causal: bool) -> tuple[np.ndarray, np.ndarray, tuple]:
-    """The words of a row and the sub-token of each that is read; and the edges that ``_context`` counts from."""
+    """Words of a row, the sub-token to read for each, and each word's first and last sub-token for ``_context``."""
     index = np.array(word_index)
     inside = index != NO_WORD
     first = np.flatnonzero(inside & (index != np.append(NO_WORD, index[:-1])))
@@ -197,7 +199,7 @@ def _places(word_index: list[int], causal: bool) -> tuple[np.ndarray, np.ndarray
 
 
 def _context(first: np.ndarray, last: np.ndarray, is_cut_before: bool, is_cut_after: bool) -> np.ndarray:
-    """Sub-tokens that a row has on the shorter side of each word; where the text ends there is nothing to miss."""
+    """Number of sub-tokens on each word's shorter side; an end of the text counts as infinite context."""
     nothing = np.full(len(first), np.inf)
     left = first - first[:1] if is_cut_before else nothing
     right = last[-1:] - last if is_cut_after else nothing

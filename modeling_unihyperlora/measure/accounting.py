@@ -164,7 +164,7 @@ def check_budget(
 ) -> None:
     """Raise ``BudgetError`` with the numbers if the adapter's file or its multiply-adds exceed the budget.
 
-    Without a host in memory the multiply-adds are not checked: there is nothing to compare them with.
+    Without a host in memory the multiply-adds are not checked, since the budget is relative to the host's.
     """
     size = file_bytes(model.adapter)
     overhead = 0.0 if isinstance(model.host, NoHost) else flops_overhead_pct(model)

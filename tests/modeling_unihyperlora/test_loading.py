@@ -71,10 +71,10 @@ class TestArguments:
         [
             ({"device_map": {"embeddings": "cpu", "encoder": "meta"}}, ConfigError, "pass host="),
             ({"device_map": "quick"}, ConfigError, "device_map='quick' names no device"),
-            ({"device_map": "meta"}, ConfigError, "device_map='meta' holds no values"),
+            ({"device_map": "meta"}, ConfigError, "device_map='meta' keeps no values"),
             ({"dtype": "half"}, HostError, "cannot be loaded"),
             ({"dtype": "bogus"}, HostError, "cannot be loaded .*bogus"),
-            ({"use_safetensors": False}, ConfigError, "nothing but safetensors is ever read"),
+            ({"use_safetensors": False}, ConfigError, "only safetensors files are read"),
             ({"variant": "fp16"}, ConfigError, "no argument 'variant'"),
         ],
     )
@@ -88,7 +88,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"output_attentions": True}, "attention weights are the host's"),
+            ({"output_attentions": True}, "only the host has attention weights"),
             ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' is not"),
             ({"label2id": {"a": 0, "b": 1}}, "the call gave 2"),
         ],
@@ -221,13 +221,17 @@ class TestInputs:
         [
             ({"input_ids": torch.tensor([2, 5, 3])}, ConfigError, "must be .B, T.; given: .3,."),
             ({"input_ids": torch.ones(1, 3).long(), "word_index": torch.ones(1, 2).long()}, ConfigError, "word_index"),
-            ({"input_ids": torch.full((1, 100), 5)}, HostError, "100 tokens, and the host .* reads 64 at once"),
-            ({"input_ids": torch.tensor([[2, 999, 3]])}, HostError, "input_ids go up to 999, the host .* embeds 50"),
+            ({"input_ids": torch.full((1, 100), 5)}, HostError, "100 tokens, but the host .* reads at most 64"),
+            (
+                {"input_ids": torch.tensor([[2, 999, 3]])},
+                HostError,
+                "go up to 999, but the host .* embeds 50",
+            ),
             ({"canonical_states": torch.zeros(1, 2, 5, 7)}, ConfigError, r"\(B, W, 5, 12\) .*given: \(1, 2, 5, 7\)"),
             (
                 {"canonical_states": torch.zeros(1, 2, 5, 12), "input_ids": torch.ones(1, 3).long()},
                 ConfigError,
-                "in place of other inputs; .*input_ids",
+                "replace all other inputs; .*input_ids",
             ),
             ({**batch(), "tasks": "people"}, ConfigError, "tasks='people' must be a list"),
             ({**batch(), "tasks": []}, ConfigError, r"tasks=\[\] must be a list"),
@@ -270,7 +274,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("given", [{"safe_serialization": False}, {"variant": "fp16"}, {"fidelity": 1}], ids=str)
     def test_arguments_that_would_be_dropped(self, folders, given, tmp_path):
-        with pytest.raises(ConfigError, match=f"cannot honour {next(iter(given))}"):
+        with pytest.raises(ConfigError, match=f"does not support {next(iter(given))}"):
             load(folders).save_pretrained(tmp_path, **given)
         assert not any(tmp_path.iterdir())
 

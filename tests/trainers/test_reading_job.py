@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_what_is_complete(job, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(DataError, match="No space left on device.*goes on with this one"):
+    with pytest.raises(DataError, match="No space left on device.*resume with this one"):
         reader.read_shard(1)
     assert [*contents(job())] == ["states-00000-of-00005.parquet"]
     assert not list(Path(job().output).glob(".states*"))
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_what_is_complete(job, monkeypatch):
 def test_a_disk_without_room_is_found_before_the_host_reads(job, monkeypatch):
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(reading_job.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DataError, match="take about .* GB more.*--bits"):
+    with pytest.raises(DataError, match="need about .* GB more.*--bits"):
         CorpusReader(job())
 
 

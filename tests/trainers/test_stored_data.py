@@ -168,7 +168,7 @@ def test_scores_are_put_back_in_order(folder):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--model_name_or_path", "x"], "none is loaded. Leave --model_name_or_path out"),
+        (["--model_name_or_path", "x"], "no host is loaded. Leave --model_name_or_path out"),
         (["--train_file", "x.jsonl"], "not both"),
         (["--method", "lora"], "--method lora computes inside a host"),
         (["--pathway", "inject"], "--pathway inject computes inside a host"),
@@ -187,5 +187,5 @@ def test_what_does_not_go_with_stored_states(folder, tmp_path, given, said):
 
 def test_states_of_another_space_are_refused(folder, tmp_path):
     flags = ["--train_states", folder / "train", "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out"]
-    with pytest.raises(DataError, match="of the space 'own' 1 .* the adapter is of 'english'.*--space"):
+    with pytest.raises(DataError, match="have the space 'own' 1 .* the adapter has 'english'.*--space"):
         run(run_ner, *flags)

@@ -105,7 +105,7 @@ def test_missing_shards_are_named(tmp_path):
 def test_a_shard_of_another_run_is_refused(tmp_path):
     write(tmp_path / "s", manifest())
     manifest(max_seq_length=64).save(tmp_path / "s")
-    with pytest.raises(DataError, match="states-00000-of-00003.parquet is of another run"):
+    with pytest.raises(DataError, match="states-00000-of-00003.parquet and .* are from different runs"):
         StoredCorpus(tmp_path / "s")
 
 
@@ -132,13 +132,13 @@ def test_a_byte_that_was_changed_is_found(tmp_path):
 
 def test_states_of_another_version_are_refused(tmp_path):
     write(tmp_path / "s", manifest(method="1"))
-    with pytest.raises(DataError, match=f"by version 1 of lining up, this package has version {METHOD}"):
+    with pytest.raises(DataError, match=f"from version 1 of the alignment, but this package has version {METHOD}"):
         StoredCorpus(tmp_path / "s")
 
 
 def test_a_folder_of_another_format_is_refused(tmp_path):
     write(tmp_path / "s", dataclasses.replace(manifest(), format=9))
-    with pytest.raises(DataError, match="has format 9, this package reads 1"):
+    with pytest.raises(DataError, match="has format 9, but this package reads 1"):
         StoredCorpus(tmp_path / "s")
 
 
@@ -146,8 +146,8 @@ def test_a_folder_of_another_format_is_refused(tmp_path):
     ("change", "said"),
     [
         (lambda content: content | {"rows": 4}, "was changed by hand"),
-        (lambda content: {"format": 1}, "is no manifest"),
-        (lambda content: [], "is no manifest"),
+        (lambda content: {"format": 1}, "is not a manifest"),
+        (lambda content: [], "is not a manifest"),
     ],
 )
 def test_a_manifest_that_was_changed_is_refused(tmp_path, change, said):

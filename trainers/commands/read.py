@@ -3,7 +3,7 @@
     unihyperlora read --host HOST --input corpus.jsonl --output states
     unihyperlora ner --train_states states --do_train --output_dir runs/task
 
-The same command again continues an interrupted reading. Runs under accelerate launch.
+To resume an interrupted reading, give the same command again. Runs under accelerate launch.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add("--host", required=True, help="Folder or Hub id of the host that reads.")
     add("--input", required=True, help="A .jsonl, .json, .csv or .parquet file, or a data set of the Hub.")
     add("--output", required=True, metavar="FOLDER", help="Where to write the states.")
-    add("--split", default="train", metavar="NAME", help="Of the input; 'train[:1000]' has its first rows.")
+    add("--split", default="train", metavar="NAME", help="Split of the input; 'train[:1000]' takes the first rows.")
     add("--config_name", metavar="NAME", help="Configuration of a data set.")
     add("--column", metavar="NAME", help="Text or words; by default tokens, words, text or sentence.")
     add(
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         default=16,
         choices=sorted(BITS),
         metavar="N",
-        help="Of a number: 2, 3, 4, 8, or 16 (float16).",
+        help="Bits per number: 2, 3, 4, 8, or 16 (float16).",
     )
     add("--rows_a_shard", type=int, default=2048, metavar="N", help="Rows in one file.")
     add("--max_seq_length", type=int, default=128, metavar="N", help="Sub-tokens that the host reads at once.")
@@ -48,14 +48,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(command_line: list[str] | None = None) -> dict[str, object]:
-    """Do what the command line asks for; returns what was read."""
+    """Run the command; returns counts and times of the reading."""
     arguments = vars(parser().parse_args(command_line))
     workers = arguments.pop("ray_workers")
     job = ReadingJob(**{field.name: arguments[field.name] for field in fields(ReadingJob)})
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     if workers is not None:
-        from ..ray_reading import read_on_ray  # needs Ray, which nothing else does
+        from ..ray_reading import read_on_ray  # only this needs Ray
 
         found = read_on_ray(job, workers)
     else:
@@ -65,7 +65,7 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def read_own_shards(job: ReadingJob) -> dict[str, object]:
-    """Read what is left of the shards of this process; returns how many of all it read, their words and seconds."""
+    """Read this process's missing shards; returns the number of all shards and of those read, words and seconds."""
     reader = CorpusReader(job)
     left = reader.to_do(own_shards(reader.manifest.shards))
     logger.info(
@@ -92,10 +92,10 @@ def read_own_shards(job: ReadingJob) -> dict[str, object]:
 
 
 class ShownProgress:
-    """How far the reading is, words a second and time left: a bar in a terminal, elsewhere a line a shard.
+    """Shows progress, words per second and remaining time: as a bar in a terminal, else as a line per shard.
 
     Args:
-        rows: to be read.
+        rows: number of rows to read.
     """
 
     def __init__(self, rows: int):
@@ -113,11 +113,11 @@ class ShownProgress:
 
     @property
     def rate(self) -> float:
-        """Words a second."""
+        """Words per second."""
         return self.words / (time.perf_counter() - self.start)
 
     def finish(self, shard: str) -> None:
-        """A shard was written."""
+        """Log progress after a shard was written, if there is no bar."""
         if self.bar.disable:
             passed = time.perf_counter() - self.start
             left = time.strftime("%H:%M:%S", time.gmtime(passed * (self.rows / max(self.done, 1e-9) - 1)))
