@@ -45,7 +45,7 @@ from .storage import (
     save_adapter,
     take_over,
 )
-from .words import Continuation, WordPlaces, WordReader, load_tokenizer
+from .words import Continuation, WordPlaces, WordReader, load_tokenizer, warn_of_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -877,6 +877,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         elif "tokenizer" not in kwargs:
             revision = self.config.base_model_revision or "main"
             kwargs["tokenizer"] = load_tokenizer(self.config.base_model_name_or_path, revision=revision)
+        warn_of_scheme(self.config.active_task, self.config.tasks)
         return pipeline(kinds.get(self.task_type, "feature-extraction"), model=self, **kwargs)
 
     def run(

@@ -218,6 +218,16 @@ def _restored(own: type, state: dict) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def warn_of_scheme(task: str | None, tasks: dict) -> None:
+    """Warn if the pipelines of transformers cannot join the tags of a task."""
+    scheme = (tasks.get(task) or {}).get("scheme")
+    if scheme in ("IOBES", "BILOU", "BMES"):
+        logger.warning(
+            f"The tags of task '{task}' are {scheme}. With an aggregation_strategy a pipeline of transformers splits "
+            "such entities, as it joins words by B- and I- alone. `unihyperlora tag` decodes every scheme."
+        )
+
+
 class HostTokenizer:
     """Lets ``AutoTokenizer`` and ``pipeline`` load the prepared tokenizer of an adapter's host."""
 
@@ -245,13 +255,16 @@ class HostTokenizer:
         """
         hub = {name: kwargs.pop(name) for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         subfolder = kwargs.pop("subfolder", None) or ""
-        for name in ("_from_auto", "_commit_hash", "_from_pipeline", "trust_remote_code", "code_revision"):
+        pipeline = kwargs.pop("_from_pipeline", None)
+        for name in ("_from_auto", "_commit_hash", "trust_remote_code", "code_revision"):
             kwargs.pop(name, None)
         if base_model_name_or_path is None:
             where = {"revision": revision, "subfolder": subfolder}
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where, **hub)
             base_model_name_or_path = config.get("base_model_name_or_path")
             base_model_revision = config.get("base_model_revision")
+            if pipeline == "token-classification":
+                warn_of_scheme(config.get("active_task"), config.get("tasks") or {})
         if not base_model_name_or_path:
             raise HostError(
                 f"The adapter '{pretrained_model_name_or_path}' does not name a host, so it has no tokenizer. Pass "

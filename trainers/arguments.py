@@ -52,6 +52,16 @@ FOREIGN_FLAGS = {
     "shuffle_train_dataset": "training shuffles in every epoch; --max_train_samples takes the first sentences",
     "shuffle_seed": "--data_seed sets the order of training, or else --seed",
     "metric_name": "the metrics are always accuracy and macro F1",
+    # of earlier versions of transformers
+    "group_by_length": "its name is --train_sampling_strategy group_by_length now",
+    "evaluation_strategy": "its name is --eval_strategy now",
+    "warmup_ratio": "--warmup_steps below 1 is a share of all steps",
+    "no_cuda": "its name is --use_cpu now",
+    "use_slow_tokenizer": "only fast tokenizers can tell which word a sub-token belongs to",
+    "per_gpu_train_batch_size": "its name is --per_device_train_batch_size now",
+    "per_gpu_eval_batch_size": "its name is --per_device_eval_batch_size now",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR names that folder now",
+    "save_safetensors": "every file of weights is safetensors",
 }
 
 

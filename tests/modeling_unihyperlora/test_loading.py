@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     BertModel,
+    pipeline,
 )
 
 from modeling_unihyperlora import (
@@ -21,6 +22,7 @@ from modeling_unihyperlora import (
     UniHyperLoraConfig,
     UniHyperLoraForSequenceClassification,
     UniHyperLoraForTokenClassification,
+    words,
 )
 from modeling_unihyperlora.storage import WEIGHTS_NAME, signed_metadata
 from tests.modeling_unihyperlora.small_streams import LABELS, TOKENIZER, batch, bert, small_stream
@@ -111,6 +113,17 @@ class TestArguments:
         words = ["word1", "word2", "word3"]
         assert right(words, is_split_into_words=True, truncation=True, max_length=3)["word_index"] == [-1, 0, -1]
         assert left(words, is_split_into_words=True, truncation=True, max_length=3)["word_index"] == [-1, 2, -1]
+
+    @pytest.mark.parametrize("scheme", ["BILOU", "IOB1"])
+    def test_a_pipeline_says_what_tags_it_cannot_join(self, folders, tmp_path, scheme, monkeypatch):
+        said = []
+        monkeypatch.setattr(words.logger, "warning", lambda text, *_: said.append(text))
+        model = load(folders)
+        model.config.tasks["people"]["scheme"] = scheme
+        model.save_pretrained(tmp_path)
+        pipeline("token-classification", model=str(tmp_path))
+        model.pipeline()
+        assert [f"are {scheme}" in text for text in said] == ([True, True] if scheme == "BILOU" else [])
 
     def test_a_path_of_the_host_can_be_saved(self, folders, tmp_path):
         load(folders, base_model_name_or_path=folders[1]).save_pretrained(tmp_path)

@@ -289,7 +289,7 @@ def test_as_a_command(tiny_host, data, tmp_path, launcher):
         "2",
         "--use_cpu",
         *files,
-        *TINY,
+        *MANY,
     ]
     command = [sys.executable, *launcher, "scripts/run_ner.py", *flags, "--output_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
@@ -433,6 +433,9 @@ def test_every_sub_token_is_trained_on_if_asked_for(run, write_jsonl):
             "--preprocessing_num_workers is not supported: .* RAYON_NUM",
         ),
         (["--overwrite_cache"], ConfigError, "--overwrite_cache is not supported: .* Leave it out"),
+        (["--group_by_length"], ConfigError, "--group_by_length is not supported: its name is --train_sampling_str"),
+        (["--warmup_ratio", "0.1"], ConfigError, "--warmup_ratio is not supported: --warmup_steps below 1 is a share"),
+        (["--evaluation_strategy=steps"], ConfigError, "its name is --eval_strategy now"),
         (["--tag_scheme", "BIO"], ConfigError, "--tag_scheme BIO is unknown. Choose one of IOB1, IOB2, IOBES"),
         (["--tag_scheme", "IO"], DataError, "not of the scheme IO"),
         (["--tag_names", "O", "B-PER", "B-LOC", "B-LOC"], DataError, "name 'B-LOC' twice"),
