@@ -283,7 +283,7 @@ def test_label_sets_that_differ(run, tmp_path, write):
 def test_as_a_command(tiny_host, tmp_path, write):
     files = ["--train_file", write("train.jsonl", ROWS), "--validation_file", write("dev.jsonl", ROWS[:4])]
     flags = ["--model_name_or_path", tiny_host, "--do_train", "--do_eval", "--max_steps", 2, "--use_cpu", *files]
-    flags += ["--max_flops_overhead_pct", 1e6, "--output_dir", tmp_path / "out"]
+    flags += ["--pathway", "inject", "--max_flops_overhead_pct", 100, "--output_dir", tmp_path / "out"]
     command = [sys.executable, "scripts/run_classification.py", *flags]
     done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

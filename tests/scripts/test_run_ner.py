@@ -289,7 +289,8 @@ def test_as_a_command(tiny_host, data, tmp_path, launcher):
         "2",
         "--use_cpu",
         *files,
-        *MANY,
+        *TINY,
+        *("--pathway", "inject"),
     ]
     command = [sys.executable, *launcher, "scripts/run_ner.py", *flags, "--output_dir", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True)
