@@ -477,5 +477,5 @@ class TestFit:
         one, other = fit_host(states, [0], target), fit_host(kept[0], [0], kept[1])
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other), strict=True))
         states[0, 3:] = torch.nan
-        with pytest.raises(HostError, match="Only 3 of 50 anchors"):
+        with pytest.raises(HostError, match="only 3 of 50 anchors"):
             fit_host(states, [0], target)

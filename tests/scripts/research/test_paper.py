@@ -208,7 +208,7 @@ def test_where_things_are_on_this_machine(config, done, results, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("hosts: {some/host: nowhere}", "names nowhere, which is not there"),
+        ("hosts: {some/host: nowhere}", "names nowhere, which does not exist"),
         ("data: {x: {train: local.yaml}}", "data 'x' has train. Write hosts"),
         ("host: {a: b}", "must hold the blocks"),
         ("hosts: [a]", "is not a block of names"),

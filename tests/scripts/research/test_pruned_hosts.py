@@ -37,7 +37,7 @@ def test_the_first_blocks_compute_what_they_did(host, tmp_path):
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_more_or_fewer_blocks_than_there_are(layers, host, tmp_path):
-    with pytest.raises(ConfigError, match=f"has 4 blocks; {layers} of them"):
+    with pytest.raises(ConfigError, match=f"has 4 blocks; {layers} cannot be kept"):
         pruned_hosts.prune(host, layers, tmp_path / "pruned")
 
 
