@@ -105,7 +105,7 @@ def search_tables(searches: dict[str, dict]) -> list[str]:
             f"`--do_search` on {record['data']['name']}, host {record['host']}, pathway {record['pathway']}, "
             f"{settings['max_steps']} steps × {settings['per_device_train_batch_size']}: {len(trials)} trials in "
             f"{seconds / 60:.0f} minutes, {complete} with a score, {pruned} pruned, {infeasible} over budget and "
-            f"not trained, {failed} killed or failed, of which {len(again)} were retried when the search was resumed.",
+            f"not trained, {failed} killed or failed, of which {len(again)} retried when the search was resumed.",
             "",
             f"Best: trial {best['number']}, {found['metric']} {best['values'][0]:.4f}; retrained "
             f"{record['results'][found['metric']]:.4f}.",

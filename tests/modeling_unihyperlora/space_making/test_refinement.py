@@ -149,7 +149,7 @@ class TestRefusals:
             ("another host", HostError, "not trained on"),
             ("few words", DataError, "248 words are too few .* at least 256"),
             ("texts", DataError, "'word1 word2' is a string"),
-            ("no stream", ConfigError, "only a stream"),
+            ("no stream", ConfigError, "no map of its host to refine"),
         ],
     )
     def test_the_map_stays(self, source, target, tmp_path, given, error, message):
