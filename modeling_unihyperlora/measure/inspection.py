@@ -8,11 +8,13 @@ from ..configuration_unihyperlora import read_config
 from ..layouts import MODULE_TYPES
 from ..modeling_unihyperlora import UniHyperLoraModel, make_adapter
 from ..sites import is_among
-from ..space import KNOTS, LOW_FIT
+from ..space import KNOTS
 from ..storage import WEIGHTS_NAME, StoredTensor, adapter_file, load_adapter
 from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct, part_of
+from .agreement import agreement
 
-FAIR_FIT = 0.3  # a host with a mean R² below this is reported as a moderate fit
+FAIR_AGREEMENT = 0.7  # of a task, under which a host is warned of; hosts of one or two narrow blocks have less
+LOW_AGREEMENT = 0.4
 
 
 def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, object]:
@@ -64,7 +66,7 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
     Returns:
         ``describe``: one line.
         ``sites`` (module type → number of blocks that have it) and ``blocks``, for an injected update.
-        ``knots`` (rows with depth, layers, R²), for a stream.
+        ``knots`` (rows with depth, layer, R²) and ``agreement`` (trained task → share), for a stream.
         ``flops_overhead_pct``: at 128 tokens, with the active task's head.
         ``warnings``: list of sentences.
 
@@ -93,17 +95,15 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
             {"depth": depth, "layer": knot.layer, "r2": knot.r2}
             for depth, knot in zip(KNOTS, model.stream.fit.knots, strict=True)
         ]
-        fit = sum(model.stream.fit.r2) / len(KNOTS)
-        if fit < LOW_FIT:
-            report["warnings"].append(
-                f"Mean R² {fit:.2f}: the host hardly fits the canonical space, so expect low scores. Check that the "
-                "host reads text of the same language."
-            )
-        elif fit < FAIR_FIT:
-            report["warnings"].append(
-                f"Mean R² {fit:.2f}: a moderate fit, as for very small hosts; expect clearly lower scores than on the "
-                "source host."
-            )
+        trained = [name for name, task in model.config.tasks.items() if task.get("trained")]
+        report["agreement"] = {name: agreement(model, name) for name in trained}
+        for name, share in report["agreement"].items():
+            if share is not None and share < FAIR_AGREEMENT:
+                expected = "low scores" if share < LOW_AGREEMENT else "clearly less than on the source"
+                report["warnings"].append(
+                    f"Task '{name}' predicts only {100 * share:.0f} % of the space's text as from the source's "
+                    f"states: expect {expected}."
+                )
     if report["flops_overhead_pct"] > MAX_FLOPS_OVERHEAD_PCT:
         report["warnings"].append(
             f"{report['flops_overhead_pct']:.1f} % extra multiply-adds exceed the budget of "

@@ -71,16 +71,19 @@ def pruned_table(name: str, record: dict) -> list[str]:
         f"### {name}",
         "",
         f"One adapter from {sources} on {data['name']}, {sentences:,} sentences, zero-shot on hosts of which the "
-        "first blocks are kept; F1, R² per knot.",
+        "first blocks are kept. Agreement needs no label: `unihyperlora inspect` prints it. Its rank correlation with "
+        f"F1 over these hosts is {record['rank_correlation']['agreement']:.3f}; that of the mean R² is "
+        f"{record['rank_correlation']['mean_r2']:.3f} (Spearman).",
         "",
         f"![F1 over the number of blocks that are left](../results/{name}.png)",
         "",
-        "| host | blocks | F1 | R² per knot |",
-        "|---|---|---|---|",
+        "| host | blocks | F1 | agreement | R² per knot |",
+        "|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         fit = " ".join(f"{value:.2f}" for value in row["calibration_r2"] or [])
-        lines.append(f"| {row['host']} | {row['layers']} of {row['of']} | {row['eval_f1']:.4f} | {fit} |")
+        blocks = f"{row['layers']} of {row['of']}"
+        lines.append(f"| {row['host']} | {blocks} | {row['eval_f1']:.4f} | {row['agreement']:.3f} | {fit} |")
     return [*lines, ""]
 
 

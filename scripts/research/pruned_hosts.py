@@ -4,7 +4,8 @@
         --layers "2 4 6 8" "2 3 4" --validation_file dev.jsonl --output_dir runs/pruned
     python -m scripts.research.benchmark record runs/pruned --name conll2003-pruned-hosts
 
---layers gives the numbers of first blocks to keep of each host; the whole host is scored too. The script writes
+--layers gives the numbers of first blocks to keep of each host; the whole host is scored too. Beside F1 the table has
+the agreement that ``unihyperlora inspect`` finds without a label, and its rank correlation with F1. The script writes
 pruned_hosts.json and pruned_hosts.png. Every score comes from a run of run_ner.py in its own folder under runs/. A
 finished run with the same flags, data and hosts is not repeated. Unknown flags are passed to the runs.
 """
@@ -14,10 +15,12 @@ import math
 import sys
 from pathlib import Path
 
+from scipy.stats import spearmanr
 from torch import nn
 
 from modeling_unihyperlora import ConfigError, UniHyperLoraError
 from modeling_unihyperlora.hosts import describe_host, fingerprint, load_host
+from modeling_unihyperlora.measure.inspection import inspect_on_host
 from modeling_unihyperlora.sites import layout_of, num_layers_of
 from modeling_unihyperlora.storage import WEIGHTS_NAME, replacing, write_json
 from modeling_unihyperlora.words import load_tokenizer
@@ -60,13 +63,24 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
             figures = {
                 key: results[key] for key in ("eval_f1", "calibration_r2", "flops_overhead_pct", "adapter_bytes")
             }
+            [figures["agreement"]] = inspect_on_host(args.adapter, str(pruned))["agreement"].values()
             rows.append({"host": whole["name"], "layers": layers, "of": whole["num_layers"]} | figures)
     record = record_of(folder / "runs" / cell.name)
     kept = {key: record[key] for key in ("source_hosts", "data", "versions", "hardware")}
-    curve = kept | {"kind": STEM, "rows": rows}
+    curve = kept | {"kind": STEM, "rows": rows, "rank_correlation": rank_correlation(rows)}
     write_json(folder / f"{STEM}.json", curve)
     draw(curve, folder / f"{STEM}.png")
     return curve
+
+
+def rank_correlation(rows: list[dict]) -> dict[str, float]:
+    """Spearman's correlation of F1 over the hosts with two figures that need no label: agreement, and the mean R²."""
+    scores = [row["eval_f1"] for row in rows]
+    figures = {
+        "agreement": [row["agreement"] for row in rows],
+        "mean_r2": [sum(row["calibration_r2"]) / len(row["calibration_r2"]) for row in rows],
+    }
+    return {name: float(spearmanr(scores, values).statistic) for name, values in figures.items()}
 
 
 def parse(command_line: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -72,6 +72,9 @@ def show_host(console: Console, report: dict) -> None:
         for knot in report["knots"]:
             table.add_row(f"{knot['depth']:g}", str(knot["layer"]), f"{knot['r2']:.3f}")
         console.print(table)
+    for name, share in report.get("agreement", {}).items():
+        said = "no word is tagged" if share is None else f"{100 * share:.1f} % as from the source's states"
+        console.print(f"task {name} on the space's text, without a label: {said}", highlight=False)
     console.print(f"extra multiply-adds per token: {report['flops_overhead_pct']:.2f} %", highlight=False)
     for warning in report["warnings"]:
         console.print(f"Warning: {warning}", style="yellow", highlight=False)
