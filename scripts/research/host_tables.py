@@ -67,13 +67,13 @@ def pruned_table(name: str, record: dict) -> list[str]:
     data = record["data"]
     sentences = data["splits"]["validation"]["sentences"]
     sources = " and ".join(host["name"] for host in record["source_hosts"])
+    ranks = {figure: "–" if rank is None else f"{rank:.3f}" for figure, rank in record["rank_correlation"].items()}
     lines = [
         f"### {name}",
         "",
         f"One adapter from {sources} on {data['name']}, {sentences:,} sentences, zero-shot on hosts of which the "
         "first blocks are kept. Agreement needs no label: `unihyperlora inspect` prints it. Its rank correlation with "
-        f"F1 over these hosts is {record['rank_correlation']['agreement']:.3f}; that of the mean R² is "
-        f"{record['rank_correlation']['mean_r2']:.3f} (Spearman).",
+        f"F1 over these hosts is {ranks['agreement']}; that of the mean R² is {ranks['mean_r2']} (Spearman).",
         "",
         f"![F1 over the number of blocks that are left](../results/{name}.png)",
         "",

@@ -73,14 +73,21 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     return curve
 
 
-def rank_correlation(rows: list[dict]) -> dict[str, float]:
-    """Spearman's correlation of F1 over the hosts with two figures that need no label: agreement, and the mean R²."""
+def rank_correlation(rows: list[dict]) -> dict[str, float | None]:
+    """Spearman's correlation of F1 over the hosts with two figures that need no label: agreement, and the mean R².
+
+    None where a figure, or F1, is the same on all hosts.
+    """
     scores = [row["eval_f1"] for row in rows]
     figures = {
         "agreement": [row["agreement"] for row in rows],
         "mean_r2": [sum(row["calibration_r2"]) / len(row["calibration_r2"]) for row in rows],
     }
-    return {name: float(spearmanr(scores, values).statistic) for name, values in figures.items()}
+    found = {}
+    for name, values in figures.items():
+        defined = len({*scores}) > 1 and len({*values}) > 1
+        found[name] = float(spearmanr(scores, values).statistic) if defined else None
+    return found
 
 
 def parse(command_line: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -92,3 +92,14 @@ def test_bad_flags(change, match, host, tmp_path):
         command, match = [*command, "--do_train"], "This script sets --do_train"
     with pytest.raises(ConfigError, match=match):
         pruned_hosts.main(command)
+
+
+def test_rank_correlation_is_that_of_the_ranks():
+    rows = [
+        {"eval_f1": f1, "agreement": share, "calibration_r2": [r2, r2]}
+        for f1, share, r2 in ((0.9, 0.8, 0.3), (0.7, 0.6, 0.5), (0.5, 0.1, 0.4))
+    ]
+    assert pruned_hosts.rank_correlation(rows) == pytest.approx({"agreement": 1.0, "mean_r2": -0.5})
+    for row in rows:
+        row["agreement"] = 0.5
+    assert pruned_hosts.rank_correlation(rows)["agreement"] is None
