@@ -217,7 +217,8 @@ class CorpusReader:
         states = states_of(self.model, sentences, self.manifest.max_seq_length, self.job.batch_size, tell)
         columns = named_classes(self._carried.with_format("arrow")[numbers.start : numbers.stop], self.rows.features)
         if "id" not in columns.column_names:
-            columns = columns.add_column(0, "id", pa.array(numbers, pa.int64()))
+            own = pa.table({"id": pa.array(numbers, pa.int64())})
+            columns = pa.table({name: table[name] for table in (own, columns) for name in table.column_names})
         write_shard(self.manifest.path(self.folder, shard), self.manifest, columns, sentences, states)
         return total
 

@@ -17,7 +17,8 @@ results/paper.jsonl.
 ``tasks`` measures batches with many tasks (see mixed_tasks.py). ``scaling`` measures how costs grow (see scaling.py).
 ``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure an adapter's costs on a host (see
 speed.py).
-``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md and docs/SCALING.md, and
+``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md, docs/SCALING.md and
+docs/STATES.md, and
 results/speed.md with its picture, from the records only.
 """
 
@@ -33,7 +34,8 @@ from scripts.research.paper_picture import draw
 from scripts.research.paper_tables import PICTURE, rows_of
 from scripts.research.records import keep, keep_paper_run, of_kind, read_records
 from scripts.research.results_tables import rendered, summary
-from scripts.research.scaling_tables import scaling_page
+from scripts.research.scaling_tables import scaling_page, with_tables
+from scripts.research.stored_states_tables import plan_table, stored_states_tables
 
 RESULTS = Path(__file__).parents[2] / "results"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -80,12 +82,20 @@ def render(results: Path) -> None:
     records = read_records(results)
     if compared := of_kind(records, "paper"):
         draw(rows_of(compared.values()), results / PICTURE)
-    readme, hosts, scaling_md = (results.parent / page for page in ("README.md", "docs/HOSTS.md", "docs/SCALING.md"))
+    readme, hosts, scaling_md, states_md = (
+        results.parent / page for page in ("README.md", "docs/HOSTS.md", "docs/SCALING.md", "docs/STATES.md")
+    )
+    of_states = {"stored_states": stored_states_tables, "plan": plan_table}
     for path, text in {
         results / "README.md": rendered(records),
         readme: between(readme.read_text(encoding="utf-8"), *MARKS, summary(records)),
         hosts: between(hosts.read_text(encoding="utf-8"), *HOST_MARKS, host_tables(records)),
         scaling_md: scaling_page(scaling_md.read_text(encoding="utf-8"), records),
+        states_md: with_tables(
+            states_md.read_text(encoding="utf-8"),
+            records,
+            {mark: ("stored_states", table) for mark, table in of_states.items()},
+        ),
     }.items():
         with replacing(path) as temporary:
             Path(temporary).write_text(text, encoding="utf-8")

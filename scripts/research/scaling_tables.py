@@ -1,13 +1,25 @@
 """Renders the tables of docs/SCALING.md, and the tables of searches in results/README.md, from the records."""
 
 from collections import Counter
+from collections.abc import Callable
 
 
 def scaling_page(text: str, records: dict[str, dict]) -> str:
     """docs/SCALING.md with all tables rendered anew; a table without a record says "Not measured yet."."""
     drawn = {"launch": launch_table, "scaling": slope_table, "mixed_tasks": task_table, "kills": kill_table}
-    for kind, table in drawn.items():
-        begin, end = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
+    return with_tables(text, records, {kind: (kind, table) for kind, table in drawn.items()})
+
+
+def with_tables(text: str, records: dict[str, dict], drawn: dict[str, tuple[str, Callable]]) -> str:
+    """A page whose tables are rendered anew.
+
+    Args:
+        text: the page.
+        records: name → record.
+        drawn: mark in the page → kind of the record, and the function that makes lines of it.
+    """
+    for mark, (kind, table) in drawn.items():
+        begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
         if begin not in text:
             continue
         name, record = next(((n, r) for n, r in records.items() if r.get("kind") == kind), (None, None))

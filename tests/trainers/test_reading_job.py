@@ -106,6 +106,12 @@ def test_kinds_of_input(job, tmp_path, kind):
     assert found == list(zip(rows["text"], map(cut_words, rows["text"]), labels, strict=True))
 
 
+def test_words_alone_are_enough(job, tmp_path):
+    read_all(job([{"tokens": row["tokens"]} for row in ROWS]))
+    found = list(StoredCorpus(tmp_path / "states").rows("id", "words"))
+    assert found == [(number, row["tokens"]) for number, row in enumerate(ROWS)]
+
+
 def test_ids_of_tags_become_their_names(job, tmp_path):
     (tmp_path / "data").mkdir()
     tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER"]))

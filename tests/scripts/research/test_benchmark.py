@@ -113,9 +113,27 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     (tmp_path / "docs" / "SCALING.md").write_text(
         "above\n<!-- launch -->\nold\n<!-- end of launch -->\n<!-- kills -->\nold\n<!-- end of kills -->\nbelow\n"
     )
+    (tmp_path / "docs" / "STATES.md").write_text(
+        "<!-- stored_states -->\nold\n<!-- end of stored_states -->\n<!-- plan -->\nold\n<!-- end of plan -->\nbelow\n"
+    )
+    shares = {"read_by": ["a"], "rows": 9, "steps": 5, "reader": "small", "cpu_seconds": 20.0, "f1": {"b": 0.5}}
+    states = {
+        "kind": "stored_states",
+        "hardware": {"machine": "x86_64"},
+        "task": [shares | {"bits": 4, "bytes_a_word": 160.0, "file_bytes_a_word": 150.0}],
+        "speed": {"host": "a", "texts": 64, "words": 6000, "rounds": 9, "ratio": 0.91, "least": 0.9, "greatest": 0.93}
+        | {"read_words_a_second": 2000.0, "bare_words_a_second": 2200.0},
+        "lora": {"host": "a", "cpu_seconds_a_step": 0.9, "cpu_seconds_of_500_steps": 450.0},
+        "workers": {"host": "a", "ways": {"one process": {"shards": 3, "digest": "ab"}, "equal": True}},
+    }
+    (results / "stored_states.json").write_text(json.dumps(states))
     runs = [{"launch": "ddp_gpu", "pathway": "inject", "not_run": "no GPU"}]
     (results / "launch.json").write_text(json.dumps({"kind": "launch", "runs": runs}))
     benchmark.main(["render"])
+    states = (tmp_path / "docs" / "STATES.md").read_text()
+    assert "\nold\n" not in states and states.endswith("below\n")
+    assert "| a | 9 | 4 | 160 | 150 | 5 | small | 20 | 0.5000 |" in states and "| one process | 3 | ab |" in states
+    assert "| 4 | 150 | 310 |" in states and "139 core hours" in states
     hosts = (tmp_path / "docs" / "HOSTS.md").read_text()
     scaling = (tmp_path / "docs" / "SCALING.md").read_text()
     assert "| ddp_gpu | inject | – | not run: no GPU | – | – | – |" in scaling and "old" not in scaling

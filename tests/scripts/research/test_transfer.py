@@ -375,6 +375,7 @@ class TestMatrix:
             ("README.md", benchmark.MARKS),
             ("docs/HOSTS.md", benchmark.HOST_MARKS),
             ("docs/SCALING.md", ()),
+            ("docs/STATES.md", ()),
         ):
             (tmp_path / page).parent.mkdir(exist_ok=True)
             (tmp_path / page).write_text("\n".join(marks))
