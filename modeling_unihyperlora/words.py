@@ -46,16 +46,17 @@ _SKIN_TONES = (0x1F3FB, 0x1F3FF)  # symbols that belong to the emoji before them
 
 
 def _class(*ranges: tuple[int, int]) -> str:
-    return "".join(rf"\x{{{low:X}}}-\x{{{high:X}}}" for low, high in ranges)
+    return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)
 
 
-_MARK = rf"[[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]&&[^{_class(_SKIN_TONES)}]]"
+# The expressions mean the same to Oniguruma and to JavaScript: no class is intersected with another one, and each
+# lookbehind has one length.
+_SKIN = rf"[{_class(_SKIN_TONES)}]"
+_MARK = rf"[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]"  # it has to be no skin tone as well
 _WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # accents and joiners, which belong to the mark before them
 _AFTER = rf"(?=[^\s\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}])"
-CUT = "|".join(
-    [rf"(?<=\S)(?={_MARK})", *(rf"(?<={_MARK}{_WITH * following}){_AFTER}" for following in range(3))]
-)  # matches the empty positions where a word begins without a blank
-
+_BEHIND = [rf"(?<={_MARK}{rest})(?<!{_SKIN}{rest}){_AFTER}" for rest in ("", _WITH, _WITH * 2)]
+CUT = "|".join([rf"(?<=\S)(?!{_SKIN})(?={_MARK})", *_BEHIND])  # the empty positions where a word begins without a blank
 
 _CUT_TEXT = normalizers.Sequence([normalizers.Replace(Regex(CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")])
 
