@@ -124,7 +124,7 @@ class Stream:
 
     def map_on(self, device: torch.device) -> HostToKnots:
         """The host's map, with its tensors on a device."""
-        if self._map is None or self._map.fit is not self.fit or self._map.offset.device != device:
+        if self._map is None or self._map.fit is not self.fit or self._map.offsets.device != device:
             self._map = HostToKnots.of(self.fit, device)
         return self._map
 
@@ -133,8 +133,8 @@ class Stream:
     ) -> torch.Tensor:
         """Coordinates (B, W, K, D) float32 of words; from layer → states (B, T, d), and the words' tokens (B, W)."""
         to_knots = self.map_on(at.device)
-        flat = {layer: hidden_states[layer].flatten(0, 1) for layer, *_ in to_knots.layers}
-        tokens = hidden_states[to_knots.layers[0][0]].shape[1]
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer in to_knots.layers}
+        tokens = hidden_states[to_knots.layers[0]].shape[1]
         cells = (at + torch.arange(len(at), device=at.device)[:, None] * tokens).flatten()
         several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
         made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
@@ -186,6 +186,8 @@ class StreamRun(NamedTuple):
         """Features (B, W, F) for the head of a task; 0 beyond a sentence's words."""
         batch, width = self.z.shape[:2]
         flat, values = self.z.flatten(0, 1), self.adapter.values(task)
+        if self._is_full():
+            return self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values).view(batch, width, -1)
         inside = torch.arange(width, device=flat.device) < self.lengths[:, None]  # (B, W)
         if torch.compiler.is_compiling():  # compiled code has fixed shapes, so it also computes the padding
             out = self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values)
@@ -194,6 +196,10 @@ class StreamRun(NamedTuple):
         words = Words.one_after_the_other(self.lengths, len(cells))
         out = self.adapter.tasks[task](flat.index_select(0, cells), words, values)
         return unpack(out, cells, (batch, width))
+
+    def _is_full(self) -> bool:
+        """Whether all sentences have the same number of words, so that there is no padding."""
+        return not torch.compiler.is_compiling() and bool((self.lengths == self.z.shape[1]).all())
 
     def logits(self, task: str) -> torch.Tensor:
         """Logits of a task: (B, C) for sentences, from the mean of their words' features; (B, T, C) for tokens.

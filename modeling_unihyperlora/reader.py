@@ -112,6 +112,9 @@ class Reader(nn.Module):
         inward, bias, *weights = self.weights() if weights is None else weights
         x = self.dropout(F.gelu(F.linear(z, inward, bias)))
         starts, lengths, sentence, place = words
+        if not torch.compiler.is_compiling() and len(x) and bool((lengths * len(lengths) == len(x)).all()):
+            rows = x.view(len(lengths), -1, x.shape[1])  # without padding, so that both directions are one call
+            return self.dropout(torch.cat([self._read(some, weights) for some in rows.split(self._together(rows))]))
         onward, back = [], []
         rows = torch.zeros_like(lengths)  # first row of each sentence among the outputs of all groups
         done = 0
@@ -131,15 +134,22 @@ class Reader(nn.Module):
         return self.dropout(torch.cat(ends, dim=-1))
 
     def _groups(self, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Groups of sentences to read together; on the CPU, small groups of similar length."""
-        if torch.compiler.is_compiling() or lengths.device.type != "cpu" or len(lengths) <= TOGETHER:
+        """Groups of sentences of similar length to read together."""
+        together = self._together(lengths)
+        if torch.compiler.is_compiling() or len(lengths) <= together:
             return (torch.arange(len(lengths), device=lengths.device),)
-        return lengths.argsort(descending=True).split(TOGETHER)
+        return lengths.argsort(descending=True).split(together)
+
+    @staticmethod
+    def _together(sentences: torch.Tensor) -> int:
+        """How many sentences are read together; on the CPU a small group."""
+        return TOGETHER if sentences.device.type == "cpu" else max(1, len(sentences))
 
     def _read(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        """One direction of the LSTM: (b, w, …) → (b·w, hidden)."""
-        state = x.new_zeros(1, len(x), self.hidden)
-        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, False, True)
+        """One direction of the LSTM, or both if the weights are those of both: (b, w, …) → (b·w, F or hidden)."""
+        directions = len(weights) // 4
+        state = x.new_zeros(directions, len(x), self.hidden)
+        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, directions == 2, True)
         return out.flatten(0, 1)
 
 

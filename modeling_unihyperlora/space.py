@@ -21,7 +21,6 @@ then scaled so that predictions for held-out anchors have the right variances.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -296,10 +295,6 @@ class Landmarks(NamedTuple):
     at: torch.Tensor  # (R, Q) float32
     weights: torch.Tensor  # (K·D, R) float32
 
-    def __call__(self, query: torch.Tensor) -> torch.Tensor:
-        """Query (N, Q) → contribution to the coordinates (N, K·D)."""
-        return torch.nn.functional.linear(nearness(query, self.at), self.weights)
-
 
 class HostFit(NamedTuple):
     """A host's map into the canonical space."""
@@ -315,44 +310,45 @@ class HostFit(NamedTuple):
 
 def nearness(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
     """exp(-|q - q_r|²): (N, Q), (R, Q) → (N, R)."""
-    squares = query.square().sum(dim=-1, keepdim=True) + landmarks.square().sum(dim=-1)
-    return torch.exp(2 * query @ landmarks.T - squares)
+    doubled = torch.addmm(-landmarks.square().sum(dim=-1), query, landmarks.T, alpha=2)  # 2 q·q_r - |q_r|²
+    return doubled.sub_(query.square().sum(dim=-1, keepdim=True)).exp_()
 
 
 class HostToKnots(NamedTuple):
-    """A host's map, rearranged by layer: one matrix for each layer and range of outputs.
+    """A host's map, rearranged as one product for all knots and one for the query.
 
-    ``layers`` has tuples of a layer's number, the first output and the end of its outputs, and a matrix (outputs, d).
-    Outputs are the K·D coordinates, followed by the Q numbers of the query.
+    ``layers`` are the L' layers that are read, and ``of_knot`` says which of them each knot reads. ``matrices``
+    (K, d, D) and ``offsets`` (K, 1, D) give the linear part of the coordinates, ``queries`` (L', d, Q) the query.
     """
 
     fit: HostFit  # the original map
-    layers: list[tuple[int, int, int, torch.Tensor]]
-    offset: torch.Tensor  # (K·D + Q,)
+    layers: list[int]
+    of_knot: list[int]
+    matrices: torch.Tensor
+    offsets: torch.Tensor
+    queries: torch.Tensor
     landmarks: Landmarks
 
     @classmethod
     def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
-        landmarks, parts = fit.landmarks, []
-        queries = landmarks.matrix.unflatten(1, (len(landmarks.layers), -1))  # (Q, layers, d)
-        starts = [0, *itertools.accumulate(len(part.offset) for part in (*fit.knots, landmarks))]
-        for number, layer in enumerate(landmarks.layers):
-            own = [k for k, knot in enumerate(fit.knots) if knot.layer == layer]  # neighbouring knots
-            rows = [fit.knots[k].matrix for k in own]
-            parts.append((layer, starts[own[0]], starts[own[-1] + 1], torch.cat(rows).to(device)))
-            parts.append((layer, starts[-2], starts[-1], queries[:, number].to(device)))
-        offset = torch.cat([part.offset for part in (*fit.knots, landmarks)]).to(device)
-        return cls(fit, parts, offset, fit_on(device, fit).landmarks)
+        fit_here = fit_on(device, fit)
+        knots, landmarks = fit_here
+        of_knot = [landmarks.layers.index(knot.layer) for knot in knots]
+        matrices = torch.stack([knot.matrix.T for knot in knots])
+        offsets = torch.stack([knot.offset for knot in knots])[:, None]
+        queries = landmarks.matrix.T.unflatten(0, (len(landmarks.layers), -1)).contiguous()
+        return cls(fit, landmarks.layers, of_knot, matrices, offsets, queries, landmarks)
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
-        coordinates, _ = self.landmarks.weights.shape
-        states = {layer: states[layer].float() for layer, *_ in self.layers}
-        made = self.offset.repeat(len(states[self.layers[0][0]]), 1)
-        with full_precision(made.device):
-            for layer, start, end, matrix in self.layers:
-                made[:, start:end].addmm_(states[layer], matrix.T)
-            return made[:, :coordinates] + self.landmarks(made[:, coordinates:])
+        read = torch.stack([states[layer] for layer in self.layers]).float()  # (L', N, d)
+        with full_precision(read.device):
+            query = torch.bmm(read, self.queries).sum(dim=0) + self.landmarks.offset
+            if len(self.of_knot) > len(self.layers):  # of a host of few blocks
+                read = read[self.of_knot]
+            linear = torch.baddbmm(self.offsets, read, self.matrices)
+            near = nearness(query, self.landmarks.at)
+            return torch.addmm(linear.transpose(0, 1).flatten(1), near, self.landmarks.weights.T)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:

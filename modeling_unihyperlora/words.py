@@ -56,7 +56,7 @@ _MARK = rf"[\p{{P}}\p{{S}}{_class(*_IDEOGRAPHS)}]"  # it has to be no skin tone 
 _WITH = rf"[\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}]"  # accents and joiners, which belong to the mark before them
 _AFTER = rf"(?=[^\s\p{{M}}\p{{Cf}}{_class(_SKIN_TONES)}])"
 _BEHIND = [rf"(?<={_MARK}{rest})(?<!{_SKIN}{rest}){_AFTER}" for rest in ("", _WITH, _WITH * 2)]
-CUT = "|".join([rf"(?<=\S)(?!{_SKIN})(?={_MARK})", *_BEHIND])  # the empty positions where a word begins without a blank
+CUT = "|".join([rf"(?<=\S)(?!{_SKIN})(?={_MARK})", *_BEHIND])  # the empty positions where a word begins
 
 _CUT_TEXT = normalizers.Sequence([normalizers.Replace(Regex(CUT), " "), normalizers.Replace(Regex(r"\s+"), " ")])
 

@@ -112,9 +112,16 @@ def held_tensors(model) -> list[torch.Tensor]:
     made = stream.map_on(stream.words.flags.device)
     parts = (*stream.fit.knots, stream.fit.landmarks)
     by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
-    by_layer = [made.offset, *(matrix for *_, matrix in made.layers)]
     amended, reader, *head = model.adapter.values(task)
-    return [*by_knot, *by_layer, stream.words.flags, *([] if amended is None else [amended]), *reader, *head]
+    return [
+        *by_knot,
+        made.offset,
+        made.matrix,
+        stream.words.flags,
+        *([] if amended is None else [amended]),
+        *reader,
+        *head,
+    ]
 
 
 def held_megabytes(model) -> float:
