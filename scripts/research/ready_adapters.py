@@ -25,6 +25,7 @@ from sklearn.metrics import f1_score
 from modeling_unihyperlora import DataError, UniHyperLoraError
 from modeling_unihyperlora.configuration_unihyperlora import read_config
 from modeling_unihyperlora.storage import READY, WEIGHTS_NAME, read_json_object, write_json
+from trainers.reading import json_rows
 from trainers.running import run
 from trainers.tag_schemes import reader_of_tags
 from trainers.tagging import classify, tag
@@ -150,7 +151,7 @@ def rows_of(path: Path) -> list[dict]:
     """The lines of a JSON-lines file."""
     if not path.is_file():
         raise DataError(f"{path} does not exist. Give --data a folder with a folder for each data set; see --help.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in json_rows(path, {})]
 
 
 def people_places_organisations(data: Path) -> Splits:
