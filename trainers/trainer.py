@@ -64,18 +64,16 @@ class UniHyperLoraTrainer(SearchableTrainer):
         if isinstance(kwargs.get("train_dataset"), StoredRows):
             sources = [StoredSource(kwargs["train_dataset"])]
             kwargs["train_dataset"] = SourceStates(sources)
-        stored = [
-            data for data in (sources and sources[0].data, kwargs.get("eval_dataset")) if isinstance(data, StoredRows)
-        ]
-        for data in stored:
-            data.check_space(model.adapter.space)
-            kwargs.setdefault("data_collator", StreamCollator())
         self.sources = sources or []
         if self.sources and kwargs.get("model_init") is not None:
             raise ConfigError(
                 "sources belong to one model, but model_init makes a new model for every trial. Search a stream with "
                 "--do_search, which starts a separate run for each trial."
             )
+        for data in (*(source.data for source in self.sources), kwargs.get("eval_dataset")):
+            if isinstance(data, StoredRows):
+                data.check_space(model.adapter.space)
+                kwargs.setdefault("data_collator", StreamCollator())
         self._trains = kwargs.get("train_dataset") is not None  # the checks of training do not apply to scoring
         self.args = args = args or UniHyperLoraTrainingArguments("tmp_trainer")  # as the Trainer does
         check_adapter_trainer(args, self._trains, bool(self.sources))

@@ -3,14 +3,16 @@
     python -m scripts.research.stored_states speed --host HOST --text corpus.jsonl
     python -m scripts.research.stored_states task --train_states A --validation_states VA VB VC --bits 16 8 4 3 2
     python -m scripts.research.stored_states task --train_states A B --validation_states VC
+    python -m scripts.research.stored_states text --host HOST --train_file train.jsonl --max_train_samples 2000 …
     python -m scripts.research.stored_states lora --host HOST --train_file train.jsonl --steps 50
     python -m scripts.research.stored_states workers --host HOST --input corpus.jsonl --folder runs/workers
 
 ``speed`` compares ``model.read`` with the bare host's forward pass on the same texts of about 128 sub-tokens, in turn.
 ``task`` trains a tagger on folders of ``unihyperlora read`` in float16, and scores it on others; with ``--bits`` on
-copies of all these folders in fewer bits. ``lora`` measures a step of LoRA on the same machine. ``workers`` reads one
-corpus with one process, with one and two Ray workers, and with two of which one is killed in the middle, and compares
-the folders byte for byte. CPU seconds are those of one process with one thread.
+copies of all these folders in fewer bits. ``text`` trains on the same sentences as text, with the host in memory: also
+on copies of it and on the words of raw text, which stored states do not have. ``lora`` measures a step of LoRA on the
+same machine. ``workers`` reads one corpus with one process, with one and two Ray workers, and with two of which one is
+killed in the middle, and compares the folders byte for byte. CPU seconds are those of one process with one thread.
 
 All of them add to one record, results/stored_states.json; ``benchmark.py render`` draws docs/STATES.md from it.
 """
@@ -52,11 +54,16 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--rounds", type=int, default=9)
     task = commands.add_parser("task")
     task.add_argument("--train_states", nargs="+", type=Path, required=True)
-    task.add_argument("--validation_states", nargs="+", type=Path, required=True)
     task.add_argument("--bits", nargs="+", type=int, choices=BITS, default=[16])
-    task.add_argument("--folder", type=Path, required=True, help="for copies and runs")
-    task.add_argument("--max_steps", type=int, default=1000)
-    task.add_argument("--reader", default="medium")
+    text = commands.add_parser("text")
+    text.add_argument("--host", required=True)
+    text.add_argument("--train_file", required=True)
+    text.add_argument("--max_train_samples", type=int, required=True)
+    for part in (task, text):
+        part.add_argument("--validation_states", nargs="+", type=Path, required=True)
+        part.add_argument("--folder", type=Path, required=True, help="for copies and runs")
+        part.add_argument("--max_steps", type=int, default=1000)
+        part.add_argument("--reader", default="medium")
     lora = commands.add_parser("lora")
     lora.add_argument("--host", required=True)
     lora.add_argument("--train_file", required=True)
@@ -73,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(command_line: list[str] | None = None) -> None:
     args = parser().parse_args(command_line)
-    found = {"speed": speed, "task": tasks, "lora": lora, "workers": workers}[args.command](args)
+    found = {"speed": speed, "task": tasks, "text": text, "lora": lora, "workers": workers}[args.command](args)
     record = (
         json.loads(args.record.read_text(encoding="utf-8")) if args.record.is_file() else {"kind": "stored_states"}
     )
@@ -149,16 +156,7 @@ def tasks(args: argparse.Namespace) -> list[dict[str, object]]:
         train = [with_bits(folder, bits, args.folder) for folder in args.train_states]
         read_by = [host_of(folder) for folder in train]
         run = args.folder / f"{'+'.join(read_by)}-{bits}"
-        flags = (
-            f"--do_train --max_steps {args.max_steps} --per_device_train_batch_size 32 --seed 0 --reader {args.reader}"
-        )
-        more = "--lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.01 --overwrite_output_dir"
-        results = call_ner(run, [*flags.split(), *more.split(), "--train_states", *map(str, train)])
-        scores = {}
-        for folder in args.validation_states:
-            folder = with_bits(folder, bits, args.folder)
-            scored = ["--adapter", str(run), "--do_eval", "--validation_states", str(folder)]
-            scores[host_of(folder)] = call_ner(run.with_name(f"{run.name}-on-{host_of(folder)}"), scored)["eval_f1"]
+        results = train_task(run, args, ["--train_states", *map(str, train)])
         sizes = [bytes_of(folder) for folder in train]
         words = sum(size["words"] for size in sizes)
         rows.append(
@@ -173,10 +171,42 @@ def tasks(args: argparse.Namespace) -> list[dict[str, object]]:
                 "reader": args.reader,
                 "cpu_seconds": results["cpu_seconds"],
                 "validation_rows": Manifest.load(args.validation_states[0]).rows,
-                "f1": scores,
+                "f1": scores(run, [with_bits(folder, bits, args.folder) for folder in args.validation_states]),
             }
         )
     return rows
+
+
+def text(args: argparse.Namespace) -> dict[str, object]:
+    """The same task trained on text, with the host in memory."""
+    run = args.folder / "text"
+    data = ["--train_file", args.train_file, "--max_train_samples", str(args.max_train_samples)]
+    results = train_task(run, args, ["--model_name_or_path", args.host, *data])
+    return {
+        "host": Path(args.host).name,
+        "rows": args.max_train_samples,
+        "steps": args.max_steps,
+        "reader": args.reader,
+        "cpu_seconds": results["cpu_seconds"],
+        "host_cpu_seconds": results["host_cpu_seconds"],
+        "f1": scores(run, args.validation_states),
+    }
+
+
+def train_task(folder: Path, args: argparse.Namespace, data: list[str]) -> dict[str, object]:
+    """Train a tagger on some data; returns the results of the run."""
+    flags = f"--do_train --max_steps {args.max_steps} --reader {args.reader} --per_device_train_batch_size 32"
+    more = "--seed 0 --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0.01 --overwrite_output_dir"
+    return call_ner(folder, [*flags.split(), *more.split(), *data])
+
+
+def scores(run: Path, folders: list[Path]) -> dict[str, float]:
+    """F1 of a trained tagger on folders of stored states, by the host that read them."""
+    found = {}
+    for folder in folders:
+        flags = ["--adapter", str(run), "--do_eval", "--validation_states", str(folder)]
+        found[host_of(folder)] = call_ner(run.with_name(f"{run.name}-on-{host_of(folder)}"), flags)["eval_f1"]
+    return found
 
 
 def call_ner(folder: Path, flags: list[str]) -> dict[str, object]:

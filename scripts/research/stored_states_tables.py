@@ -15,6 +15,14 @@ def stored_states_tables(record: dict) -> list[str]:
             "",
         ]
     lines += [*task_table(record.get("task", [])), ""]
+    if text := record.get("text"):
+        told = ", ".join(f"{f1:.4f} on {host}" for host, f1 in text["f1"].items())
+        lines += [
+            f"The same task trained on text with {text['host']} in memory ({text['rows']:,} rows, {text['steps']} "
+            f"steps, {text['reader']} reader; also on copies of the host and on the words of raw text): F1 {told}; "
+            f"{text['cpu_seconds']:.0f} CPU s, of which {text['host_cpu_seconds']:.0f} for the host.",
+            "",
+        ]
     if lora := record.get("lora"):
         seconds = [row["cpu_seconds"] for row in record.get("task", [])]
         lines += [

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from dataclasses import fields
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -120,7 +121,7 @@ class ShownProgress:
         """Log progress after a shard was written, if there is no bar."""
         if self.bar.disable:
             passed = time.perf_counter() - self.start
-            left = time.strftime("%H:%M:%S", time.gmtime(passed * (self.rows / max(self.done, 1e-9) - 1)))
+            left = timedelta(seconds=round(passed * max(0.0, self.rows / max(self.done, 1e-9) - 1)))
             logger.info("%s, %d words, %.0f words a second, %s left", shard, self.words, self.rate, left)
 
     def __enter__(self) -> "ShownProgress":
