@@ -11,8 +11,9 @@
 ``task`` trains a tagger on folders of ``unihyperlora read`` in float16, and scores it on others; with ``--bits`` on
 copies of all these folders in fewer bits. ``text`` trains on the same sentences as text, with the host in memory: also
 on copies of it and on the words of raw text, which stored states do not have. ``lora`` measures a step of LoRA on the
-same machine. ``workers`` reads one corpus with one process, with one and two Ray workers, and with two of which one is
-killed in the middle, and compares the folders byte for byte. CPU seconds are those of one process with one thread.
+same machine. ``workers`` reads one corpus with one process, two processes of accelerate, one and two Ray workers, and
+with two of which one is killed in the middle, and compares the folders byte for byte. CPU seconds are those of one
+process with one thread.
 
 All of them add to one record, results/stored_states.json; ``benchmark.py render`` draws docs/STATES.md from it.
 """
@@ -41,6 +42,7 @@ from scripts.research.own_process import run_in_own_process
 from trainers.stored_states import BITS, Manifest, StoredCorpus, decode, write_shard
 
 RECORD = Path(__file__).parents[2] / "results" / "stored_states.json"
+TWO_PROCESSES = Path(__file__).parents[2] / "hub_configs" / "accelerate" / "ddp_cpu.yaml"
 PERIOD = 0.2  # seconds between two looks for a worker
 
 
@@ -270,15 +272,22 @@ def lora(args: argparse.Namespace) -> dict[str, object]:
 
 
 def workers(args: argparse.Namespace) -> dict[str, object]:
-    """Read a corpus in four ways; every folder has to have the same bytes."""
-    ways = {"one process": [], "1 Ray worker": ["1"], "2 Ray workers": ["2"], "2 Ray workers, one killed": ["2"]}
+    """Read a corpus in five ways; every folder has to have the same bytes."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
+    ways = {
+        "one process": ([], []),
+        "2 processes of accelerate": (launch, []),
+        "1 Ray worker": ([], ["--ray_workers", "1"]),
+        "2 Ray workers": ([], ["--ray_workers", "2"]),
+        "2 Ray workers, one killed": ([], ["--ray_workers", "2"]),
+    }
     found = {}
-    for number, (way, count) in enumerate(ways.items()):
+    for number, (way, (before, after)) in enumerate(ways.items()):
         folder = args.folder / f"way-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--host", args.host, "--input", args.input, "--split", args.split, "--output", str(folder)]
-        flags += ["--rows_a_shard", str(args.rows_a_shard), *(["--ray_workers", *count] if count else [])]
-        command = [sys.executable, "-m", "trainers.commands", "read", *flags]
+        flags += ["--rows_a_shard", str(args.rows_a_shard), *after]
+        command = [sys.executable, *before, "-m", "trainers.commands", "read", *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         killed = kill_one_worker(process, folder) if "killed" in way else None
         said = json.loads(process.communicate()[0].splitlines()[-1])

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 from ..reading_job import CorpusReader, ReadingJob, own_shards
 from ..stored_states import BITS
@@ -54,6 +55,8 @@ def main(command_line: list[str] | None = None) -> dict[str, object]:
     workers = arguments.pop("ray_workers")
     job = ReadingJob(**{field.name: arguments[field.name] for field in fields(ReadingJob)})
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logger.setLevel(logging.INFO)
     if workers is not None:
         from ..ray_reading import read_on_ray  # only this needs Ray

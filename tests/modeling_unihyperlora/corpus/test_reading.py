@@ -8,8 +8,9 @@ import torch
 from modeling_unihyperlora import ConfigError, DataError, HostError, UniHyperLoraForTokenClassification
 from modeling_unihyperlora.corpus.reading import read, text_column
 from modeling_unihyperlora.hosts import NoHost
-from modeling_unihyperlora.words import cut_words
+from modeling_unihyperlora.words import CUT, cut_words
 from tests.modeling_unihyperlora.small_streams import TOKENIZER, WORDS, D, bert, small_space, small_stream
+from trainers.findings import WordCutter
 
 SENTENCES = [["word1", "unknown", "word3"], [], ["word7"], ["word2"] * 20]
 
@@ -61,6 +62,13 @@ def test_raw_text_has_the_words_it_is_cut_into(model):
     found = model.read([text])
     assert found["words"] == [["word1", ",", "word2", "(", "word3", ")", "."]] == [cut_words(text)]
     np.testing.assert_array_equal(found["states"][0], model.read(found["words"])["states"][0])
+
+
+@pytest.mark.parametrize(
+    "text", ["a-b c", "Al-Ain's «x»\u00a0y", "e\u0301! 日本 👍🏽ok", "\u200bword\t.", "$5.00/day"]
+)
+def test_words_are_those_that_tagging_cuts(text):
+    assert cut_words(text) == [text[start:end] for start, end in WordCutter(CUT)(text)]
 
 
 @pytest.mark.parametrize("text", ["", "  \n ", "\u200b"])
