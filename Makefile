@@ -1,5 +1,6 @@
 # make demo    a ready adapter on two hosts, then a task of your own, moved: make demo SENTENCE="..."
-# make test    lint, format check and the quick tests
+# make test    lint, format check and the quick tests, in as many processes as there are cores, four at most
+# make test-slow  what takes more than ten seconds; once a week, and before a release
 # make bench   what an adapter costs beside the bare host and LoRA: results/speed.md (about half an hour)
 # make dist    wheel and sdist, in dist/
 # make adapters  make the ready adapters anew: make adapters DATA=DIR HOSTS="SOURCE OTHERS …" [ONLY="sentiment …"]
@@ -17,7 +18,7 @@ demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
 
 test: lint
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
