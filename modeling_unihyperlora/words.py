@@ -181,7 +181,7 @@ class _WordTokenizer:
         if not kwargs.get("return_overflowing_tokens") and any(text.overflowing for text in encoded.encodings or ()):
             logger.warning_once(
                 f"A text has more than {kwargs.get('max_length') or self.model_max_length} tokens; its end is left "
-                "out. In a pipeline, stride=16 reads it in overlapping windows."
+                "out. Where words are tagged, stride=16 lets a pipeline read it in overlapping windows."
             )
         if is_split_into_words:
             rows = [
