@@ -102,6 +102,12 @@ class UniHyperLoraConfig(PreTrainedConfig):
         if not isinstance(self.tasks or {}, dict) or not isinstance(self.source_hosts or [], list):
             raise ConfigError("tasks must be a dict of task name → type and labels; source_hosts must be a list.")
         self.tasks, self.source_hosts = dict(self.tasks or {}), list(self.source_hosts or [])
+        for host in self.source_hosts:
+            if not isinstance(host, dict) or not {"name", "fingerprint"} <= host.keys():
+                raise ConfigError(
+                    f"source_hosts has {host!r}, which does not describe a host by 'name' and 'fingerprint'. Use the "
+                    "config.json that was saved with the adapter."
+                )
         if self.pathway == "stream":
             self._check_stream()
         else:

@@ -432,6 +432,8 @@ class TestWrongConfig:
             ),
             ({"active_task": "other"}, ConfigError, "active_task='other'"),
             ({"source_hosts": 5}, ConfigError, "source_hosts must be a list"),
+            ({"source_hosts": ["a host"]}, ConfigError, "source_hosts has 'a host', which does not describe a host"),
+            ({"source_hosts": [{"name": "x"}]}, ConfigError, "by 'name' and 'fingerprint'"),
             ({"id2label": 3}, AdapterFileError, "cannot be used"),
             ({"dtype": "no_such_type"}, AdapterFileError, "cannot be used"),
             ({"atoms": 17}, AdapterFileError, "but the configuration requires"),
