@@ -96,8 +96,7 @@ def states_of(
     limit = min(max_seq_length, window_of(stream.host, tokenizer) or max_seq_length)
     windows = windows_of(sentences, tokenizer, limit, stream.words.causal)
     windows.sort(key=lambda window: len(window.input_ids))
-    to_knots = stream.map_on(device)
-    shape = (len(KNOTS), to_knots.landmarks.weights.shape[0] // len(KNOTS))
+    shape = (len(KNOTS), len(stream.fit.landmarks.weights) // len(KNOTS))
     states = [np.empty((len(sentence), *shape), np.float16) for sentence in sentences]
     training = stream.host.training
     stream.host.eval()
@@ -108,9 +107,7 @@ def states_of(
             out = call_host(stream.host, mask, input_ids=ids, output_hidden_states=True)
             at = np.concatenate([row * ids.shape[1] + window.at for row, window in enumerate(batch)])
             at = torch.from_numpy(at).to(device)
-            layers = {layer for layer, *_ in to_knots.layers}
-            z = to_knots({layer: out.hidden_states[layer].flatten(0, 1).index_select(0, at) for layer in layers})
-            z = z.half().cpu().numpy().reshape(-1, *shape)
+            z = stream.states_at(out.hidden_states, at).half().cpu().numpy().reshape(-1, *shape)
             ends = np.cumsum([len(window.words) for window in batch])
             for window, own in zip(batch, np.split(z, ends[:-1]), strict=True):
                 states[window.sentence][window.words] = own
