@@ -23,15 +23,21 @@ test: lint
 test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
 
-# BENCH_HOSTS: Hub ids or folders; the first is measured in everything.
+# BENCH_HOSTS: Hub ids or folders; the first is measured in everything. ADAPTER: a trained tagger, for `start`.
 HOSTS ?=
+ADAPTER ?=
 BENCH_HOSTS ?= sentence-transformers/all-MiniLM-L6-v2 sentence-transformers/all-mpnet-base-v2
 BENCH = OMP_NUM_THREADS=1 $(RUN) -m scripts.research.benchmark
 bench: $(VENV)/.installed-test
 	for host in $(BENCH_HOSTS); do for what in latency train memory calibrate size; do \
 	    $(BENCH) $$what --model_name_or_path $$host --output results/speed-$$what-$$(basename $$host).json || exit 1; \
 	done; done
-	$(BENCH) slopes --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-slopes.json
+	for what in slopes parts; do \
+	    $(BENCH) $$what --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-$$what.json || exit 1; \
+	done
+	$(BENCH) many --reader small --model_name_or_path $(firstword $(BENCH_HOSTS)) --output results/speed-many.json
+	$(if $(ADAPTER),$(BENCH) start --adapter $(ADAPTER) --model_name_or_path $(firstword $(BENCH_HOSTS)) \
+	    --output results/speed-start.json)
 	$(RUN) -m scripts.research.benchmark render
 
 dist: $(VENV)/.installed-test

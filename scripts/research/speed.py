@@ -1,6 +1,9 @@
 """Costs of an adapter in time, memory and bytes, compared with the bare host and PEFT's methods.
 
     python -m scripts.research.benchmark latency --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark parts --model_name_or_path H [--adapter DIR] --output F.json
+    python -m scripts.research.benchmark many --model_name_or_path H --reader small --output F.json
+    python -m scripts.research.benchmark start --model_name_or_path H --adapter DIR --output F.json
     python -m scripts.research.benchmark slopes --model_name_or_path H --output F.json
     python -m scripts.research.benchmark train --model_name_or_path H [--adapter DIR] --output F.json
     python -m scripts.research.benchmark memory --model_name_or_path H [--adapter DIR] --output F.json
@@ -38,9 +41,11 @@ from modeling_unihyperlora.measure.accounting import flops_overhead_pct, host_mu
 from modeling_unihyperlora.reader import READERS
 from modeling_unihyperlora.space import CanonicalSpace, layers_read, word_states
 from modeling_unihyperlora.storage import write_json
+from scripts.research.race import quartiles, race, rounded, wait
 from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, anchors, texts
+from scripts.research.speed_stream import many, parts, start
 
-COMMANDS = ("latency", "slopes", "train", "memory", "calibrate", "size")
+COMMANDS = ("latency", "parts", "many", "start", "slopes", "train", "memory", "calibrate", "size")
 SLOPES = {  # what varies → (blocks, width, tokens)
     "blocks": [(blocks, 256, 128) for blocks in (2, 4, 8)],
     "width": [(4, width, 128) for width in (128, 256, 512)],
@@ -48,8 +53,6 @@ SLOPES = {  # what varies → (blocks, width, tokens)
 }
 SLOPE_BATCH = 8
 SLOPE_ANCHOR_SENTENCES = 40
-SHORTEST = 0.02  # minimum seconds of a measurement; a faster contender runs several times
-LEAST_ROUNDS, MOST_ROUNDS = 5, 25
 MEMORY_ROUNDS, MEMORY_STEPS = 2, 3
 WITH_MEMORY = ("lora", "stream", "stream_delta", "inject_delta", "inject_delta_checkpointed", "lora_checkpointed")
 CALIBRATE_ROUNDS = 3
@@ -68,8 +71,8 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
         parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 512], help="Tokens of a sentence.")
         parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="Sentences of a batch.")
-    if command in ("latency", "slopes", "train"):
-        most = 60.0 if command == "train" else 20.0  # a backward pass through a host takes longer
+    if command in ("latency", "parts", "many", "slopes", "train"):
+        most = 60.0 if command in ("train", "many") else 20.0  # a backward pass through a host takes longer
         parser.add_argument("--seconds", type=float, default=most, help="Maximum for one batch size and length.")
 
 
@@ -79,6 +82,9 @@ def run(command: str, args: argparse.Namespace) -> None:
     ground = Ground(args.model_name_or_path, args.adapter, args.device, reader=args.reader, space=args.space)
     measured = {
         "latency": latency,
+        "parts": parts,
+        "many": many,
+        "start": start,
         "slopes": slopes,
         "train": train,
         "memory": memory,
@@ -100,69 +106,6 @@ def run(command: str, args: argparse.Namespace) -> None:
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
     write_json(args.output, record | measured)
-
-
-# ---- the race ----
-
-
-def race(contenders: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, object]:
-    """Let contenders run in turns, and compare them with the first one.
-
-    Returns:
-        ``rounds``, ``first_ms``, and for every other contender ``ratio``, ``quartiles`` of the ratio, and ``more_ms``,
-        the median of its extra time; or only ``left_out`` with the reason.
-    """
-    (first, run_first), *_ = contenders.items()
-    alone = _timed(run_first, 1, device)
-    if alone * len(contenders) * (LEAST_ROUNDS + 2) > 2 * seconds:
-        return {"left_out": f"{LEAST_ROUNDS} rounds would take more than {seconds:g} s"}
-    for contender in contenders.values():
-        contender()
-    once = {name: _timed(contender, 1, device) for name, contender in contenders.items()}
-    repeats = {name: max(1, math.ceil(SHORTEST / spent)) for name, spent in once.items()}
-    round_seconds = sum(once[name] * repeats[name] for name in once)
-    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(seconds / round_seconds)))
-    spent: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in range(rounds):
-        shift = number % len(names)  # so that the order changes
-        for name in names[shift:] + names[:shift]:
-            spent[name].append(_timed(contenders[name], repeats[name], device))
-    figures: dict[str, object] = {"rounds": rounds, "first_ms": _ms(statistics.median(spent[first]))}
-    for name in names[1:]:
-        pairs = list(zip(spent[name], spent[first], strict=True))
-        ratios = [own / base for own, base in pairs]
-        more = statistics.median(own - base for own, base in pairs)
-        figures[name] = {"ratio": _r(statistics.median(ratios)), "quartiles": _quartiles(ratios), "more_ms": _ms(more)}
-    return figures
-
-
-def _timed(function: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of one run."""
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    _wait(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [_r(low), _r(high)]
-
-
-def _r(value: float) -> float:
-    return round(value, 4)
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
 
 
 # ---- the measurements ----
@@ -284,8 +227,8 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         for key in ("peak_mb", "peak_over_loaded_mb"):
             ratios = [mine[key] / base[key] for mine, base in zip(own, marks["lora"], strict=True)]
             figures[name][key] = statistics.median(mark[key] for mark in own)
-            figures[name][key.replace("_mb", "_ratio")] = _r(statistics.median(ratios))
-            figures[name][key.replace("_mb", "_ratio_range")] = [_r(min(ratios)), _r(max(ratios))]
+            figures[name][key.replace("_mb", "_ratio")] = rounded(statistics.median(ratios))
+            figures[name][key.replace("_mb", "_ratio_range")] = [rounded(min(ratios)), rounded(max(ratios))]
     return {"first": "lora"} | figures
 
 
@@ -323,10 +266,10 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     }
 
     def timed(name: str, function: Callable[[], object]) -> object:
-        _wait(args.device)
+        wait(args.device)
         start = time.perf_counter()
         result = function()
-        _wait(args.device)
+        wait(args.device)
         spent[name].append(time.perf_counter() - start)
         return result
 
@@ -347,12 +290,12 @@ def calibrate(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
             timed("load_adapter", load).detach()
     warm = {name: values[1:] for name, values in spent.items()}
     figures: dict[str, object] = {
-        name: {"seconds": _r(statistics.median(values)), "quartiles": _quartiles(values)}
+        name: {"seconds": rounded(statistics.median(values)), "quartiles": quartiles(values)}
         for name, values in warm.items()
     }
     for name, base in (("calibrate", "host_on_anchors"), ("load_adapter", "load_host")):
         ratios = [own / other for own, other in zip(warm[name], warm[base], strict=True)]
-        figures[name] |= {f"ratio_to_{base}": _r(statistics.median(ratios)), "ratio_quartiles": _quartiles(ratios)}
+        figures[name] |= {f"ratio_to_{base}": rounded(statistics.median(ratios)), "ratio_quartiles": quartiles(ratios)}
     return {"rounds": CALIBRATE_ROUNDS, "layers_read": len(layers)} | figures
 
 
@@ -367,16 +310,16 @@ def size(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             own = measure(model, folder)
-        overhead = {str(tokens): _r(flops_overhead_pct(model, tokens)) for tokens in (16, 128, 512)}
+        overhead = {str(tokens): rounded(flops_overhead_pct(model, tokens)) for tokens in (16, 128, 512)}
         figures[pathway] = {
             "bytes": own["adapter_bytes"],
-            "bytes_over_lora": _r(own["adapter_bytes"] / lora_bytes),
+            "bytes_over_lora": rounded(own["adapter_bytes"] / lora_bytes),
             "delta_bytes": own["delta_bytes"],
             "bytes_by_part": own["parts"],
             "flops_overhead_pct_by_tokens": overhead,
         }
         host = host_multiply_adds(model, 128)
-        figures["lora"]["flops_overhead_pct_by_tokens"] = {"128": _r(100 * rank_adds / host)}
+        figures["lora"]["flops_overhead_pct_by_tokens"] = {"128": rounded(100 * rank_adds / host)}
     figures["reader_bytes"] = {name: reader_bytes(ground, name) for name in READERS}
     return figures
 

@@ -90,6 +90,11 @@ class Ground:
                 latent.normal_(0, 0.05, generator=generator)
         return model.eval()
 
+    def fresh_stream(self, task: str) -> UniHyperLoraForTokenClassification:
+        """A new stream whose first task has this name."""
+        own = {"tokenizer": self.tokenizer, "reader": self.reader, "space": self.space}
+        return UniHyperLoraForTokenClassification.from_host(self.new_host(), LABELS, task, **own)
+
     def stream_folder(self, folder: Path) -> str:
         """Folder of the given adapter if it is a stream, else of a new stream, which is saved to ``folder``."""
         if self.adapter is not None and read_config(Path(self.adapter) / "config.json").pathway == "stream":

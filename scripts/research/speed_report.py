@@ -19,7 +19,7 @@ NAMES = {
     "vblora": "VB-LoRA",
 }
 LINES = {"stream": COLOURS["zero_shot"], "inject": COLOURS["own_stream"], "lora": COLOURS["lora"]}
-COMMANDS = "latency slopes train memory calibrate size".split()
+COMMANDS = "latency parts many start slopes train memory calibrate size".split()
 
 
 def write(records: dict[str, dict], folder: Path) -> None:
@@ -91,6 +91,66 @@ def _race(record: dict) -> list[str]:
     return lines
 
 
+PARTS = {
+    "host_with_states": "host, returning its states",
+    "places": "where the words are",
+    "linear_map": "map, linear",
+    "query": "map, query of the landmarks",
+    "landmarks": "map, landmarks",
+    "reader": "reader",
+    "head": "head",
+}
+
+
+def _parts(record: dict) -> list[str]:
+    cells, adds = record["cells"], record["multiply_adds_pct_at_128_tokens"]
+    shapes = [f"{cell['batch']} × {cell['tokens']}" for cell in cells]
+    rows = [["whole stream", *(_ratio(cell["stream"]) for cell in cells), f"{100 + sum(adds.values()):.2f}"]]
+    for name, text in PARTS.items():
+        added = f"{adds[name]:.2f}" if name in adds else "–"
+        rows.append([text, *(_ratio(cell[name]) for cell in cells), added])
+    lines = [
+        "Time of a part over that of the bare host. A part runs alone, with its weights in the processor's cache."
+    ]
+    header = ["part", *(f"{shape}, time / host" for shape in shapes), "multiply-adds, % of the host's at 128 tokens"]
+    return [*lines, "", *_table(header, rows)]
+
+
+WAYS = {
+    "one_pass": "stream, {} tasks for every sentence",
+    "mixed": "stream, each sentence one of {} tasks",
+    "lora_merged_passes": "LoRA r=8, merged, {} passes",
+    "lora_passes": "LoRA r=8, {} passes",
+    "lora_mixed": "LoRA r=8, each sentence one of {} adapters (PEFT)",
+}
+
+
+def _many(record: dict) -> list[str]:
+    shape = f"{record['batch']} sentences of {record['tokens']} tokens, readers of size {record['reader']}"
+    rows = []
+    for name, figures in record.items():
+        way, _, number = name.rpartition("_")
+        if way in WAYS:
+            rows.append([WAYS[way].format(number), _ratio(figures)])
+    lines = [f"{shape}; {record['rounds']} turns, {record['first_ms']:.0f} ms of the bare host each.", ""]
+    return [*lines, *_table(["way", "time / bare host"], rows)]
+
+
+def _start(record: dict) -> list[str]:
+    rows = [
+        [name, f"{record[key]['cpu_seconds']:.2f}", f"{record[key]['peak_mb']:.0f}"]
+        for key, name in (("torch", "torch"), ("onnx", "ONNX files, without torch"))
+    ]
+    lines = _table(["`unihyperlora tag` on one sentence", "CPU seconds of the process", "peak MB"], rows)
+    equal = "the same entities" if record["equal_entities"] else "**other entities**"
+    sizes = f"The host's file has {record['host_bytes']:,} bytes, the reader's {record['reader_bytes']:,}"
+    return [
+        *lines,
+        "",
+        f"{sizes}; both find {equal}. Median of {record['rounds']} processes, the host lined up before.",
+    ]
+
+
 def _slopes(record: dict) -> list[str]:
     lines = [
         f"Time that the adapter adds to a host with random weights, batch {record['batch']}, as a power of the varied",
@@ -159,6 +219,9 @@ def _size(record: dict) -> list[str]:
 
 TABLES = {
     "latency": _race,
+    "parts": _parts,
+    "many": _many,
+    "start": _start,
     "slopes": _slopes,
     "train": _race,
     "memory": _memory,

@@ -1,14 +1,17 @@
 """Records and pictures of the speed benchmark; no test depends on timing."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
-from modeling_unihyperlora import CanonicalSpace, HostError
+from modeling_unihyperlora import CanonicalSpace, ConfigError, HostError
 from modeling_unihyperlora.hosts import load_host
+from modeling_unihyperlora.measure.accounting import added_multiply_adds
+from modeling_unihyperlora.space import KNOTS
 from modeling_unihyperlora.words import load_tokenizer
-from scripts.research import benchmark, speed, speed_report
+from scripts.research import benchmark, race, speed, speed_report, speed_stream
 from scripts.research.speed_contenders import Ground, texts
 
 
@@ -28,7 +31,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(race.time, "process_time", lambda: self.now)
 
     def takes(self, *seconds: float):
         turns = iter(range(10**6))
@@ -41,8 +44,8 @@ class Clock:
 
 def test_ratios_are_medians_over_turns_with_their_quartiles(monkeypatch):
     clock = Clock(monkeypatch)
-    found = speed.race({"host": clock.takes(1.0), "slow": clock.takes(3.0, 2.0, 2.0, 1.0, 2.5)}, 200.0, "cpu")
-    assert found["rounds"] == speed.MOST_ROUNDS and found["first_ms"] == 1000.0
+    found = race.race({"host": clock.takes(1.0), "slow": clock.takes(3.0, 2.0, 2.0, 1.0, 2.5)}, 200.0, "cpu")
+    assert found["rounds"] == race.MOST_ROUNDS and found["first_ms"] == 1000.0
     assert found["slow"]["ratio"] == 2.0 and found["slow"]["quartiles"] == [2.0, 2.5]
     assert found["slow"]["more_ms"] == 1000.0 and "host" not in found
 
@@ -50,13 +53,13 @@ def test_ratios_are_medians_over_turns_with_their_quartiles(monkeypatch):
 def test_the_fast_run_several_times_a_turn(monkeypatch):
     clock, calls = Clock(monkeypatch), []
     fast = clock.takes(0.001)
-    speed.race({"host": clock.takes(0.1), "fast": lambda: (calls.append(1), fast())}, 10.0, "cpu")
-    assert len(calls) > 20 * speed.LEAST_ROUNDS
+    race.race({"host": clock.takes(0.1), "fast": lambda: (calls.append(1), fast())}, 10.0, "cpu")
+    assert len(calls) > 20 * race.LEAST_ROUNDS
 
 
 def test_what_takes_too_long_is_left_out_and_says_so(monkeypatch):
     clock = Clock(monkeypatch)
-    found = speed.race({"host": clock.takes(10.0), "slow": clock.takes(10.0)}, 20.0, "cpu")
+    found = race.race({"host": clock.takes(10.0), "slow": clock.takes(10.0)}, 20.0, "cpu")
     assert list(found) == ["left_out"] and "20 s" in found["left_out"]
 
 
@@ -73,7 +76,7 @@ def test_batches_are_running_text_without_padding(tiny_host):
 
 
 def test_latency_is_written_with_all_contenders(tiny_host, tmp_path, space, monkeypatch):
-    monkeypatch.setattr(speed, "SHORTEST", 1e-9)
+    monkeypatch.setattr(race, "SHORTEST", 1e-9)
     output = tmp_path / "latency.json"
     threads = torch.get_num_threads()
     flags = ["--output", str(output), "--batches", "2", "--lengths", "16", "--seconds", "20", "--threads", "1"]
@@ -84,6 +87,38 @@ def test_latency_is_written_with_all_contenders(tiny_host, tmp_path, space, monk
     assert record["kind"] == "speed" and record["threads"] == 1 and str(tmp_path) not in output.read_text()
     (cell,) = record["cells"]
     assert {"stream", "inject", "inject_merged", "lora", "lora_merged"} < set(cell) and cell["rounds"] >= 5
+
+
+def test_parts_are_of_the_stream_that_runs(tiny_host, space, monkeypatch):
+    """Their multiply-adds are those that are accounted for, and δθ's, which is zero here, is left out."""
+    monkeypatch.setattr(race, "SHORTEST", 1e-9)
+    monkeypatch.setattr(speed_stream, "PART_SHAPES", ((2, 16),))
+    ground = Ground(str(tiny_host), reader="small", space=space)
+    found = speed_stream.parts(ground, argparse.Namespace(seconds=10.0, device="cpu"))
+    assert set(found["cells"][0]) > {"stream", *speed_report.PARTS}
+    model = ground.pathway_model("stream")
+    adds = speed_stream.multiply_adds_of_parts(model)
+    dim = model.config.space["dim"]
+    assert sum(adds.values()) == added_multiply_adds(model) - len(KNOTS) * dim * dim
+
+
+def test_many_tasks_are_raced_beside_lora(tiny_host, space, monkeypatch):
+    for name, value in (("TASKS", (1, 3)), ("PASSES", 2), ("MANY_SHAPE", (3, 16))):
+        monkeypatch.setattr(speed_stream, name, value)
+    monkeypatch.setattr(race, "SHORTEST", 1e-9)
+    ground = Ground(str(tiny_host), reader="small", space=space)
+    found = speed_stream.many(ground, argparse.Namespace(seconds=20.0, device="cpu"))
+    ways = {"one_pass_1", "one_pass_3", "mixed_3", "lora_merged_passes_2", "lora_passes_2", "lora_mixed_2"}
+    assert ways < set(found) and found["batch"] == 3
+
+
+def test_start_needs_an_adapter_and_measures_whole_processes(tiny_host, space):
+    with pytest.raises(ConfigError, match="--adapter DIR"):
+        speed_stream.start(Ground(str(tiny_host), space=space), argparse.Namespace(adapter=None))
+    cost = speed_stream.process_cost(["--version"])
+    assert cost["printed"].startswith("unihyperlora ") and cost["cpu_seconds"] > 0 and cost["peak_mb"] > 5
+    with pytest.raises(RuntimeError, match="no subcommand 'nothing'"):
+        speed_stream.process_cost(["nothing"])
 
 
 def test_a_training_step_of_every_contender_trains_its_own(tiny_host, space):
@@ -129,6 +164,24 @@ def test_the_page_has_every_table_and_the_picture(tmp_path, monkeypatch):
                 {"batch": 32, "tokens": 512, "left_out": "5 rounds would take more than 20 s"},
             ],
         ),
+        "speed-parts": a_record(
+            "parts",
+            first="host",
+            cells=[cell(1, 16, stream=1.2, **dict.fromkeys(speed_report.PARTS, 0.02))],
+            multiply_adds_pct_at_128_tokens={"linear_map": 1.0, "reader": 2.5},
+        ),
+        "speed-many": a_record(
+            "many", reader="small", **cell(32, 32, one_pass_10=1.3, lora_merged_passes_10=9.9), first="host"
+        ),
+        "speed-start": a_record(
+            "start",
+            rounds=3,
+            equal_entities=True,
+            host_bytes=90_000_000,
+            reader_bytes=370_000,
+            torch={"cpu_seconds": 6.5, "peak_mb": 700.0},
+            onnx={"cpu_seconds": 0.9, "peak_mb": 250.0},
+        ),
         "speed-train": a_record("train", first="lora", cells=[cell(32, None, stream=0.05)]),
         "speed-slopes": a_record(
             "slopes",
@@ -161,6 +214,12 @@ def test_the_page_has_every_table_and_the_picture(tmp_path, monkeypatch):
     for text in (
         "| 8 × 128 | 1.030 [1.020, 1.040] | 1.120 [1.110, 1.130] | 12.5 | 7 |",
         "Left out: 32 × 512",
+        "| whole stream | 1.200 [1.190, 1.210] | 103.50 |",
+        "| reader | 0.020 [0.010, 0.030] | 2.50 |",
+        "| stream, 10 tasks for every sentence | 1.300 [1.290, 1.310] |",
+        "| LoRA r=8, merged, 10 passes | 9.900 [9.890, 9.910] |",
+        "| ONNX files, without torch | 0.90 | 250 |",
+        "reader's 370,000; both find the same entities",
         "| 32 × sentences as they are | 0.050",
         "| blocks | 2 | 1.00 | 0.20 | – |",
         "| stream | 0.800 [0.790, 0.810] | 900 |",
