@@ -50,11 +50,12 @@ def lstm_of(reader: Reader, width: int) -> nn.LSTM:
 class TestReader:
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("shape", [(5, 4), *READERS.values()])
-    def test_values_and_gradients_are_those_of_torchs_layer(self, shape, bits):
-        """More sentences than one group, all of different lengths, compared with each sentence alone in float64."""
+    @pytest.mark.parametrize("even", [False, True], ids=["different lengths", "one length"])
+    def test_values_and_gradients_are_those_of_torchs_layer(self, even, shape, bits):
+        """More sentences than one group, compared with each sentence alone in float64."""
         torch.manual_seed(0)
         reader = Reader(6, *shape, bits=bits, dropout=0.0)
-        lengths = torch.randperm(2 * TOGETHER + 3) + 1
+        lengths = torch.full((2 * TOGETHER + 3,), 4) if even else torch.randperm(2 * TOGETHER + 3) + 1
         z = torch.randn(int(lengths.sum()), 6)
         z[:, 0] *= 3
         mine = z.clone().requires_grad_(True)
