@@ -115,8 +115,9 @@ def held_tensors(model) -> list[torch.Tensor]:
     amended, reader, *head = model.adapter.values(task)
     return [
         *by_knot,
-        made.offset,
-        made.matrix,
+        made.matrices,
+        made.offsets,
+        made.queries,
         stream.words.flags,
         *([] if amended is None else [amended]),
         *reader,
