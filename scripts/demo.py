@@ -10,8 +10,10 @@ host is the lower half of the first; no adapter was trained on it. ``unihyperlor
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -82,19 +84,22 @@ def main(command_line: list[str] | None = None) -> None:
     """.split()
     here = ["--model_name_or_path", host, "--output_dir", args.output_dir, "--reader", "small", "--max_steps", "500"]
     there = ["--model_name_or_path", other]
-    with console.status("Reading tweets and training …"):
-        results = run(NER, [*here, *common, *training])
-    with console.status("Moving the file to the other host …"):
-        moved = ["--adapter", args.output_dir, "--output_dir", str(folder / "moved")]
-        zero_shot = run(NER, [*moved, *there, *common])
-    with console.status("Training a linear probe there, to compare with …"):
-        probing = ["--method", "probe", "--max_steps", "200", "--output_dir", str(folder / "probe")]
-        probe = run(NER, [*probing, *there, *common, *training])
+    moved = ["--adapter", args.output_dir, "--output_dir", str(folder / "moved")]
+    probing = ["--method", "probe", "--max_steps", "200", "--output_dir", str(folder / "probe")]
+    results = quietly("Reading tweets and training …", [*here, *common, *training])
+    zero_shot = quietly("Moving the file to the other host …", [*moved, *there, *common])
+    probe = quietly("Training a linear probe there, to compare with …", [*probing, *there, *common, *training])
     console.print(transfer_table(results, zero_shot, probe))
     console.print(size_table(results))
     for sentence in typed_sentences():
         console.print(side_by_side({name: tag(model, [sentence]) for name, model in models.items()}))
     console.print(next_steps(folder, host, other), highlight=False, markup=False, soft_wrap=True)
+
+
+def quietly(what: str, command_line: list[str]) -> dict[str, object]:
+    """A run whose figures are not printed; says what it is doing."""
+    with Console(stderr=True).status(what), contextlib.redirect_stdout(io.StringIO()):
+        return run(NER, command_line)
 
 
 def side_by_side(found: dict[str, list[TaggedText]]) -> Table:
