@@ -79,10 +79,10 @@ def main(command_line: list[str] | None = None) -> None:
         --max_seq_length 64 --save_strategy no --disable_tqdm true --log_level error
     """.split()
     training = f"""
-        --do_train --train_file {train_file} --max_train_samples {TRAINED_ON} --per_device_train_batch_size 16
-        --lr_scheduler_type cosine --warmup_steps 0.1 --logging_strategy no --overwrite_output_dir
+        --do_train --train_file {train_file} --per_device_train_batch_size 32 --lr_scheduler_type cosine
+        --warmup_steps 0.1 --logging_strategy no --overwrite_output_dir
     """.split()
-    here = ["--model_name_or_path", host, "--output_dir", args.output_dir, "--reader", "small", "--max_steps", "500"]
+    here = ["--model_name_or_path", host, "--output_dir", args.output_dir, "--reader", "medium", "--max_steps", "800"]
     there = ["--model_name_or_path", other]
     moved = ["--adapter", args.output_dir, "--output_dir", str(folder / "moved")]
     probing = ["--method", "probe", "--max_steps", "200", "--output_dir", str(folder / "probe")]
