@@ -117,6 +117,7 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
         "<!-- stored_states -->\nold\n<!-- end of stored_states -->\n<!-- plan -->\nold\n<!-- end of plan -->\nbelow\n"
     )
     shares = {"read_by": ["a"], "rows": 9, "steps": 5, "reader": "small", "cpu_seconds": 20.0, "f1": {"b": 0.5}}
+    shares["validation_rows"] = 600
     states = {
         "kind": "stored_states",
         "hardware": {"machine": "x86_64"},
