@@ -7,9 +7,8 @@ so it is trained on both.
 
 from collections.abc import Iterator
 
-from modeling_unihyperlora.words import CUT
+from modeling_unihyperlora.words import cut_words
 
-from .findings import WordCutter
 from .ner_data import Sentence
 from .tag_schemes import Tag, tags_of_labels
 
@@ -26,9 +25,9 @@ def words_of_raw_text(sentences: list[Sentence], labels: list[str], scheme: str 
     """
     meaning = tags_of_labels(labels, scheme)
     names = {tag: label for label, tag in meaning.items()}
-    cut, found = WordCutter(CUT), []
+    found = []
     for sentence in sentences:
-        parts = [[word[start:end] for start, end in cut(word)] or [word] for word in sentence.tokens]
+        parts = [cut_words(word) or [word] for word in sentence.tokens]
         if sentence.tags is None or all(len(own) == 1 for own in parts):
             continue
         tags = [
