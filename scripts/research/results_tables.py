@@ -107,24 +107,25 @@ def transfer_table(name: str, matrix: dict) -> list[str]:
         "calibration, s",
         "R² per knot",
     ]
+    rows = []
+    for target, row in matrix["targets"].items():
+        fit, gap = row["calibration_r2"], row.get("gap_recovered")
+        cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
+        cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
+        cells += [_figure(row.get(f"{way}_over_own_stream"), 3) for way in ("zero_shot", "refined")]
+        cells += ["–" if gap is None else f"{gap:.2f}", _figure(row["calibration_seconds"], 1)]
+        rows.append([*cells, " ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–"])
+    kept = [number for number in range(len(names)) if any(cells[number] != "–" for cells in rows)]
     lines = [
         *["", f"## {name}", ""],
         f"Data {matrix['data']['name']}, {metric}, seeds {', '.join(map(str, matrix['seeds']))}; a file of {size} B. "
         f"Zero-shot: no label of the target, no gradient step.{_space(matrix)}",
         "Gap recovered: (zero-shot − probe) / (own − probe), if own and probe differ by 3 points or more.",
+        f"Flags of the adapters' runs: `{' '.join(matrix['flags'])}`.",
         *["", f"![Scores of one adapter file on hosts it has not seen]({name}.png)", ""],
-        *["| " + " | ".join(names) + " |", "|---" * len(names) + "|"],
     ]
-    for target, row in matrix["targets"].items():
-        fit = row["calibration_r2"]
-        cells = [target, ", ".join(row["source_hosts"]), _figure(row["source_f1"])]
-        cells += [_figure(row[f"{column['key']}_f1"]) for column in matrix["columns"]]
-        cells += [_figure(row.get(f"{way}_over_own_stream"), 3) for way in ("zero_shot", "refined")]
-        gap = row.get("gap_recovered")
-        cells += ["–" if gap is None else f"{gap:.2f}", _figure(row["calibration_seconds"], 1)]
-        cells.append(" ".join(f"{value:.2f}" for value in fit["mean"]) if fit else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    table = [names, ["---"] * len(names), *rows]
+    return lines + ["| " + " | ".join(cells[number] for number in kept) + " |" for cells in table]
 
 
 def _space(matrix: dict) -> str:

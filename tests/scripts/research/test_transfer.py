@@ -19,6 +19,7 @@ from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, Data
 from modeling_unihyperlora.space import PACKAGE_SPACE
 from scripts.research import benchmark, runner, transfer, transfer_plan
 from scripts.research.records import SETTINGS
+from scripts.research.results_tables import transfer_table
 from scripts.research.transfer_picture import draw
 from trainers.tasks import CLASSIFICATION
 
@@ -391,6 +392,12 @@ class TestMatrix:
         assert "–" in cells and cells[-3:] == ["0.50", "2.5 ± 0.7", "0.50 0.75"]
         assert "Space: english 1 abc." in "".join(lines)
         assert "tweets" not in (tmp_path / "README.md").read_text()  # the short table is of runs
+
+    def test_columns_without_a_figure_are_not_shown(self, go):
+        lines = transfer_table("tweets", go("--seeds", 0, "--only", "zero_shot"))
+        (header,) = (line for line in lines if line.startswith("| target"))
+        assert "zero-shot |" in header and "probe" not in header and "gap" not in header
+        assert any(line.startswith("Flags of the adapters' runs: `") for line in lines)
 
     def test_half_a_matrix_is_not_kept(self, tmp_path):
         (tmp_path / "transfer_matrix.json").write_text("{}")
