@@ -57,7 +57,8 @@ def test_what_they_install_works_elsewhere(built, tmp_path):
     venv.create(tmp_path / "environment", with_pip=True)
     python = tmp_path / "environment" / "bin" / "python"
     [wheel] = built.glob("*.whl")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, env=alone)
     own = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,
@@ -65,7 +66,6 @@ def test_what_they_install_works_elsewhere(built, tmp_path):
         text=True,
     ).stdout.strip()
     Path(own, "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # a .pth file there is not followed
-    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = {"check": True, "capture_output": True, "text": True, "cwd": tmp_path, "env": alone}
     assert "people-places-organisations" in subprocess.run([python, "-c", SMOKE], **run).stdout
     command = tmp_path / "environment" / "bin" / "unihyperlora"
