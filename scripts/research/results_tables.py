@@ -8,7 +8,7 @@ from scripts.research.records import of_kind
 from scripts.research.scaling_tables import search_tables
 
 COLUMNS = (
-    *("data", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
+    *("data, sentences", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "reader, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s", "states, CPU s"),
 )
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
@@ -182,7 +182,7 @@ def _row_key(record: dict) -> tuple[str, ...]:
     settings = record["settings"]
     kind, scope = [settings["method"]], settings["train_scope"]
     if settings["method"] == "unihyperlora":
-        kind += [record["pathway"], record["projector"]]
+        kind += filter(None, (record["pathway"], record["projector"]))
     elif settings["method"] in ("lora", "sat_lora"):
         kind.append(f"r={settings['lora_r']}")
     if record["results"]["train_runtime"] is None:
@@ -191,7 +191,8 @@ def _row_key(record: dict) -> tuple[str, ...]:
         scope = BASELINE_SCOPES[settings["method"]]
     told = ("seed", "lora_r")
     rest = sorted((name, str(value)) for name, value in settings.items() if value is not None and name not in told)
-    return (record["data"]["name"], ", ".join(kind), record["host"], scope, str(rest))
+    sentences = " / ".join(f"{split['sentences']:,}" for split in record["data"]["splits"].values())
+    return (f"{record['data']['name']}, {sentences}", ", ".join(kind), record["host"], scope, str(rest))
 
 
 def _length(settings: dict) -> str:

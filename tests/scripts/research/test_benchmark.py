@@ -49,6 +49,12 @@ def test_seeds_share_a_row_and_other_settings_do_not(tmp_path):
     assert "| delta | 512 |" in text
 
 
+def test_a_stream_has_no_projector_to_name(tmp_path):
+    folder = a_run(tmp_path / "run", 0, 0.8)
+    (folder / "config.json").write_text(json.dumps({"pathway": "stream", "projector": None, "source_hosts": []}))
+    assert "| tweets, 3 | unihyperlora, stream | host-a | task | 5 × 2 |" in rendered({"0": record_of(folder)})
+
+
 def test_ranks_of_lora_are_apart(tmp_path):
     runs = []
     for rank in (1, 8):
@@ -58,7 +64,7 @@ def test_ranks_of_lora_are_apart(tmp_path):
         runs.append(record_of(folder))
     text = rendered({str(number): run for number, run in enumerate(runs)})
     for rank in (1, 8):
-        assert f"| tweets | lora, r={rank} | host-a | LoRA and head | " in text
+        assert f"| tweets, 3 | lora, r={rank} | host-a | LoRA and head | " in text
 
 
 def test_ready_adapters_have_a_column_for_each_host():
@@ -87,7 +93,7 @@ def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
     (run / "config.json").unlink()
     text = rendered({"0": record_of(run)})
     assert (
-        "| tweets | unihyperlora, inject, dimension | host-a | zero-shot from host-a | – | – | – | 0 | 0.6000 |"
+        "| tweets, 3 | unihyperlora, inject, dimension | host-a | zero-shot from host-a | – | – | – | 0 | 0.6000 |"
         in text
     )
 
