@@ -117,21 +117,21 @@ def _parts(record: dict) -> list[str]:
 
 
 WAYS = {
-    "one_pass": "stream, {} tasks for every sentence",
-    "mixed": "stream, each sentence one of {} tasks",
-    "lora_merged_passes": "LoRA r=8, merged, {} passes",
-    "lora_passes": "LoRA r=8, {} passes",
-    "lora_mixed": "LoRA r=8, each sentence one of {} adapters (PEFT)",
+    "one_pass": "stream, tasks for every sentence: {}",
+    "mixed": "stream, tasks of which each sentence has one: {}",
+    "lora_merged_passes": "LoRA r=8, merged, passes: {}",
+    "lora_passes": "LoRA r=8, passes: {}",
+    "lora_mixed": "LoRA r=8 (PEFT), adapters of which each sentence has one: {}",
 }
 
 
 def _many(record: dict) -> list[str]:
     shape = f"{record['batch']} sentences of {record['tokens']} tokens, readers of size {record['reader']}"
-    rows = []
-    for name, figures in record.items():
-        way, _, number = name.rpartition("_")
-        if way in WAYS:
-            rows.append([WAYS[way].format(number), _ratio(figures)])
+    found = [
+        (*name.rpartition("_")[::2], figures) for name, figures in record.items() if name.rpartition("_")[0] in WAYS
+    ]
+    found.sort(key=lambda row: ([*WAYS].index(row[0]), int(row[1])))
+    rows = [[WAYS[way].format(number), _ratio(figures)] for way, number, figures in found]
     lines = [f"{shape}; {record['rounds']} turns, {record['first_ms']:.0f} ms of the bare host each.", ""]
     return [*lines, *_table(["way", "time / bare host"], rows)]
 
