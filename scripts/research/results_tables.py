@@ -24,7 +24,7 @@ def rendered(records: dict[str, dict]) -> str:
         "# Results",
         "",
         "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page.",
-        "Sentences are those that a run trained on and scored, or only scored; CoNLL's whole validation split has 3,250.",
+        "Sentences: how many a run trained on and scored, or only scored; CoNLL's whole validation split has 3,250.",
         "F1 is the mean ± standard deviation over the seeds: seqeval's micro F1 for tags,",
         "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
         "The states' part of it is the time for computing the sources' states of anchors and text; it is near zero if",
