@@ -5,7 +5,11 @@ PLANNED_WORDS = 10**9
 
 def stored_states_tables(record: dict) -> list[str]:
     """Reading, tasks on stored states, and several workers, as far as they were measured."""
-    lines = [f"CPU seconds of one process with one thread, on {record['hardware']['machine']}.", ""]
+    lines = [
+        f"CPU seconds of one process with one thread, without its imports, on {record['hardware']['machine']}; the "
+        "machine was shared.",
+        "",
+    ]
     if speed := record.get("speed"):
         lines += [
             f"Reading with {speed['host']}, batches of 32 texts of about 128 sub-tokens ({speed['texts']} texts, "
@@ -29,7 +33,7 @@ def stored_states_tables(record: dict) -> list[str]:
             f"LoRA r=8 on {lora['host']}, in the same session: {lora['cpu_seconds_a_step']:.2f} CPU s a step of 32 "
             f"sentences, so {lora['cpu_seconds_of_500_steps']:.0f} CPU s for each task of 500 steps, the second like "
             f"the tenth. A task on stored states takes {min(seconds):.0f} to {max(seconds):.0f} CPU s: these are the "
-            f"{len(seconds)} of the table, which were trained one after the other on the same stored corpora.",
+            f"{len(seconds)} of the table, trained one after the other on corpora that were read once.",
             "",
         ]
     return lines + worker_table(record.get("workers"))
@@ -91,8 +95,8 @@ def plan_table(record: dict) -> list[str]:
         lines += [
             "",
             "After that a task costs what its steps cost, whatever the size of the corpus: "
-            f"{task['cpu_seconds']:.0f} CPU s for {task['steps']} steps of 32 sentences, with the start of the "
-            f"process, where LoRA takes {record['lora']['cpu_seconds_of_500_steps']:.0f} CPU s for 500. No host is in "
+            f"{task['cpu_seconds']:.0f} CPU s for {task['steps']} steps of 32 sentences, "
+            f"where LoRA takes {record['lora']['cpu_seconds_of_500_steps']:.0f} CPU s for 500. No host is in "
             "memory.",
         ]
     return lines
