@@ -4,6 +4,7 @@
 # make bench   what an adapter costs beside the bare host and LoRA: results/speed.md (about half an hour)
 # make dist    wheel and sdist, in dist/
 # make adapters  make the ready adapters anew: make adapters DATA=DIR HOSTS="SOURCE OTHERS …" [ONLY="sentiment …"]
+# make docs    the documentation site, in site/; a warning is an error
 # make space   make the package's canonical space anew: make space HOSTS="A B C", Hub ids or folders
 # Each target sets up what it needs in .venv; PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
@@ -12,7 +13,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SENTENCE ?=
 
-.PHONY: demo test test-slow bench dist adapters space lint clean
+.PHONY: demo test test-slow docs bench dist adapters space lint clean
 
 demo: $(VENV)/.installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) scripts/demo.py $(if $(SENTENCE),--sentence "$$SENTENCE")
@@ -22,6 +23,10 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow
+
+# The variable silences a notice of mkdocs-material on its successor, Zensical.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # BENCH_HOSTS: Hub ids or folders; the first is measured in everything. ADAPTER: a trained tagger, for `start`.
 HOSTS ?=
@@ -70,5 +75,5 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

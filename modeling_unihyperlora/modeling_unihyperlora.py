@@ -315,7 +315,9 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             **host_kwargs: ``dtype``, ``cache_dir``, ``token``, ``local_files_only`` for loading the host.
 
         Raises:
-            HostError, ConfigError, DataError
+            HostError: the host cannot be loaded, or cannot carry the adapter.
+            ConfigError: labels, reader or layout are not usable, or space and anchor_file were both given.
+            DataError: the anchor file cannot be used.
         """
         config = UniHyperLoraConfig() if config is None else config
         if space is not None and anchor_file is not None:

@@ -17,9 +17,8 @@ results/paper.jsonl.
 ``tasks`` measures batches with many tasks (see mixed_tasks.py). ``scaling`` measures how costs grow (see scaling.py).
 ``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure an adapter's costs on a host (see
 speed.py).
-``render`` writes results/README.md, the short table in README.md, the tables of docs/HOSTS.md, docs/SCALING.md and
-docs/STATES.md, and
-results/speed.md with its picture, from the records only.
+``render`` writes results/README.md, the short table in README.md, the tables of hosts.md, scaling.md and states.md
+in docs/how-to/, and results/speed.md with its picture, from the records only.
 """
 
 import argparse
@@ -39,6 +38,7 @@ from scripts.research.stored_states_tables import plan_table, stored_states_tabl
 
 RESULTS = Path(__file__).parents[2] / "results"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
+HOW_TO_PAGES = ("hosts", "scaling", "states")  # of docs/how-to
 HOST_MARKS = ("<!-- hosts -->", "<!-- end of hosts -->")
 
 
@@ -83,7 +83,7 @@ def render(results: Path) -> None:
     if compared := of_kind(records, "paper"):
         draw(rows_of(compared.values()), results / PICTURE)
     readme, hosts, scaling_md, states_md = (
-        results.parent / page for page in ("README.md", "docs/HOSTS.md", "docs/SCALING.md", "docs/STATES.md")
+        results.parent / page for page in ("README.md", *(f"docs/how-to/{name}.md" for name in HOW_TO_PAGES))
     )
     of_states = {"stored_states": stored_states_tables, "plan": plan_table}
     for path, text in {

@@ -1,4 +1,4 @@
-"""Renders the tables of docs/HOSTS.md from the records of host_families.py, pruned_hosts.py and fuzz_adapter.py."""
+"""Renders the tables of docs/how-to/hosts.md from records of host_families.py, pruned_hosts.py and fuzz_adapter.py."""
 
 FEATURES = {  # feature of the tests → column, in the order of the columns
     "all_sites": "all six module types",

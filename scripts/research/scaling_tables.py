@@ -1,11 +1,11 @@
-"""Renders the tables of docs/SCALING.md, and the tables of searches in results/README.md, from the records."""
+"""Renders the tables of docs/how-to/scaling.md, and the tables of searches in results/README.md, from the records."""
 
 from collections import Counter
 from collections.abc import Callable
 
 
 def scaling_page(text: str, records: dict[str, dict]) -> str:
-    """docs/SCALING.md with all tables rendered anew; a table without a record says "Not measured yet."."""
+    """docs/how-to/scaling.md with all tables rendered anew; a table without a record says "Not measured yet."."""
     drawn = {"launch": launch_table, "scaling": slope_table, "mixed_tasks": task_table, "kills": kill_table}
     return with_tables(text, records, {kind: (kind, table) for kind, table in drawn.items()})
 

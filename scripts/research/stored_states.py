@@ -15,7 +15,7 @@ same machine. ``workers`` reads one corpus with one process, two processes of ac
 with two of which one is killed in the middle, and compares the folders byte for byte. CPU seconds are those of one
 process with one thread.
 
-All of them add to one record, results/stored_states.json; ``benchmark.py render`` draws docs/STATES.md from it.
+All of them add to one record, results/stored_states.json; ``benchmark.py render`` draws docs/how-to/states.md from it.
 """
 
 import argparse

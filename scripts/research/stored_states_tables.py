@@ -1,4 +1,4 @@
-"""Renders the tables of docs/STATES.md from the record of stored_states.py."""
+"""Renders the tables of docs/how-to/states.md from the record of stored_states.py."""
 
 PLANNED_WORDS = 10**9
 

@@ -1,4 +1,4 @@
-"""Read a corpus into canonical states, once for all tasks and hosts (docs/STATES.md).
+"""Read a corpus into canonical states, once for all tasks and hosts.
 
     unihyperlora read --host HOST --input corpus.jsonl --output states
     unihyperlora ner --train_states states --do_train --output_dir runs/task

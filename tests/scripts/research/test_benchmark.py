@@ -102,8 +102,8 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", results)
-    (tmp_path / "docs").mkdir()
-    for page, (begin, end) in (("README.md", benchmark.MARKS), ("docs/HOSTS.md", benchmark.HOST_MARKS)):
+    (tmp_path / "docs/how-to").mkdir(parents=True)
+    for page, (begin, end) in (("README.md", benchmark.MARKS), ("docs/how-to/hosts.md", benchmark.HOST_MARKS)):
         (tmp_path / page).write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     for seed, score in enumerate((0.7, 0.8)):
         benchmark.main(["record", str(a_run(tmp_path / str(seed), seed, score)), "--name", f"run-s{seed}"])
@@ -116,10 +116,10 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     outcomes = {"cut off": {"refused": 1200, "loaded, equal logits": 3}}
     record = {"kind": "adapter_fuzz", "files": 1203, "seed": 0, "failures": [], "outcomes": outcomes}
     (results / "fuzz.json").write_text(json.dumps(record))
-    (tmp_path / "docs" / "SCALING.md").write_text(
+    (tmp_path / "docs/how-to" / "scaling.md").write_text(
         "above\n<!-- launch -->\nold\n<!-- end of launch -->\n<!-- kills -->\nold\n<!-- end of kills -->\nbelow\n"
     )
-    (tmp_path / "docs" / "STATES.md").write_text(
+    (tmp_path / "docs/how-to" / "states.md").write_text(
         "<!-- stored_states -->\nold\n<!-- end of stored_states -->\n<!-- plan -->\nold\n<!-- end of plan -->\nbelow\n"
     )
     shares = {"read_by": ["a"], "rows": 9, "steps": 5, "reader": "small", "cpu_seconds": 20.0, "f1": {"b": 0.5}}
@@ -137,12 +137,12 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     runs = [{"launch": "ddp_gpu", "pathway": "inject", "not_run": "no GPU"}]
     (results / "launch.json").write_text(json.dumps({"kind": "launch", "runs": runs}))
     benchmark.main(["render"])
-    states = (tmp_path / "docs" / "STATES.md").read_text()
+    states = (tmp_path / "docs/how-to" / "states.md").read_text()
     assert "\nold\n" not in states and states.endswith("below\n")
     assert "| a | 9 | 4 | 160 | 150 | 5 | small | 20 | 0.5000 |" in states and "| one process | 3 | ab |" in states
     assert "| 4 | 150 | 310 |" in states and "139 core hours" in states
-    hosts = (tmp_path / "docs" / "HOSTS.md").read_text()
-    scaling = (tmp_path / "docs" / "SCALING.md").read_text()
+    hosts = (tmp_path / "docs/how-to" / "hosts.md").read_text()
+    scaling = (tmp_path / "docs/how-to" / "scaling.md").read_text()
     assert "| ddp_gpu | inject | – | not run: no GPU | – | – | – |" in scaling and "old" not in scaling
     assert "<!-- kills -->\nNot measured yet.\n<!-- end of kills -->\nbelow\n" in scaling
     assert "On a GPU: not measured." in (results / "speed.md").read_text()

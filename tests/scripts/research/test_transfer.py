@@ -374,11 +374,11 @@ class TestMatrix:
         monkeypatch.setattr(benchmark, "RESULTS", results)
         for page, marks in (
             ("README.md", benchmark.MARKS),
-            ("docs/HOSTS.md", benchmark.HOST_MARKS),
-            ("docs/SCALING.md", ()),
-            ("docs/STATES.md", ()),
+            ("docs/how-to/hosts.md", benchmark.HOST_MARKS),
+            ("docs/how-to/scaling.md", ()),
+            ("docs/how-to/states.md", ()),
         ):
-            (tmp_path / page).parent.mkdir(exist_ok=True)
+            (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / page).write_text("\n".join(marks))
         benchmark.main(["record", str(tmp_path / "out"), "--name", "tweets-transfer"])
         assert (results / "tweets-transfer.png").read_bytes() == (tmp_path / "out/transfer_matrix.png").read_bytes()
