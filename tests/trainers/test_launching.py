@@ -79,6 +79,8 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     os.environ |= {name: str(value) for name, value in own.items()} | {"UNIHYPERLORA_CACHE": str(folder / "cache")}
     from modeling_unihyperlora import space
     from trainers import state_cache
+    from trainers.running import run  # before the functions are counted: the maps of a source's copies are its own
+    from trainers.tasks import NER
 
     def counted(module, name: str) -> None:
         real = getattr(module, name)
@@ -93,9 +95,6 @@ def _train(rank: int, folder: Path, host: Path, port: int) -> None:
     counted(space, "word_states")
     counted(space, "fit_host")
     counted(state_cache, "read_words")
-    from trainers.running import run
-    from trainers.tasks import NER
-
     flags = f"--model_name_or_path {host} --train_file {folder / 'data.jsonl'} --output_dir {folder / 'out'}"
     flags += f" --pathway stream --space {folder / 'space.safetensors'} --reader small --max_flops_overhead_pct 1e9"
     flags += " --do_train --max_steps 2 --per_device_train_batch_size 4 --save_strategy no --use_cpu"

@@ -99,4 +99,4 @@ def test_a_killed_stream_ends_as_one_that_was_not(tmp_path):
     kill_and_resume.make_data(tmp_path / "train.jsonl", 60)
     kill_and_resume.make_space(tmp_path)
     for scope in ("task", "delta"):
-        assert kill_and_resume.torment("stream", scope, 1, tmp_path, 0)["identical"]
+        assert kill_and_resume.kill_and_compare("stream", scope, 1, tmp_path, 0)["identical"]
