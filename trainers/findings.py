@@ -3,7 +3,7 @@
 This module does not need torch: logits may come from a model or from ONNX files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,25 @@ def classified(text: str, labels: Sequence[str], logits: np.ndarray) -> Classifi
     """Class of a text, from its logits (C,)."""
     scores = dict(zip(labels, probabilities(logits).tolist(), strict=True))
     return ClassifiedText(text, max(scores, key=scores.get), scores)
+
+
+def in_batches(
+    lengths: Sequence[int], batch_size: int, score: Callable[[list[int]], Iterable[np.ndarray]]
+) -> list[np.ndarray]:
+    """Results of each item, in order; items of similar length share a batch.
+
+    Args:
+        lengths: length of each item.
+        batch_size: items of a batch.
+        score: maps the numbers of a batch's items to their results.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    found: list[np.ndarray] = [None] * len(lengths)
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        for number, row in zip(numbers, score(numbers), strict=True):
+            found[number] = row
+    return found
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

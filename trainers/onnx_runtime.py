@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified
+from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified, in_batches
 from .windows import cut
 
 FORMAT = "1"  # format that ``modeling_unihyperlora.publish.onnx_file`` writes
@@ -111,17 +111,16 @@ class OnnxReader:
 
     def _scores(self, rows: list[list[int]], batch_size: int) -> list[np.ndarray]:
         """Logits of each row of ids, in order; rows of similar length share a batch."""
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-        found: list[np.ndarray] = [None] * len(rows)
-        for numbers in _parts(order, batch_size):
+
+        def score(numbers: list[int]) -> np.ndarray:
             longest = max(len(rows[number]) for number in numbers)
             ids = np.full((len(numbers), longest), self.tokenizer.padding["pad_id"], np.int64)
             mask = np.zeros_like(ids)
             for at, number in enumerate(numbers):
                 ids[at, : len(rows[number])], mask[at, : len(rows[number])] = rows[number], 1
-            for number, row in zip(numbers, self.logits(ids, mask), strict=True):
-                found[number] = row
-        return found
+            return self.logits(ids, mask)
+
+        return in_batches([len(row) for row in rows], batch_size, score)
 
     def _pieces(self, sentences: list[list[str]]) -> Iterator[list[list[int]]]:
         """Sub-token ids of each word of each sentence; every word has at least one sub-token."""
@@ -238,8 +237,3 @@ def _tokenizer_of(host_path: str | Path, host: dict[str, Any]) -> Tokenizer:
     if hashlib.sha256(text.encode()).hexdigest() != host["tokenizer_sha256"]:
         raise OnnxFileError(f"{path} is not the tokenizer that {host_path} was written with. Write both again.")
     return Tokenizer.from_str(text)
-
-
-def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]

@@ -4,7 +4,7 @@ Predictions are computed as in a scored run: overlapping windows, tags decoded w
 entities as in seqeval's default mode.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from modeling_unihyperlora.words import CUT, load_tokenizer
 
 from .classification_data import Example
 from .classification_inputs import EncodedTexts
-from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified
+from .findings import ClassifiedText, TaggedText, Tagger, WordCutter, classified, in_batches
 from .ner_data import Sentence
 from .ner_windows import SentenceWindows
 
@@ -105,18 +105,12 @@ def _tokenizer_of(model: UniHyperLoraPreTrainedModel):
 def _scores(model, inputs, collate: Callable, batch_size: int) -> list[np.ndarray]:
     """Logits of each input, (T, C) or (C,), in order; inputs of similar length share a batch."""
     items = [inputs[number] for number in range(len(inputs))]
-    order = sorted(range(len(items)), key=lambda number: len(items[number]["input_ids"]))
-    found: list[np.ndarray] = [None] * len(items)
-    for numbers in _parts(order, batch_size):
+
+    def score(numbers: list[int]) -> np.ndarray:
         batch = collate([items[number] for number in numbers]).to(model.device)
-        for number, row in zip(numbers, model(**batch).logits.float().cpu().numpy(), strict=True):
-            found[number] = row
-    return found
+        return model(**batch).logits.float().cpu().numpy()
 
-
-def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]
+    return in_batches([len(item["input_ids"]) for item in items], batch_size, score)
 
 
 def _places(words: list[str]) -> list[tuple[int, int]]:

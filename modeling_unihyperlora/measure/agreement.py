@@ -16,32 +16,38 @@ BATCH = 64  # sentences
 OUTSIDE = "O"
 
 
-def agreement(model, task: str) -> float | None:
-    """The share of equal predictions from the space's coordinates and from the host's, 0 to 1.
+def agreement(model, tasks: list[str]) -> dict[str, float | None]:
+    """For each task the share of equal predictions from the space's coordinates and from the host's, 0 to 1.
 
-    For a task of tags it is taken over the words that have another tag than O in at least one of the two; for a task
-    of classes over the sentences.
+    For a task of tags the share is taken over the words that have another tag than O in at least one of the two; for a
+    task of classes it is taken over the sentences. The host's maps are fitted once for all tasks.
 
     Args:
-        model: a stream that is lined up with its host.
-        task: name of one of its tasks.
+        model: a stream that is aligned with its host.
+        tasks: names of its tasks.
 
     Returns:
-        The share, or None where no word is tagged in either.
+        Task → share, or None if no word is tagged in either.
     """
+    if not tasks:
+        return {}
     adapter, words = model.adapter, model.bound_stream.words
     sentences = adapter.space.sentences()
     states = anchor_states(model.host, words, sentences)
-    read = torch.isfinite(states).all(dim=-1).all(dim=0).split([*map(len, sentences)])
-    from_space = predictions(adapter, task, adapter.space.canonical().cpu().transpose(0, 1), sentences)
-    from_host = predictions(adapter, task, held_out_coordinates(adapter.space, states, words.num_layers), sentences)
-    own = model.config.tasks[task]
-    if own["type"] == "sequence_classification":
-        return float((torch.cat(from_space) == torch.cat(from_host)).double().mean())
-    outside = own["labels"].index(OUTSIDE) if OUTSIDE in own["labels"] else -1
-    usable, first, second = torch.cat(read), torch.cat(from_space), torch.cat(from_host)
-    counted = usable & ((first != outside) | (second != outside))
-    return float((first == second)[counted].double().mean()) if bool(counted.any()) else None
+    usable = torch.isfinite(states).all(dim=-1).all(dim=0)
+    from_space = adapter.space.canonical().cpu().transpose(0, 1)
+    from_host = held_out_coordinates(adapter.space, states, words.num_layers)
+    shares = {}
+    for name in tasks:
+        first, second = (torch.cat(predictions(adapter, name, z, sentences)) for z in (from_space, from_host))
+        own = model.config.tasks[name]
+        if own["type"] == "sequence_classification":
+            counted = torch.ones_like(first, dtype=torch.bool)
+        else:
+            outside = own["labels"].index(OUTSIDE) if OUTSIDE in own["labels"] else -1
+            counted = usable & ((first != outside) | (second != outside))
+        shares[name] = float((first == second)[counted].double().mean()) if bool(counted.any()) else None
+    return shares
 
 
 def held_out_coordinates(space: CanonicalSpace, states: torch.Tensor, num_layers: int) -> torch.Tensor:

@@ -96,7 +96,7 @@ def inspect_on_host(name: str | Path, host: str, revision: str = "main") -> dict
             for depth, knot in zip(KNOTS, model.stream.fit.knots, strict=True)
         ]
         trained = [name for name, task in model.config.tasks.items() if task.get("trained")]
-        report["agreement"] = {name: agreement(model, name) for name in trained}
+        report["agreement"] = agreement(model, trained)
         for name, share in report["agreement"].items():
             if share is not None and share < FAIR_AGREEMENT:
                 expected = "low scores" if share < LOW_AGREEMENT else "clearly less than on the source"

@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ from modeling_unihyperlora.space import CanonicalSpace, layers_read, word_states
 from modeling_unihyperlora.storage import write_json
 from scripts.research.race import quartiles, race, rounded, wait
 from scripts.research.speed_contenders import PATHWAYS, PEERS, TRAINED, Ground, anchors, texts
-from scripts.research.speed_stream import many, parts, start
+from scripts.research.speed_stream import many, parts, process_cost, start
 
 COMMANDS = ("latency", "parts", "many", "start", "slopes", "train", "memory", "calibrate", "size")
 SLOPES = {  # what varies → (blocks, width, tokens)
@@ -208,19 +207,15 @@ def memory(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
     The first round does not count: in it the stream aligns its host and computes the states that it then caches.
     """
     marks: dict[str, list[dict]] = {name: [] for name in WITH_MEMORY}
-    root = str(Path(__file__).parents[2])
     with _cache_of_its_own() as cache:
         stream = ground.stream_folder(cache / "adapter")
         for number, name in itertools.product(range(1 + MEMORY_ROUNDS), marks):
             adapter = stream if name.startswith("stream") else args.adapter
-            command = [sys.executable, "-m", "scripts.research.speed", name, args.model_name_or_path, args.device]
-            command += [str(args.threads), adapter or "", args.reader, args.space or ""]
-            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(args.threads)}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise RuntimeError(f"Training {name} for its memory failed:\n{done.stderr[-2000:]}")
+            given = [name, args.model_name_or_path, args.device, str(args.threads)]
+            given += [adapter or "", args.reader, args.space or ""]
+            cost = process_cost(given, "scripts.research.speed", args.threads)
             if number:
-                marks[name].append(json.loads(done.stdout.splitlines()[-1]))
+                marks[name].append(json.loads(cost["printed"].splitlines()[-1]))
     figures: dict[str, object] = {"rounds": MEMORY_ROUNDS, "steps": MEMORY_STEPS, "batch": 8, "tokens": 128}
     for name, own in marks.items():
         figures[name] = {}

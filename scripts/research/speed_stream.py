@@ -215,17 +215,17 @@ print(json.dumps(cost | {"status": done.returncode, "printed": done.stdout, "sai
 """
 
 
-def process_cost(typed: list[str]) -> dict[str, float | str]:
-    """Run the command line in a fresh process; CPU seconds, peak megabytes, and what it printed.
+def process_cost(typed: list[str], module: str = "trainers.commands", threads: int = 1) -> dict[str, float | str]:
+    """Run a module with these arguments in a fresh process; CPU seconds, peak megabytes, and what it printed.
 
     Raises:
         RuntimeError: the process failed.
     """
     root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "trainers.commands", *typed]
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", module, *typed]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     cost = json.loads(done.stdout)
     if cost.pop("status"):
-        raise RuntimeError(f"unihyperlora {typed[0]} failed:\n{cost['said'][-2000:]}")
+        raise RuntimeError(f"{module} {typed[0]} failed:\n{cost['said'][-2000:]}")
     return cost

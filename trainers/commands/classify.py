@@ -7,7 +7,6 @@ A .jsonl or .csv file has texts or pairs of texts in named columns (text, senten
 question …); each line of any other file is a text. --json gives all probabilities.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,19 +32,8 @@ def main(command_line: list[str] | None = None) -> None:
             label = Text(found.label, style="bold cyan").append(f" {found.score:.2f}  ", style="cyan")
             console.print(label.append(found.text, style="default"), highlight=False)
 
-    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json", ".csv"), classifier(arguments), show)
-
-
-def classifier(arguments: argparse.Namespace):
-    """A function that classifies a list of texts."""
-    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
-    if arguments.runtime == "onnx":
-        reader = given_texts.load_onnx(arguments)
-        return lambda texts: reader.classify(texts, **sizes)
-    model = given_texts.load("UniHyperLoraForSequenceClassification", arguments)
-    from ..tagging import classify
-
-    return lambda texts: classify(model, texts, **sizes)
+    classify = given_texts.worker(arguments, "UniHyperLoraForSequenceClassification", "classify")
+    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json", ".csv"), classify, show)
 
 
 def read_rows(path: Path) -> Iterator[str | tuple[str, str]]:

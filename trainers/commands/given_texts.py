@@ -4,6 +4,7 @@ Torch is imported only to load a model, to read a file as a data set, or to rais
 """
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +59,17 @@ def load(model_class: str, arguments: argparse.Namespace):
         return getattr(modeling_unihyperlora, model_class).from_pretrained(
             arguments.adapter, base_model_name_or_path=arguments.host, task=arguments.task
         )
+
+
+def worker(arguments: argparse.Namespace, model_class: str, work: str) -> Callable[[list], list]:
+    """A function that tags or classifies a list of texts; ``work`` is "tag" or "classify"."""
+    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
+    if arguments.runtime == "onnx":
+        return functools.partial(getattr(load_onnx(arguments), work), **sizes)
+    model = load(model_class, arguments)
+    from .. import tagging
+
+    return functools.partial(getattr(tagging, work), model, **sizes)
 
 
 def load_onnx(arguments: argparse.Namespace):

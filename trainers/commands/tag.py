@@ -7,7 +7,6 @@ A line of a .jsonl file has a "text" or a list of "tokens"; each line of any oth
 file is a text. --json gives the text, type, start, end and score of each entity.
 """
 
-import argparse
 import dataclasses
 import json
 import zlib
@@ -34,19 +33,8 @@ def main(command_line: list[str] | None = None) -> None:
         else:
             console.print(coloured(found), highlight=False)
 
-    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json"), tagger(arguments), show)
-
-
-def tagger(arguments: argparse.Namespace):
-    """A function that tags a list of texts."""
-    sizes = {"batch_size": arguments.batch_size, "max_seq_length": arguments.max_seq_length}
-    if arguments.runtime == "onnx":
-        reader = given_texts.load_onnx(arguments)
-        return lambda texts: reader.tag(texts, **sizes)
-    model = given_texts.load("UniHyperLoraForTokenClassification", arguments)
-    from ..tagging import tag
-
-    return lambda texts: tag(model, texts, **sizes)
+    tag = given_texts.worker(arguments, "UniHyperLoraForTokenClassification", "tag")
+    given_texts.work_through(arguments.texts, read_rows, (".jsonl", ".json"), tag, show)
 
 
 def read_rows(path: Path) -> Iterator[str | list[str]]:

@@ -51,7 +51,7 @@ def test_tags_are_compared_where_either_is_a_name():
     outside = LABELS.index("O")
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a != outside or b != outside]
     assert 0 < len(pairs) < len(first)
-    assert agreement(model, "people") == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+    assert agreement(model, ["people"])["people"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
 
 
 def test_classes_are_compared_by_sentence():
@@ -59,14 +59,14 @@ def test_classes_are_compared_by_sentence():
     z = model.adapter.space.canonical().transpose(0, 1), held_out_coordinates(small_space(), states_of(model), 2)
     first, second = (sum(by_hand(model, own, "mood"), []) for own in z)
     expected = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
-    assert agreement(model, "mood") == pytest.approx(expected)
+    assert agreement(model, ["mood"])["mood"] == pytest.approx(expected)
 
 
 def test_a_task_that_names_nothing_has_none():
     model = small_stream()
     with torch.no_grad():
         model.adapter.tasks["people"].head_bias.latent.copy_(torch.tensor([100.0, 0, 0]))
-    assert agreement(model, "people") is None
+    assert agreement(model, ["people"])["people"] is None
 
 
 def test_a_word_that_the_host_cannot_read_does_not_count(monkeypatch):
@@ -76,7 +76,7 @@ def test_a_word_that_the_host_cannot_read_does_not_count(monkeypatch):
     monkeypatch.setattr("modeling_unihyperlora.measure.agreement.anchor_states", lambda *_: states)
     z = held_out_coordinates(small_space(), states, model.stream.words.num_layers)
     assert bool((z[:16] == 0).all()) and bool(torch.isfinite(z).all())
-    share = agreement(model, "people")
+    share = agreement(model, ["people"])["people"]
     with torch.no_grad():
         first, second = (
             torch.cat(predictions(model.adapter, "people", own, small_space().sentences()))[16:]
