@@ -133,6 +133,7 @@ SECTIONS: dict[str, Any] = {
         "fidelity": Key(float, "fidelity"),
         "copy_fidelity": Key(float, "copy_fidelity"),
         "copy_share": Key(float, "copy_share"),
+        "consistency": Key(float, "consistency"),
         "weight_decay": Key(float, "weight_decay"),
         "batch_size": Key(int, "per_device_train_batch_size", convert=lambda size: _per_process(size)),
         "max_steps": Key(int, "max_steps"),

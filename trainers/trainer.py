@@ -35,9 +35,12 @@ class UniHyperLoraTrainer(SearchableTrainer):
     """Trains a UniHyperLoRA model with L = L_task + λ_F·E[k] + λ_Q·‖δθ‖².
 
     E[k] is the mean over the batch's labelled tokens (sentences in sequence classification). A stream has no router,
-    so it has no E[k]. With gradient accumulation and several processes, every term is normalised over the whole batch:
-    the loss does not depend on how a batch is split. ``task_loss``, ``lambda_q_loss`` and, for an injected update,
-    ``lambda_f_loss`` are logged separately.
+    so it has no E[k]. The reader of a stream has dropout, and it reads each sentence twice in a step. The loss then
+    has one more term: ``consistency`` times the mean of ½·(KL(p‖q) + KL(q‖p)), where p and q are the predictions of
+    the two passes (R-Drop, Liang et al. 2021). With gradient accumulation and several processes, every term is
+    normalised over the whole batch: the loss does not depend on how a batch is split. ``task_loss``,
+    ``lambda_q_loss``, for a stream ``consistency_loss`` and, for an injected update, ``lambda_f_loss`` are logged
+    separately.
 
     Args:
         model: a UniHyperLoRA model.
@@ -102,6 +105,10 @@ class UniHyperLoraTrainer(SearchableTrainer):
     # ---- loss ----
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        twice = self.sources and self.args.train_scope == "task" and self.args.consistency > 0 and model.training
+        if twice:  # dropout differs between the two copies of a sentence
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+            num_items_in_batch = None if num_items_in_batch is None else 2 * num_items_in_batch
         labelled = inputs["labels"] != -100  # before the Trainer removes the labels for label smoothing
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
@@ -117,6 +124,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
             if not model.training:
                 self._active[0] += float((active * labelled).sum())
                 self._active[1] += int(labelled.sum())
+        if twice:
+            shares["consistency_loss"] = self.args.consistency * _disagreement(outputs["logits"], labelled)
         terms = {name: across * share / items for name, share in shares.items()}
         if model.training:
             self._note_losses({"task_loss": loss, **terms})
@@ -353,3 +362,11 @@ class UniHyperLoraTrainer(SearchableTrainer):
 
     def _private(self, private: bool | None) -> bool | None:
         return self.args.hub_private_repo if private is None else private
+
+
+def _disagreement(logits: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
+    """Sum of KL(p‖q) + KL(q‖p) over labelled words or sentences; p and q are the first and second half of a batch."""
+    one, two = labelled.chunk(2)
+    first, second = logits.float().log_softmax(dim=-1).chunk(2)
+    first, second = first[one], second[two]
+    return ((first.exp() - second.exp()) * (first - second)).sum()

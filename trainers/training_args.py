@@ -90,6 +90,13 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
             "for the source alone."
         },
     )
+    consistency: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the consistency of a reader's predictions under two samples of dropout (R-Drop); 0 "
+            "trains in about half of the time."
+        },
+    )
     max_adapter_bytes: int | None = field(
         default=MAX_ADAPTER_BYTES,
         metadata={
@@ -111,7 +118,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         for name in ("fidelity", "copy_fidelity", "copy_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be a number from 0 to 1.")
-        for name in ("lambda_f", "lambda_q"):
+        for name in ("lambda_f", "lambda_q", "consistency"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be zero or positive.")
         for name, (least, most) in RANGES.items():

@@ -135,6 +135,7 @@ def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:
         Row("without noise on copies", ("--copy_fidelity", "1")),
         Row("without copies of the source", ("--copy_share", "0")),
         Row("without noise and copies", ("--fidelity", "1", "--copy_share", "0")),
+        Row("without the consistency term", ("--consistency", "0")),
         Row("without dropout", change=no_dropout),
         Row("without the words of raw text", change=given_words_alone),
         Row("each word alone", change=words_alone),

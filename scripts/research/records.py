@@ -14,7 +14,7 @@ from modeling_unihyperlora.storage import replacing, write_json
 SETTINGS = (
     "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
     "per_device_train_batch_size learning_rate num_train_epochs lr_scheduler_type warmup_steps fidelity copy_fidelity "
-    "copy_share reader reader_bits delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q "
+    "copy_share consistency reader reader_bits delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q "
     "seed bf16 max_seq_length"
 ).split()
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")

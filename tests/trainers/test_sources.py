@@ -251,7 +251,8 @@ class TestTraining:
         made.train()
         logged = [entry for entry in made.state.log_history if "loss" in entry]
         assert logged[-1]["loss"] < logged[0]["loss"] and "lambda_f_loss" not in logged[0]
-        assert logged[0]["loss"] == pytest.approx(logged[0]["task_loss"] + logged[0]["lambda_q_loss"], abs=2e-3)
+        terms = [logged[0][name] for name in ("task_loss", "lambda_q_loss", "consistency_loss")]
+        assert logged[0]["loss"] == pytest.approx(sum(terms), abs=2e-3) and terms[2] > 0
         moved = {name for name, x in model.adapter.state_dict().items() if not torch.equal(x, before[name])}
         own = {f"tasks.people.{name}" for name in model.adapter.tasks["people"].state_dict()}
         assert moved == own - {"tasks.people.delta.latent"}
@@ -261,6 +262,35 @@ class TestTraining:
         )
         inputs = tokenizer("anna flew to supercalifragilistic .", return_tensors="pt")
         torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("items", [None, 50])
+    @pytest.mark.parametrize("consistency", [1.0, 0.3])
+    def test_consistency_is_that_of_two_passes_with_their_own_dropout(self, made, consistency, items):
+        """The loss of R-Drop in float64, from the logits; ``items`` are the labels of several micro-batches."""
+        made.args.consistency, made.args.lambda_q, seen = consistency, 0.0, []
+        model = made.model.train()
+        torch.nn.init.normal_(model.adapter.tasks["people"].head_weight.latent)
+        model.register_forward_hook(lambda module, args, output: seen.append(output["logits"].detach().double()))
+        batch = next(iter(made.get_train_dataloader()))
+        sentences = len(batch["labels"])
+        loss = made.compute_loss(model, dict(batch), num_items_in_batch=items and torch.tensor(items))
+        logits, number = seen[0], items or int((batch["labels"] != IGNORED).sum())
+        assert len(logits) == 2 * sentences and not torch.equal(*logits.chunk(2))
+        expected = 0.0
+        for b, w in (batch["labels"] != IGNORED).nonzero().tolist():
+            p, q = (logits[row, w].softmax(dim=-1) for row in (b, b + sentences))
+            expected -= float(p[batch["labels"][b, w]].log() + q[batch["labels"][b, w]].log()) / 2
+            expected += consistency * float((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
+        assert float(loss.detach()) == pytest.approx(expected / number, rel=1e-4)
+
+    def test_without_consistency_a_sentence_is_read_once(self, made):
+        made.args.consistency, seen = 0.0, []
+        batch = next(iter(made.get_train_dataloader()))
+        made.model.register_forward_hook(lambda module, args, output: seen.append(len(output["logits"])))
+        made.compute_loss(made.model.train(), dict(batch))
+        made.args.consistency = 1.0
+        made.compute_loss(made.model.eval(), dict(batch))
+        assert seen == [len(batch["labels"])] * 2
 
     def test_goes_on_where_it_stopped(self, made):
         made.train()
