@@ -58,7 +58,7 @@ adapters: $(VENV)/.installed-test
 	$(RUN) -m scripts.research.benchmark render
 
 # What it was made from is written beside it, into space.safetensors.json. Give another version when the space changes.
-SPACE_VERSION ?= 1
+SPACE_VERSION ?= 2
 space: $(VENV)/.installed-test
 	$(if $(HOSTS),,$(error make space needs the hosts that the space is made from: make space HOSTS="A B C"))
 	$(RUN) -m scripts.research.make_space --hosts $(HOSTS) --name english --version $(SPACE_VERSION) \

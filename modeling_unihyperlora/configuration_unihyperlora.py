@@ -205,7 +205,7 @@ def read_config(path) -> UniHyperLoraConfig:
         raise AdapterFileError(f"{path} holds a value that cannot be used ({error}).") from error
 
 
-def reader_shape(reader: str | dict[str, int], bits: int = 8) -> dict[str, int]:
+def reader_shape(reader: str | dict[str, int], bits: int = 4) -> dict[str, int]:
     """Shape of a reader from its name ("small", "medium" or "large") or from a dict.
 
     Raises:

@@ -574,7 +574,7 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         """Label names of the active task, by id."""
         return self.config.tasks[self._task(None)]["labels"]
 
-    def add_task(self, name: str, labels: list[str], reader: str | dict[str, int] = "large", bits: int = 8) -> None:
+    def add_task(self, name: str, labels: list[str], reader: str | dict[str, int] = "large", bits: int = 4) -> None:
         """Add a task and make it the active task.
 
         Args:

@@ -40,7 +40,7 @@ from .words import NO_WORD, WordReader
 
 logger = logging.getLogger(__name__)
 
-METHOD = "9"  # version of the alignment; changed whenever maps would change
+METHOD = "10"  # version of the alignment; changed whenever maps would change
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths
 COORDINATE_STEP = 1.0  # coordinates have unit variance and the values -1.5, -0.5, 0.5 and 1.5
 ATOM_BITS = 8
@@ -52,7 +52,7 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # noise variances to try; a word's features
 LANDMARKS, QUERY_WIDTH = 512, 96  # twice as many landmarks gain less than the difference between two seeds
 ROUNDS = 8  # rounds of k-means
 BLOCK = 512  # columns per step of a matrix product
-LINEAR = 0.25  # weight of the linear kernel; the Gaussian kernel has weight 1
+LINEAR = 0.5  # weight of the linear kernel; the Gaussian kernel has weight 1
 LEAST_EIGENVALUE = 1e-4  # smallest eigenvalue of the landmarks' kernel to use, as a share of the largest
 HELD_OUT, RUN = 5, 50  # one of five runs of fifty neighbouring anchors is held out
 LOW_FIT = 0.1  # a host with a mean R² below this is reported as a bad fit

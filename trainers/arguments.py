@@ -140,7 +140,7 @@ class ModelArguments:
         default=None, metadata={"help": "Size of a new task's reader: small, medium or large (default)."}
     )
     reader_bits: int | None = field(
-        default=None, metadata={"help": "Bits of the matrices of a new task's reader: 8 (default) or 4."}
+        default=None, metadata={"help": "Bits of the matrices of a new task's reader: 4 (default) or 8."}
     )
     space: str | None = field(
         default=None, metadata={"help": "File with the canonical space of a new stream; default: the package's space."}

@@ -174,7 +174,7 @@ class TestStream:
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["space"] == small_space().shape()
-        assert config["tasks"]["people"]["reader"] == READER | {"bits": 8}
+        assert config["tasks"]["people"]["reader"] == READER | {"bits": 4}
         [source] = config["source_hosts"]
         assert (source["family"], source["hidden_size"], source["num_layers"]) == ("bert", 32, 4)
 

@@ -147,9 +147,9 @@ class TestFile:
 
     def test_the_packages_own(self):
         space = CanonicalSpace.default()
-        assert space.shape()["dim"] == 64 and len(space.sentences()) >= 280
+        assert space.shape()["dim"] == 64 and len(space.sentences()) >= 500
         assert not any(parameter.requires_grad for parameter in space.parameters())
-        assert PACKAGE_SPACE.stat().st_size < 500_000, "an adapter under 1 MB has room for tasks beside it"
+        assert PACKAGE_SPACE.stat().st_size < 750_000, "an adapter under 1 MB has room for tasks beside it"
         variance = space.canonical().var(dim=1)
         assert 0.5 < float(variance.min()) and float(variance.max()) < 1.2, "of unit variance, in four values"
 
@@ -157,7 +157,7 @@ class TestFile:
 class TestAnchors:
     def test_package_text_is_plain_and_large_enough(self):
         sentences = read_anchors(PACKAGE_ANCHORS)
-        assert 280 <= len(sentences) <= 340 and 4500 <= sum(map(len, sentences)) <= 5500
+        assert 500 <= len(sentences) <= 600 and 8000 <= sum(map(len, sentences)) <= 8500
         assert all(word.isascii() for sentence in sentences for word in sentence)
 
     def test_too_few_words_or_no_text_are_refused(self, tmp_path):
