@@ -75,7 +75,7 @@ COMMON_FLAGS = {  # what --help shows; %(reads)s is what a file may be
     "--output_dir DIR": "for the adapter, all_results.json and the predictions",
     "--overwrite_output_dir": "train into a folder that holds another training",
     "--task_name NAME": "what the adapter calls the task; a new name adds a task",
-    "--reader small|medium|large": "size of a new task's reader: 47, 116 or 353 kB",
+    "--reader small|medium|large": "size of a new task's reader: 24, 60 or 180 kB",
     "--train_scope task|delta": "reader and head (default), or δθ of this host alone",
     "--max_steps N": "or --num_train_epochs N",
     "--per_device_train_batch_size N": "8 by default",

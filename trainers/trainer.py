@@ -26,7 +26,7 @@ from .sources import Source, SourceStates
 from .state_cache import StreamCollator
 from .stored_data import StoredRows, StoredSource
 from .training_args import UniHyperLoraTrainingArguments
-from .unusable import check_adapter_trainer, check_optimizer, check_pathway
+from .unusable import check_adapter_trainer, check_noise, check_optimizer, check_pathway
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class UniHyperLoraTrainer(SearchableTrainer):
         self._trains = kwargs.get("train_dataset") is not None  # the checks of training do not apply to scoring
         self.args = args = args or UniHyperLoraTrainingArguments("tmp_trainer")  # as the Trainer does
         check_adapter_trainer(args, self._trains, bool(self.sources))
+        if self._trains:
+            check_noise(args, bool(self.sources), not all(isinstance(x, StoredSource) for x in self.sources))
         if model is not None:
             self.make_ready(model)
         super().__init__(model=model, args=args, **kwargs)

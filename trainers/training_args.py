@@ -22,6 +22,8 @@ LEARNING_RATE_FACTORS = {
     **{"reader": 0.8, "delta": 1.0, "head": 1.0},
 }
 
+NOISE_FLAGS = ("fidelity", "copy_fidelity", "copy_share", "consistency")  # read only where a reader is trained
+
 RANGES = {  # allowed ranges of arguments that transformers does not check in advance
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, float("inf"))),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, float("inf"))),

@@ -19,6 +19,8 @@ from transformers.utils import is_liger_kernel_available
 from modeling_unihyperlora.errors import ConfigError, first_line
 from modeling_unihyperlora.measure.accounting import part_of
 
+from .training_args import NOISE_FLAGS
+
 # Arguments that are read only together with another one: a test whether they are read, and what they need.
 _READ_WITH: dict[str, tuple[Callable[[TrainingArguments], object], str]] = {
     "eval_steps": (lambda args: args.eval_strategy == IntervalStrategy.STEPS, "eval_strategy steps"),
@@ -182,6 +184,30 @@ def check_adapter_trainer(args: TrainingArguments, trains: bool, has_sources: bo
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not read: a stream's batches are drawn at "
             "random from the cached states of its hosts. Leave it out."
         )
+
+
+def check_noise(args: TrainingArguments, has_sources: bool, has_copies: bool) -> None:
+    """Raise ``ConfigError`` if an argument of a reader's training was given and is not read.
+
+    Args:
+        has_sources: whether a stream is trained on cached or stored states.
+        has_copies: whether a host is in memory, so that there can be copies of it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name in NOISE_FLAGS:
+        value, why = getattr(args, name), None
+        if value == defaults[name]:
+            continue
+        if not has_sources:
+            why = "only the reader of a stream is trained so, on states of its hosts"
+        elif args.train_scope == "delta":
+            why = "train_scope delta trains no reader"
+        elif name.startswith("copy_") and not has_copies:
+            why = "stored states come without copies of their host"
+        elif name == "copy_fidelity" and not args.copy_share:
+            why = "copy_share 0 leaves the copies out"
+        if why:
+            raise ConfigError(f"{name}={value} is not read: {why}. Leave it out.")
 
 
 def check_pathway(args: TrainingArguments, model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from scripts.research.runner import without
 from trainers.arguments import STREAM_FLAGS
 from trainers.running import run
 from trainers.tasks import NER
+from trainers.training_args import NOISE_FLAGS
 
 logger = logging.getLogger("ablation")
 
@@ -181,7 +182,7 @@ def main(command_line: list[str] | None = None) -> list[dict[str, object]]:
             flags += ["--space", str(own_space(row, folder))] if row.space else []
             scores = {"source": _run([*passed, *flags, *row.flags], folder)}
             for host in args.target_hosts:
-                loading = without(passed, lambda flag: flag in STREAM_FLAGS)
+                loading = without(passed, lambda flag: flag in (*STREAM_FLAGS, *NOISE_FLAGS))
                 moved = [*loading, "--adapter", str(folder), "--model_name_or_path", host]
                 scores[Path(host).name] = _run(moved, folder / Path(host).name)
         table.append({"row": row.name, "f1": scores})

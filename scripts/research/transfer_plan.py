@@ -10,6 +10,7 @@ from modeling_unihyperlora.space import PACKAGE_SPACE
 from scripts.research.runner import Cell, flag_name, name_of, without
 from trainers.arguments import SPACE_FLAGS, STREAM_FLAGS
 from trainers.controls import random_map, shuffle_anchors
+from trainers.training_args import NOISE_FLAGS
 
 # In the order of the runs.
 COLUMNS = ("zero_shot", "refined", "own_stream", "probe", "delta", "shuffled", "random_map", "lora")
@@ -32,7 +33,7 @@ class Plan:
         self.args = args
         always = ["--save_strategy", "no", "--do_eval"]
         always += [part for name in FILES if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
-        loading = without(passed, lambda flag: flag in STREAM_FLAGS)  # without flags for a new stream
+        loading = without(passed, lambda flag: flag in (*STREAM_FLAGS, *NOISE_FLAGS))  # no new reader is trained
         self._begin = [*always, *passed, *package_space(passed), "--pathway", "stream", "--cache_eval_states"]
         self._begin.append("--do_train")
         self._load = [*always, *loading, "--cache_eval_states"]

@@ -7,8 +7,8 @@ from datasets import Dataset
 from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.measure.accounting import part_of
 from tests.trainers.test_trainer import make_data, make_trainer, snapshot
-from trainers.training_args import LEARNING_RATE_FACTORS
-from trainers.unusable import check_adapter_trainer
+from trainers.training_args import LEARNING_RATE_FACTORS, NOISE_FLAGS, UniHyperLoraTrainingArguments
+from trainers.unusable import check_adapter_trainer, check_noise
 
 
 @pytest.mark.parametrize(
@@ -147,3 +147,33 @@ def test_a_metric_that_no_evaluation_reports(tmp_path):
     )
     with pytest.raises(ConfigError, match="does not report metric_for_best_model f2. Choose one of: .*f1"):
         trainer.train()
+
+
+class TestNoise:
+    """Arguments of a reader's training, which nothing else reads."""
+
+    @staticmethod
+    def arguments(tmp_path, **given) -> UniHyperLoraTrainingArguments:
+        return UniHyperLoraTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **given)
+
+    @pytest.mark.parametrize("name", NOISE_FLAGS)
+    def test_is_read_by_a_reader_alone(self, name, tmp_path):
+        args = self.arguments(tmp_path, **{name: 0.6})
+        check_noise(args, has_sources=True, has_copies=True)
+        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: only the reader of a stream"):
+            check_noise(args, has_sources=False, has_copies=False)
+        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: train_scope delta"):
+            check_noise(self.arguments(tmp_path, train_scope="delta", **{name: 0.6}), True, True)
+
+    @pytest.mark.parametrize("name", ["copy_fidelity", "copy_share"])
+    def test_stored_states_have_no_copies(self, name, tmp_path):
+        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: stored states"):
+            check_noise(self.arguments(tmp_path, **{name: 0.6}), has_sources=True, has_copies=False)
+
+    def test_noise_of_copies_needs_copies(self, tmp_path):
+        with pytest.raises(ConfigError, match="copy_fidelity=0.6 is not read: copy_share 0"):
+            check_noise(self.arguments(tmp_path, copy_fidelity=0.6, copy_share=0.0), True, True)
+
+    def test_a_trainer_refuses_it(self, tmp_path):
+        with pytest.raises(ConfigError, match="consistency=0.5 is not read"):
+            make_trainer(tmp_path, consistency=0.5)
