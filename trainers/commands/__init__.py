@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": ("inspect", "show what is in an adapter, and how it fits a host"),
     "push": ("push", "push an adapter to the Hub"),
     "export-onnx": ("export_onnx", "write host and adapter as ONNX"),
-    "demo": ("demo", "a page in the browser: one adapter on two hosts"),
+    "demo": ("demo", "one adapter on two hosts, side by side; --web: a page in the browser"),
 }
 
 
