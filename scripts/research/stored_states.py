@@ -4,7 +4,9 @@
     python -m scripts.research.stored_states task --train_states A --validation_states VA VB VC --bits 16 8 4 3 2
     python -m scripts.research.stored_states task --train_states A B --validation_states VC
     python -m scripts.research.stored_states text --host HOST --train_file train.jsonl --max_train_samples 2000 …
-    python -m scripts.research.stored_states lora --host HOST --train_file train.jsonl --steps 50
+    python -m scripts.research.stored_states columns --input train.jsonl --output train-tasks.jsonl
+    python -m scripts.research.stored_states several --train_states A --validation_states VA
+    python -m scripts.research.stored_states lora --host HOST --train_file train.jsonl --validation_file dev.jsonl
     python -m scripts.research.stored_states workers --host HOST --input corpus.jsonl --folder runs/workers
 
 ``speed`` compares ``model.read`` with the bare host's forward pass on the same texts of about 128 sub-tokens, in turn.
@@ -31,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -66,10 +69,20 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--folder", type=Path, required=True, help="for copies and runs")
         part.add_argument("--max_steps", type=int, default=1000)
         part.add_argument("--reader", default="medium")
+    columns = commands.add_parser("columns")
+    columns.add_argument("--input", type=Path, required=True, help="JSON lines with tokens and ner_tags")
+    columns.add_argument("--output", type=Path, required=True)
+    several = commands.add_parser("several")
+    several.add_argument("--train_states", nargs=1, type=Path, required=True)
+    several.add_argument("--validation_states", nargs=1, type=Path, required=True)
+    several.add_argument("--folder", type=Path, required=True)
+    several.add_argument("--max_steps", type=int, default=500)
+    several.add_argument("--reader", default="medium")
     lora = commands.add_parser("lora")
     lora.add_argument("--host", required=True)
     lora.add_argument("--train_file", required=True)
-    lora.add_argument("--steps", type=int, default=50)
+    lora.add_argument("--validation_file", required=True)
+    lora.add_argument("--max_steps", type=int, default=500)
     lora.add_argument("--folder", type=Path, required=True)
     workers = commands.add_parser("workers")
     workers.add_argument("--host", required=True)
@@ -82,7 +95,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(command_line: list[str] | None = None) -> None:
     args = parser().parse_args(command_line)
-    found = {"speed": speed, "task": tasks, "text": text, "lora": lora, "workers": workers}[args.command](args)
+    if args.command == "columns":
+        write_columns(args.input, args.output)
+        return
+    measure = {"speed": speed, "task": tasks, "text": text, "several": several, "lora": lora, "workers": workers}
+    found = measure[args.command](args)
     record = (
         json.loads(args.record.read_text(encoding="utf-8")) if args.record.is_file() else {"kind": "stored_states"}
     )
@@ -250,21 +267,49 @@ def bytes_of(folder: Path) -> dict[str, int]:
     return {"words": words, "states": states, "files": files}
 
 
+def types_of_tasks(types: Iterable[str], count: int = 10) -> list[tuple[str, ...]]:
+    """The first ``count`` sets of entity types: each type alone, then pairs, and so on."""
+    ordered = sorted(types)
+    sets = (chosen for size in range(1, len(ordered) + 1) for chosen in itertools.combinations(ordered, size))
+    return list(itertools.islice(sets, count))
+
+
+def write_columns(source: Path, target: Path) -> None:
+    """Copy rows with ``ner_tags`` and add a column "tags_…" for each set of ``types_of_tasks``."""
+    with open(source, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    tasks = types_of_tasks({tag[2:] for row in rows for tag in row["ner_tags"] if tag != "O"})
+    for row in rows:
+        for types in tasks:
+            row["_".join(("tags", *types))] = [tag if tag[2:] in types else "O" for tag in row["ner_tags"]]
+    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def several(args: argparse.Namespace) -> dict[str, object]:
+    """A tagger for each column "tags_…" of one corpus: CPU seconds and F1, in the order of training."""
+    [train], [validation] = args.train_states, args.validation_states
+    names = pq.read_schema(StoredCorpus(train).manifest.path(train, 0)).names
+    found = {}
+    for column in (name for name in names if name.startswith("tags_")):
+        run = args.folder / f"several-{column}"
+        data = ["--train_states", str(train), "--validation_states", str(validation), "--do_eval"]
+        results = train_task(run, args, [*data, "--label_column_name", column])
+        found[column.removeprefix("tags_")] = {"cpu_seconds": results["cpu_seconds"], "f1": results["eval_f1"]}
+    return {"read_by": host_of(train), "steps": args.max_steps, "reader": args.reader, "tasks": found}
+
+
 def lora(args: argparse.Namespace) -> dict[str, object]:
-    """CPU seconds of LoRA r=8: of a short run, and of one step more than it."""
+    """CPU seconds and F1 of LoRA r=8."""
     flags = ["--method", "lora", "--model_name_or_path", args.host, "--train_file", args.train_file, "--do_train"]
     flags += ["--per_device_train_batch_size", "32", "--overwrite_output_dir", "--save_strategy", "no", "--seed", "0"]
-    seconds = []
-    for steps in (1, 1 + args.steps):
-        results = call_ner(args.folder / f"lora-{steps}", [*flags, "--max_steps", str(steps)])
-        seconds.append(results["cpu_seconds"])
-    a_step = (seconds[1] - seconds[0]) / args.steps
+    flags += ["--max_steps", str(args.max_steps)]
+    scoring = ["--do_eval", "--validation_file", args.validation_file, "--per_device_eval_batch_size", "32"]
+    results = call_ner(args.folder / "lora", [*flags, *scoring])
     return {
         "host": Path(args.host).name,
-        "steps": args.steps,
-        "cpu_seconds_of_one_step": seconds[0],
-        "cpu_seconds_a_step": a_step,
-        "cpu_seconds_of_500_steps": seconds[0] + 499 * a_step,
+        "steps": args.max_steps,
+        "cpu_seconds": results["cpu_seconds"],
+        "f1": results["eval_f1"],
     }
 
 

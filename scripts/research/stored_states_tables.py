@@ -27,15 +27,7 @@ def stored_states_tables(record: dict) -> list[str]:
             f"{text['cpu_seconds']:.0f} CPU s, of which {text['host_cpu_seconds']:.0f} for the host.",
             "",
         ]
-    if lora := record.get("lora"):
-        seconds = [row["cpu_seconds"] for row in record.get("task", [])]
-        lines += [
-            f"LoRA r=8 on {lora['host']}, in the same session: {lora['cpu_seconds_a_step']:.2f} CPU s a step of 32 "
-            f"sentences, so {lora['cpu_seconds_of_500_steps']:.0f} CPU s for each task of 500 steps, the second like "
-            f"the tenth. A task on stored states takes {min(seconds):.0f} to {max(seconds):.0f} CPU s: these are the "
-            f"{len(seconds)} of the table, trained one after the other on corpora that were read once.",
-            "",
-        ]
+    lines += several_table(record.get("several"), record.get("lora"))
     return lines + worker_table(record.get("workers"))
 
 
@@ -59,6 +51,30 @@ def task_table(rows: list[dict]) -> list[str]:
         cells += [f"{row['f1'][host]:.4f}" if host in row["f1"] else "–" for host in hosts]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def several_table(record: dict | None, lora: dict | None) -> list[str]:
+    """Tasks that were trained one after the other on one corpus, and LoRA beside them."""
+    if record is None:
+        return []
+    lines = [
+        f"Tasks on one corpus that {record['read_by']} read once, trained one after the other ({record['steps']} "
+        f"steps of 32, {record['reader']} reader). Each finds some of the entity types.",
+        "",
+        "| task | types | CPU, s | F1 |",
+        "|---|---|---|---|",
+    ]
+    for number, (types, found) in enumerate(record["tasks"].items(), start=1):
+        name = types.replace("_", ", ")
+        lines.append(f"| {number} | {name} | {found['cpu_seconds']:.0f} | {found['f1']:.4f} |")
+    if lora:
+        lines += [
+            "",
+            f"LoRA r=8 on {lora['host']} takes {lora['cpu_seconds']:.0f} CPU s for {lora['steps']} steps of 32 on all "
+            f"types (F1 {lora['f1']:.4f}), and reads the text anew for each task: the second and the tenth cost the "
+            "same.",
+        ]
+    return [*lines, ""]
 
 
 def worker_table(record: dict | None) -> list[str]:
@@ -95,8 +111,7 @@ def plan_table(record: dict) -> list[str]:
         lines += [
             "",
             "After that a task costs what its steps cost, whatever the size of the corpus: "
-            f"{task['cpu_seconds']:.0f} CPU s for {task['steps']} steps of 32 sentences, "
-            f"where LoRA takes {record['lora']['cpu_seconds_of_500_steps']:.0f} CPU s for 500. No host is in "
-            "memory.",
+            f"{task['cpu_seconds']:.0f} CPU s for {task['steps']} steps of 32 sentences, where LoRA takes "
+            f"{record['lora']['cpu_seconds']:.0f} CPU s for {record['lora']['steps']}. No host is in memory.",
         ]
     return lines

@@ -130,7 +130,13 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
         "task": [shares | {"bits": 4, "bytes_a_word": 160.0, "file_bytes_a_word": 150.0}],
         "speed": {"host": "a", "texts": 64, "words": 6000, "rounds": 9, "ratio": 0.91, "least": 0.9, "greatest": 0.93}
         | {"read_words_a_second": 2000.0, "bare_words_a_second": 2200.0},
-        "lora": {"host": "a", "cpu_seconds_a_step": 0.9, "cpu_seconds_of_500_steps": 450.0},
+        "lora": {"host": "a", "steps": 500, "cpu_seconds": 450.0, "f1": 0.87},
+        "several": {
+            "read_by": "a",
+            "steps": 5,
+            "reader": "small",
+            "tasks": {"LOC_PER": {"cpu_seconds": 9.0, "f1": 0.25}},
+        },
         "workers": {"host": "a", "ways": {"one process": {"shards": 3, "digest": "ab"}, "equal": True}},
     }
     (results / "stored_states.json").write_text(json.dumps(states))
@@ -140,6 +146,7 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     states = (tmp_path / "docs/how-to" / "states.md").read_text()
     assert "\nold\n" not in states and states.endswith("below\n")
     assert "| a | 9 | 4 | 160 | 150 | 5 | small | 20 | 0.5000 |" in states and "| one process | 3 | ab |" in states
+    assert "| 1 | LOC, PER | 9 | 0.2500 |" in states and "LoRA r=8 on a takes 450 CPU s for 500 steps" in states
     assert "| 4 | 150 | 310 |" in states and "139 core hours" in states
     hosts = (tmp_path / "docs/how-to" / "hosts.md").read_text()
     scaling = (tmp_path / "docs/how-to" / "scaling.md").read_text()

@@ -66,3 +66,24 @@ def test_descendants_are_those_that_a_process_started():
     finally:
         child.kill()
         child.wait()
+
+
+def test_columns_have_the_tags_of_some_types_alone(tmp_path):
+    rows = [
+        {"tokens": ["Ada", "flew", "to", "Rome"], "ner_tags": ["B-PER", "O", "O", "B-LOC"]},
+        {"tokens": ["Air", "France"], "ner_tags": ["B-ORG", "I-ORG"]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    stored_states.main(["columns", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "tasks.jsonl")])
+    first, second = map(json.loads, (tmp_path / "tasks.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["tokens"] == rows[0]["tokens"] and second["ner_tags"] == rows[1]["ner_tags"]
+    names = [name for name in first if name.startswith("tags_")]
+    alone, pairs = ["tags_LOC", "tags_ORG", "tags_PER"], ["tags_LOC_ORG", "tags_LOC_PER", "tags_ORG_PER"]
+    assert names == [*alone, *pairs, "tags_LOC_ORG_PER"]
+    assert first["tags_LOC"] == ["O", "O", "O", "B-LOC"] and first["tags_ORG_PER"] == ["B-PER", "O", "O", "O"]
+    assert second["tags_LOC_PER"] == ["O", "O"] and second["tags_ORG"] == ["B-ORG", "I-ORG"]
+
+
+def test_ten_tasks_of_four_types():
+    tasks = stored_states.types_of_tasks(["PER", "LOC", "ORG", "MISC"])
+    assert len(set(tasks)) == 10 and [len(task) for task in tasks] == [1] * 4 + [2] * 6
