@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from modeling_unihyperlora.errors import BudgetError, ConfigError, HostError
+from modeling_unihyperlora.errors import BudgetError, ConfigError, HostError, first_line
 from modeling_unihyperlora.hosts import encoder_of
 from modeling_unihyperlora.sites import HostMap, linear_multiply_adds, num_layers_of
 
@@ -138,7 +138,13 @@ def _with_lora(model: nn.Module, task_type: str, rank: int) -> nn.Module:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    sites = {id(site.linear) for site in HostMap(encoder_of(model)).sites}
+    try:
+        sites = {id(site.linear) for site in HostMap(encoder_of(model)).sites}
+    except HostError as error:
+        raise HostError(
+            f"--method lora does not know the linear layers of hosts of type {model.config.model_type} "
+            f"({first_line(error)}). Give another host, or --method full or probe, which take any host."
+        ) from error
     config = LoraConfig(
         task_type=_PEFT_TASK_TYPES[task_type],
         r=rank,

@@ -321,14 +321,17 @@ def read_data(
     declared = [names for _, names in read.values() if names]
 
     labels = task_labels or given_names or next(iter(declared), None) or task.collect_labels(splits.get("train", []))
-    if len(labels) < 2:
-        raise DataError(
-            f"At least two labels are needed; found: {', '.join(labels) or 'none'}. Give --adapter, or --do_train "
-            f"with data that has more labels, or name the labels with {task.arguments.NAMES_FLAG}."
-        )
+    too_few = (
+        f"At least two labels are needed; found: {', '.join(labels) or 'none'}. Give --adapter, or --do_train with "
+        f"data that has more labels, or name the labels with {task.arguments.NAMES_FLAG}."
+    )
+    if not labels:
+        raise DataError(too_few)
     whose = f"task '{task_name}' of the adapter" if task_labels else "this run"
     check_label_names([*itertools.chain(*declared), *(given_names or [])], labels, whose)
-    task.check_splits(splits, labels, whose)
+    task.check_splits(splits, labels, whose)  # names rows without a label, which leave too few labels
+    if len(labels) < 2:
+        raise DataError(too_few)
     return splits, labels
 
 

@@ -249,6 +249,12 @@ def test_in_bfloat16_on_the_cpu(run, method):
 # ---- refusals: one clear error, nothing written ----
 
 
+def test_a_row_without_a_label_is_named_before_the_number_of_labels(run, tmp_path):
+    (tmp_path / "half.csv").write_text("text,label\nword1 word2,a\nword3 word4,\n")
+    with pytest.raises(DataError, match=r"half.csv.* has no label\. Label every example"):
+        run(*TRAIN, "--train_file", tmp_path / "half.csv")
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "expected"),
     [
