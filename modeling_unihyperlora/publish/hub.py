@@ -95,9 +95,9 @@ def push_folder(
         config = stage(Path(folder), Path(staged), repo_id, base_model_name_or_path, look_up=not dry_run, **facts)
         names = files_of(config.pathway)
         sizes = {name: (Path(staged) / name).stat().st_size for name in names}
-        logger.info("To push to %s:\n%s", repo_id, listing(sizes))
         if dry_run:
             return Push(repo_id, sizes, list(names))
+        logger.info("To push to %s:\n%s", repo_id, listing(sizes))
         with _in_one_sentence(repo_id):
             message = (commit_message, commit_description)
             push = _patiently(

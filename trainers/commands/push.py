@@ -7,7 +7,7 @@ unihyperlora push runs/conll user/conll --base_model_name_or_path distilbert-bas
 import argparse
 import logging
 
-from modeling_unihyperlora.publish.hub import Push, push_folder
+from modeling_unihyperlora.publish.hub import Push, listing, push_folder
 
 from . import new_parser
 
@@ -36,6 +36,8 @@ def main(command_line: list[str] | None = None) -> Push:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("modeling_unihyperlora").setLevel(logging.INFO)
     push = push_folder(arguments.pop("folder"), arguments.pop("repo"), **arguments)
+    if arguments["dry_run"]:
+        print(f"To push to {push.repo_id}:\n{listing(push.files)}")
     if push.url and not push.changed:
         logging.getLogger("modeling_unihyperlora").info("Nothing was uploaded: the repository has all files already.")
     return push
