@@ -8,7 +8,8 @@ pre-tokeniser has this rule; here it holds for every tokenizer. Two parts of thi
 - ``prepare_tokenizer`` changes the normaliser of a host's tokenizer: it puts blanks around marks and before the text.
   A byte-level or SentencePiece tokenizer then encodes every word as a word after a blank, so raw text and its words
   give the same ids. If the caller gives words (``is_split_into_words=True``), the tokenizer also returns
-  ``word_index``, and given words are never split or joined.
+  ``word_index``, and given words are never split or joined. A tokenizer that adds no special token gets one before the
+  text, since decoders do not represent a text's first token, but use it as an attention sink (Xiao et al., 2024).
 - ``begins_of`` finds the first tokens of words from token ids, with a small table of the vocabulary. The model uses it
   if there is no ``word_index``, also in ONNX and under torch.compile. It applies the same rule to ids from the host's
   own, unprepared tokenizer.
@@ -21,7 +22,7 @@ import unicodedata
 from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -31,6 +32,7 @@ from .hosts import call_host, check_states, transformers_folder
 
 logger = logging.get_logger(__name__)
 
+DOCUMENT_SEPARATOR = "<|endoftext|>"  # of GPT-2, GPT-NeoX, Falcon, Phi, Qwen, SmolLM and others
 NO_WORD = -1  # value in ``word_index`` of tokens that belong to no word
 
 # Blocks of Chinese characters, as in BERT's normaliser; each character is a word.
@@ -125,7 +127,11 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         )
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
-    changed = type(backend).from_str(json.dumps(_with_blanks(json.loads(backend.to_str()))))
+    state = _with_blanks(json.loads(backend.to_str()))
+    start = start_token(tokenizer)
+    if start is not None and backend.num_special_tokens_to_add(False) == 0:
+        state["post_processor"] = _with_start(state["post_processor"], start, tokenizer.convert_tokens_to_ids(start))
+    changed = type(backend).from_str(json.dumps(state))
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(changed, part) is not None:
             setattr(backend, part, getattr(changed, part))
@@ -162,6 +168,19 @@ def _with_blanks(state: dict) -> dict:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps else None,
     }
     return json.loads(json.dumps(changed).replace('"trim_offsets": true', '"trim_offsets": false'))
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Token that marks the start of a text: the separator of documents in pretraining, if its name is known."""
+    known = (DOCUMENT_SEPARATOR, tokenizer.bos_token, tokenizer.eos_token)
+    return next((token for token in known if token is not None and token in tokenizer.get_vocab()), None)
+
+
+def _with_start(own: dict | None, token: str, number: int) -> dict:
+    """A tokenizer's post-processor, which then also puts a token before every text."""
+    parts = {"single": f"{token} $A", "pair": f"{token} $A $B", "special_tokens": [(token, number)]}
+    added = json.loads(processors.TemplateProcessing(**parts).__getstate__())
+    return added if own is None else {"type": "Sequence", "processors": [own, added]}
 
 
 def _prefix(blank: str) -> pre_tokenizers.PreTokenizer:
@@ -305,9 +324,11 @@ def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
             "words cannot be aligned with those of other hosts. Use another host."
         )
     unknown = tokenizer.unk_token_id
+    start = start_token(tokenizer)
+    special = {*tokenizer.all_special_ids} - {unknown} | ({tokenizer.convert_tokens_to_ids(start)} if start else set())
     if unknown is not None and model.get("type") != "WordPiece":  # its name is not text
         flags[unknown] = 0
-    for number in {*tokenizer.all_special_ids} - {unknown}:
+    for number in special:
         flags[number] = SPECIAL
     return torch.tensor([*flags, BLANK], dtype=torch.uint8)
 

@@ -423,6 +423,7 @@ def make_trainer(
                 model_args.source_hosts or [],
                 lambda other: task.dataset(read["train"], other, labels, length, *own),
                 training_args.bf16,
+                causal=training_args.train_scope == "task" and training_args.copy_share > 0,
                 **model_args.hub(),
             )
             train, more = SourceStates(sources), {"sources": sources}

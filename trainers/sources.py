@@ -1,14 +1,19 @@
-"""The states that a stream trains on: of one or more hosts, and of copies of them with fewer blocks or dimensions.
+"""The states that a stream trains on: of one or more hosts, and of copies of them.
 
 A task is trained on canonical states of words (``state_cache``). A source host is needed only for its states of the
-anchors, to align it, and of the training text. The same states give those of its copies: the host with fewer blocks or
-fewer dimensions, aligned like any other host. Copies change the coordinates as unseen hosts do, which noise alone does
-not imitate.
+anchors, to align it, and of the training text. Copies of a host are aligned like any other host. They change the
+coordinates as unseen hosts do, which noise alone does not imitate. There are two kinds:
+
+- Narrow copies: the host with fewer blocks or fewer dimensions. The host's own states give theirs.
+- The causal copy of an encoder: the same weights under a causal mask, read as a decoder is read. It needs a second
+  pass over the text. It has narrow copies too.
 """
 
 import bisect
+import copy
 import functools
 import itertools
+import logging
 import time
 from collections.abc import Callable
 
@@ -18,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora import ConfigError
-from modeling_unihyperlora.hosts import describe_host, fingerprint, load_host
+from modeling_unihyperlora.hosts import call_host, describe_host, dtype_of, fingerprint, load_host
 from modeling_unihyperlora.space import (
     CanonicalSpace,
     HostFit,
@@ -29,10 +34,12 @@ from modeling_unihyperlora.space import (
     knot_layers,
     line_up,
 )
-from modeling_unihyperlora.words import WordReader, load_tokenizer
+from modeling_unihyperlora.words import WordReader, load_tokenizer, probe
 
 from .sampling import SentenceSampler
 from .state_cache import CanonicalStates, WordStates
+
+logger = logging.getLogger(__name__)
 
 COPIES = ((1 / 3, 1 / 3), (2 / 3, 2 / 3), (1 / 2, 1), (1 / 3, 1 / 6), (1 / 2, 1 / 3), (5 / 6, 1 / 2))  # blocks, width
 
@@ -61,13 +68,15 @@ class Source:
         bf16: see ``WordStates``.
 
     Attributes:
-        fits: the host's map, and those of the copies after a call of ``line_up_copies``.
+        fits: the host's map, and those of the narrow copies after a call of ``line_up_copies``.
         data: canonical states of the windows, one view per map.
-        cpu_seconds: CPU time for the maps and the states.
+        causal: the source of the causal copy, if there is one.
+        cpu_seconds: CPU time for the maps and the states, also those of the causal copy.
         hosts: descriptions of hosts that read stored states; none here.
     """
 
     hosts: tuple = ()
+    causal: "Source | None" = None
 
     def __init__(
         self,
@@ -98,7 +107,11 @@ class Source:
         return anchor_states(*to_read)
 
     def line_up_copies(self) -> None:
-        """Add the maps of the copies."""
+        """Add the maps of the narrow copies, also of the causal copy."""
+        if self.causal is not None:
+            before = self.causal.cpu_seconds
+            self.causal.line_up_copies()
+            self.cpu_seconds += self.causal.cpu_seconds - before
         if len(self.fits) == 1:
             start, coordinates = time.process_time(), self.space.canonical().cpu()
             copies = [
@@ -121,6 +134,54 @@ class Source:
             return part._replace(matrix=matrix.flatten(1))
 
         return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))
+
+
+class CausalCopy(nn.Module):
+    """An encoder whose tokens see themselves and the tokens before them, as in a decoder."""
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.host, self.config, self.training = host, host.config, host.training
+
+    @property
+    def device(self) -> torch.device:
+        return self.host.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.host.get_input_embeddings()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids=None, return_dict=True, **kwargs
+    ):
+        """The host's output for ids (B, T) and a mask (B, T) that is above 0 for tokens."""
+        seen = (attention_mask[:, None, None] > 0).expand(-1, 1, input_ids.shape[1], -1).tril()
+        dtype = dtype_of(self.host)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids
+        return call_host(self.host, mask, input_ids=input_ids, **kwargs)
+
+
+def causal_copy_of(host: nn.Module, words: WordReader) -> tuple[CausalCopy, WordReader] | None:
+    """The causal copy of a host, and the reader of its words; None for a decoder, and for hosts without such masks.
+
+    Most families of transformers take a mask (B, 1, T, T) that says what each token sees. Whether a host obeys it is
+    tried out.
+    """
+    if words.causal:
+        return None
+    causal = CausalCopy(host)
+    try:
+        obeys = probe(causal, words.flags)[0]
+    except Exception as error:  # each family fails in its own way
+        logger.debug("No causal copy: %s", error)
+        obeys = False
+    if not obeys:
+        logger.info("%s takes no causal mask, so training imitates no decoder.", type(host).__name__)
+        return None
+    read_causally = copy.copy(words)
+    read_causally.causal = True
+    return causal, read_causally
 
 
 def disturb(z: torch.Tensor, fidelity: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -146,10 +207,13 @@ class SourceStates(Dataset):
         fidelity, copy_fidelity: ``fidelity`` of ``disturb`` for the hosts' own states and for their copies'; the
             Trainer sets both. Copies get more noise, since other hosts may differ more than copies do.
         copy_share: share of the windows that are read with copies; the Trainer sets it too.
+
+    A key is ``view * len(self) + index``. The first views are those of the hosts and of their narrow copies; as many
+    views of the causal copies follow.
     """
 
     def __init__(
-        self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0, copy_share: float = 0.5
+        self, sources: list[Source], fidelity: float = 1.0, copy_fidelity: float = 1.0, copy_share: float = 0.6
     ):
         self.sources = sources
         self.fidelity, self.copy_fidelity, self.copy_share = fidelity, copy_fidelity, copy_share
@@ -162,7 +226,9 @@ class SourceStates(Dataset):
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         view, index = divmod(key, len(self))
         which = bisect.bisect_right(self.starts, index) - 1
-        data = self.sources[which].data
+        source = self.sources[which]
+        is_causal, view = divmod(view, len(source.fits))
+        data = source.causal.data if is_causal and source.causal else source.data
         item = data[view * len(data) + index - self.starts[which]]
         fidelity = self.copy_fidelity if view else self.fidelity
         if fidelity < 1:
@@ -176,7 +242,8 @@ class SourceStates(Dataset):
 
     def sampler(self, seed: int) -> SentenceSampler:
         """A sampler that yields every window once per epoch."""
-        self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed, self.copy_share)
+        causal = any(source.causal is not None for source in self.sources)
+        self._sampler = SentenceSampler(len(self), len(self.sources[0].fits), seed, self.copy_share, causal)
         return self._sampler
 
 
@@ -186,6 +253,7 @@ def sources_of(
     others: list[str],
     make_dataset: Callable[[PreTrainedTokenizerBase], Dataset],
     bf16: bool = False,
+    causal: bool = True,
     **hub,
 ) -> list[Source]:
     """The sources to train a stream on, its own host first; records the other hosts in the model's configuration.
@@ -196,6 +264,7 @@ def sources_of(
         others: Hub ids or folders of the other hosts.
         make_dataset: the training data for the host of another tokenizer.
         bf16: see ``WordStates``.
+        causal: read every encoder's causal copy too.
         **hub: ``cache_dir``, ``token``.
 
     Raises:
@@ -203,7 +272,18 @@ def sources_of(
         HostError, DataError: a host cannot be loaded or aligned, or its states cannot be cached.
     """
     stream, space = model.bound_stream, model.adapter.space
-    sources = [Source(model.host, stream.words, space, train, stream.fit, bf16=bf16)]
+
+    def add_causal(source: Source, host: nn.Module, words: WordReader, windows: Dataset) -> Source:
+        made = causal_copy_of(host, words) if causal else None
+        if made is not None:
+            start = time.process_time()
+            fit = line_up(space, *made)
+            source.causal = Source(*made, space, windows, fit, time.process_time() - start, bf16)
+            source.cpu_seconds += source.causal.cpu_seconds
+        return source
+
+    own = Source(model.host, stream.words, space, train, stream.fit, bf16=bf16)
+    sources = [add_causal(own, model.host, stream.words, train)]
     known, named = model.config.source_hosts, {fingerprint(model.host)}
     for name in others:
         host = load_host(name, **hub)
@@ -216,6 +296,6 @@ def sources_of(
             known.append(described)
         start = time.process_time()
         fit = line_up(space, host, words)
-        seconds = time.process_time() - start
-        sources.append(Source(host, words, space, make_dataset(words.tokenizer), fit, seconds, bf16))
+        seconds, windows = time.process_time() - start, make_dataset(words.tokenizer)
+        sources.append(add_causal(Source(host, words, space, windows, fit, seconds, bf16), host, words, windows))
     return sources

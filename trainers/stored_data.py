@@ -235,6 +235,7 @@ class StoredSource:
     """
 
     cpu_seconds = 0.0
+    causal = None
 
     def __init__(self, data: StoredRows):
         self.data, self.hosts, self.fits = data, data.hosts(), [None]

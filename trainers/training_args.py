@@ -86,7 +86,7 @@ class UniHyperLoraTrainingArguments(TrainingArguments):
         default=0.7, metadata={"help": "As --fidelity, for copies of the source host with fewer blocks or dimensions."}
     )
     copy_share: float = field(
-        default=0.5,
+        default=0.6,
         metadata={
             "help": "Share of the sentences that are read with copies of the source host; 0 trains faster and better "
             "for the source alone."

@@ -3,13 +3,14 @@
 import copy
 import json
 import pickle
+import tempfile
 import unicodedata
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerLegacy, PreTrainedTokenizerFast, pipeline
 
 from modeling_unihyperlora import (
@@ -63,6 +64,12 @@ def rule(text: str) -> list[str]:
         else:
             words, current, alone = [*words, current], character, is_mark(character)
     return [word for word in [*words, current] if word]
+
+
+def saved_and_loaded(tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def found(tokenizer, encoded, text: str) -> list[str]:
@@ -188,6 +195,48 @@ class TestWordsOfATokenizer:
         before = own.backend_tokenizer.to_str(), own.pad_token, own.padding_side
         prepare_tokenizer(own)
         assert (own.backend_tokenizer.to_str(), own.pad_token, own.padding_side) == before
+
+
+class TestTheStartOfAText:
+    """Decoders use a text's first token as an attention sink, so it should not be a word."""
+
+    def test_no_text_begins_with_a_word(self, tokenizer):
+        special = tokenizer(LINES[0], return_special_tokens_mask=True)["special_tokens_mask"]
+        assert special[0] == 1
+        assert special[1] == 0  # one token is enough
+
+    def test_the_token_is_added_once(self, tokenizer):
+        again = prepare_tokenizer(saved_and_loaded(tokenizer))
+        assert again(LINES[0])["input_ids"] == tokenizer(LINES[0])["input_ids"]
+
+    @pytest.mark.parametrize("pair", [False, True])
+    def test_it_takes_room(self, tokenizer, pair):
+        both = (LINES[0], LINES[1]) if pair else (LINES[0],)
+        bare = len(tokenizer(*both, add_special_tokens=False)["input_ids"])
+        assert len(tokenizer(*both)["input_ids"]) == bare + tokenizer.num_special_tokens_to_add(pair=pair)
+        assert len(tokenizer(*both, truncation=True, max_length=7)["input_ids"]) == 7
+
+    @pytest.mark.parametrize(
+        ("names", "wanted"),
+        [
+            ({"unk_token": "<|endoftext|>", "bos_token": "<s>", "eos_token": "</s>"}, ["<|endoftext|>"]),
+            ({"bos_token": "<s>", "eos_token": "</s>"}, ["<s>"]),
+            ({"eos_token": "</s>"}, ["</s>"]),
+            ({"pad_token": "<pad>"}, []),
+        ],
+    )
+    def test_which_token_it_is(self, names, wanted):
+        """The separator of documents, else the token of the start, else that of the end; none without any."""
+        backend = Tokenizer(models.BPE({"a": 0, "Ġa": 1, "Ġ": 2}, [("Ġ", "a")]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.add_special_tokens([*names.values()])
+        own = prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+        encoded = own("a")["input_ids"]
+        assert own.convert_ids_to_tokens(encoded) == [*wanted, "Ġa"]
+        begins, inside = begins_of(vocabulary_flags(own), torch.tensor([encoded]))
+        assert int(begins.sum()) == 1
+        assert begins[0, len(wanted)]
+        assert not inside[0, : len(wanted)].any()
 
 
 class TestLongTexts:

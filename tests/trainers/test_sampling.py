@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainers.sampling import TOGETHER, SentenceSampler
+from trainers.sampling import CAUSAL_SHARE, TOGETHER, SentenceSampler
 
 
 def test_every_sentence_once_an_epoch_in_another_order_each_time():
@@ -41,3 +41,13 @@ def test_views_are_the_host_itself_and_its_copies(copy_share):
     assert all(set(block) == {0, 1, 2, 3} for block in of_blocks.T), "every block is read in every view"
     together = np.corrcoef(of_blocks.T)[~np.eye(of_blocks.shape[1], dtype=bool)]
     assert np.abs(together).max() < 0.3, "blocks draw their views apart"
+
+
+def test_the_views_of_causal_copies_follow():
+    sampler, views = SentenceSampler(6400, 4, seed=0, copy_share=0.6, causal=True), []
+    for number in range(60):
+        sampler.set_epoch(number)
+        views.extend(key // 6400 for key in sampler)
+    causal = 0.6 * CAUSAL_SHARE
+    shares = [0.4, *[(0.6 - causal) / 3] * 3, causal / 2, *[causal / 6] * 3]
+    np.testing.assert_allclose(np.bincount(views) / len(views), shares, atol=0.02)

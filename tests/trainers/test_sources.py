@@ -11,10 +11,12 @@ from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, UniHyp
 from modeling_unihyperlora.space import fit_host, knot_layers, line_up
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
+from tests.modeling_unihyperlora.families import tiny_host
+from tests.tokenizer_kinds import make_tokenizer
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.ner_data import Sentence
 from trainers.ner_windows import IGNORED, SentenceWindows
-from trainers.sources import COPIES, Source, SourceStates, disturb, sources_of
+from trainers.sources import COPIES, Source, SourceStates, causal_copy_of, disturb, sources_of
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
 
 LABELS = ["O", "B-PER", "I-PER"]
@@ -242,6 +244,79 @@ class TestCopies:
                 item = data[view * 80 + index]
                 torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
                 assert item["labels"].tolist() == source.words.labels[own].tolist()
+
+
+class TestTheCausalCopy:
+    def test_has_the_states_of_the_weights_as_a_decoder(self, tokenizer, windows):
+        """Those of BERT's own decoder, at the last token of each word."""
+        host = bert(tokenizer)
+        decoder = BertModel(BertConfig(**host.config.to_dict() | {"is_decoder": True})).eval()
+        decoder.load_state_dict(host.state_dict())
+        copied, read_causally = causal_copy_of(host, WordReader(host, tokenizer))
+        words = WordStates(copied, read_causally, windows, batch_size=8)
+        for index in (0, 7, 39):
+            item, places = windows[index], windows.windows[index]
+            with torch.no_grad():
+                hidden = decoder(torch.tensor([item["input_ids"]]), output_hidden_states=True).hidden_states
+            at = [start + size - 1 for start, size in zip(places.starts, places.sizes, strict=True)]
+            kept = words.states[words.offsets[index] : words.offsets[index + 1]]
+            for layer in range(3):
+                np.testing.assert_allclose(kept[:, layer], hidden[layer][0, at].numpy(), atol=2e-3)
+            assert words.labels[index].tolist() == [item["labels"][start] for start in places.starts]
+
+    @pytest.mark.parametrize("family", ["albert", "bert", "distilbert", "modernbert", "mpnet", "roberta", "t5"])
+    def test_is_found_for_an_encoder(self, family):
+        host = tiny_host(family, vocab_size=300)
+        copied, read_causally = causal_copy_of(host, WordReader(host, make_tokenizer("wordpiece-uncased")))
+        assert read_causally.causal
+        ids = torch.tensor([[5, 9, 13, 17], [5, 9, 21, 17], [5, 9, 0, 0]])
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+        states = copied(ids, mask, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        torch.testing.assert_close(states[0, :2], states[1, :2])
+        torch.testing.assert_close(states[0, :2], states[2, :2])
+        assert not torch.allclose(states[0, 3], states[1, 3])
+
+    @pytest.mark.parametrize("family", ["deberta-v2", "fnet", "llama"])
+    def test_is_left_out_where_a_host_takes_no_such_mask_or_is_a_decoder(self, family):
+        host = tiny_host(family, vocab_size=300)
+        assert causal_copy_of(host, WordReader(host, make_tokenizer("wordpiece-uncased"))) is None
+
+    def test_is_trained_on(self, made, tokenizer, space, windows, sentences):
+        """Views after those of the narrow copies are the causal copy's; its CPU time counts."""
+
+        def make(own):
+            return SentenceWindows(sentences, own, LABELS, 32)
+
+        plain = sources_of(made.model, windows, [], make, causal=False)
+        both = sources_of(made.model, windows, [], make)
+        assert plain[0].causal is None
+        for source in both:
+            source.line_up_copies()
+            assert source.cpu_seconds > source.causal.cpu_seconds > 0
+        data, count = SourceStates(both), len(COPIES) + 1
+        causal = both[0].causal
+        for view in (0, 2):
+            start, end = causal.words.offsets[3:5]
+            states = torch.tensor(np.array(causal.words.states[start:end], np.float32))
+            expected = mapped(causal.fits[view], states, causal.words.layers)
+            item = data[(count + view) * len(data) + 3]
+            torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
+        views = {key // len(data) for number in range(400) for key in set_epoch(data.sampler(0), number)}
+        assert views == {*range(2 * count)}
+        assert not any(module.training for module in made.model.host.modules())
+
+    def test_a_source_without_one_gives_its_own_states(self, made):
+        data = made.train_dataset
+        for source in data.sources:
+            source.line_up_copies()
+        count = len(COPIES) + 1
+        first, second = (data[view * len(data) + 3]["canonical_states"] for view in (2, 2 + count))
+        assert torch.equal(first, second)
+
+
+def set_epoch(sampler, number):
+    sampler.set_epoch(number)
+    return sampler
 
 
 class TestTraining:
