@@ -132,7 +132,7 @@ class Stream:
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
     ) -> torch.Tensor:
         """Coordinates (B, W, K, D) float32 of words; from layer → states (B, T, d), and the words' tokens (B, W)."""
-        tokens = hidden_states[self.fit.landmarks.layers[0]].shape[1]
+        tokens = hidden_states[self.fit.layers[0]].shape[1]
         cells = (at + torch.arange(len(at), device=at.device)[:, None] * tokens).flatten()
         return self.states_at(hidden_states, cells).reshape(*at.shape, len(KNOTS), -1)
 
@@ -142,7 +142,8 @@ class Stream:
         """Coordinates (N, K·D) float32 of some tokens, which are given by their numbers among all B·T tokens, (N,)."""
         to_knots = self.map_on(cells.device)
         flat = {layer: hidden_states[layer].flatten(0, 1) for layer in to_knots.layers}
-        several = cells.split(max(1, AT_ONCE // len(self.fit.landmarks.at)))
+        widest = len(self.fit.landmarks.at) if self.fit.landmarks else to_knots.offsets.numel()
+        several = cells.split(max(1, AT_ONCE // widest))
         made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
         return torch.cat(made)
 

@@ -12,7 +12,7 @@ To align a host, a ridge regression predicts C from two kinds of features of the
   the states of all these layers, and the landmarks are means of clusters of anchors (k-means). These features make
   the map nonlinear, which matters most for small hosts. This is kernel ridge regression by the Nyström method
   (Williams and Seeger, 2000; with k-means, Zhang, Tsang and Kwok, 2008) with the sum of a linear and a Gaussian
-  kernel.
+  kernel. A host whose states alone predict C as well, such as one that the space was made from, has no landmarks.
 
 The ridge is chosen on held-out anchors. A regression shrinks predictions in directions that it cannot predict well. So
 the predictions are multiplied by the symmetric matrix that gives them the covariance of the anchors' coordinates, and
@@ -40,7 +40,7 @@ from .words import NO_WORD, WordReader
 
 logger = logging.getLogger(__name__)
 
-METHOD = "10"  # version of the alignment; changed whenever maps would change
+METHOD = "11"  # version of the alignment; changed whenever maps would change
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # relative depths
 COORDINATE_STEP = 1.0  # coordinates have unit variance and the values -1.5, -0.5, 0.5 and 1.5
 ATOM_BITS = 8
@@ -49,7 +49,8 @@ AT_ONCE = 2**18  # numbers per step of a copy, so that temporary arrays stay sma
 PACKAGE_SPACE = Path(__file__).with_name("space.safetensors")
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # noise variances to try; a word's features have a variance of about 1
-LANDMARKS, QUERY_WIDTH = 512, 96  # twice as many landmarks gain less than the difference between two seeds
+LANDMARKS, QUERY_WIDTH = 1024, 192
+WORTH = 0.01  # landmarks are used if they raise the mean R² on held-out anchors by this much
 ROUNDS = 8  # rounds of k-means
 BLOCK = 512  # columns per step of a matrix product
 LINEAR = 0.5  # weight of the linear kernel; the Gaussian kernel has weight 1
@@ -300,7 +301,17 @@ class HostFit(NamedTuple):
     """A host's map into the canonical space."""
 
     knots: list[KnotFit]
-    landmarks: Landmarks
+    landmarks: Landmarks | None  # None: the map is linear
+
+    @property
+    def layers(self) -> list[int]:
+        """The different layers that the map reads, sorted."""
+        return sorted({knot.layer for knot in self.knots})
+
+    @property
+    def parts(self) -> list["KnotFit | Landmarks"]:
+        """All parts that have tensors."""
+        return [*self.knots, *([] if self.landmarks is None else [self.landmarks])]
 
     @property
     def r2(self) -> list[float]:
@@ -318,7 +329,8 @@ class HostToKnots(NamedTuple):
     """A host's map, rearranged as one product for all knots and one for the query.
 
     ``layers`` are the L' layers that are read, and ``of_knot`` says which of them each knot reads. ``matrices``
-    (K, d, D) and ``offsets`` (K, 1, D) give the linear part of the coordinates, ``queries`` (L', d, Q) the query.
+    (K, d, D) and ``offsets`` (K, 1, D) give the linear part of the coordinates, ``queries`` (L', d, Q) the query, if
+    there are landmarks.
     """
 
     fit: HostFit  # the original map
@@ -326,29 +338,29 @@ class HostToKnots(NamedTuple):
     of_knot: list[int]
     matrices: torch.Tensor
     offsets: torch.Tensor
-    queries: torch.Tensor
-    landmarks: Landmarks
+    queries: torch.Tensor | None
+    landmarks: Landmarks | None
 
     @classmethod
     def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
-        fit_here = fit_on(device, fit)
-        knots, landmarks = fit_here
-        of_knot = [landmarks.layers.index(knot.layer) for knot in knots]
+        knots, landmarks = fit_on(device, fit)
+        of_knot = [fit.layers.index(knot.layer) for knot in knots]
         matrices = torch.stack([knot.matrix.T for knot in knots])
         offsets = torch.stack([knot.offset for knot in knots])[:, None]
-        queries = landmarks.matrix.T.unflatten(0, (len(landmarks.layers), -1)).contiguous()
-        return cls(fit, landmarks.layers, of_knot, matrices, offsets, queries, landmarks)
+        queries = landmarks and landmarks.matrix.T.unflatten(0, (len(fit.layers), -1)).contiguous()
+        return cls(fit, fit.layers, of_knot, matrices, offsets, queries, landmarks)
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
         read = torch.stack([states[layer] for layer in self.layers]).float()  # (L', N, d)
         with full_precision(read.device):
+            of_knots = read[self.of_knot] if len(self.of_knot) > len(self.layers) else read  # of a host of few blocks
+            linear = torch.baddbmm(self.offsets, of_knots, self.matrices).transpose(0, 1).flatten(1)
+            if self.landmarks is None:
+                return linear
             query = torch.bmm(read, self.queries).sum(dim=0) + self.landmarks.offset
-            if len(self.of_knot) > len(self.layers):  # of a host of few blocks
-                read = read[self.of_knot]
-            linear = torch.baddbmm(self.offsets, read, self.matrices)
             near = nearness(query, self.landmarks.at)
-            return torch.addmm(linear.transpose(0, 1).flatten(1), near, self.landmarks.weights.T)
+            return torch.addmm(linear, near, self.landmarks.weights.T)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -360,8 +372,8 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
 
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
     """Copy of a map with its tensors on a device."""
-    moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in (*fit.knots, fit.landmarks)]
-    return HostFit(moved[:-1], moved[-1])
+    moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in fit.parts]
+    return HostFit(moved[: len(fit.knots)], moved[-1] if fit.landmarks else None)
 
 
 def _tensors_of(part: KnotFit | Landmarks, change: Callable = lambda x: x) -> dict[str, torch.Tensor]:
@@ -369,7 +381,11 @@ def _tensors_of(part: KnotFit | Landmarks, change: Callable = lambda x: x) -> di
 
 
 def fit_host(
-    states: torch.Tensor, layers: list[int], coordinates: torch.Tensor, stored: list[int] | None = None
+    states: torch.Tensor,
+    layers: list[int],
+    coordinates: torch.Tensor,
+    stored: list[int] | None = None,
+    count: int = LANDMARKS,
 ) -> HostFit:
     """Kernel ridge regression of the coordinates on a host's states.
 
@@ -378,6 +394,7 @@ def fit_host(
         layers: layer of each knot; the query for the landmarks uses the layers of all knots.
         coordinates: (K, N, D) canonical coordinates of the same anchors.
         stored: layers of ``states``; by default the different ``layers``.
+        count: number of landmarks, if they are worth it.
 
     Raises:
         HostError: there are not more than D usable anchors.
@@ -392,18 +409,32 @@ def fit_host(
     different = sorted({*layers})
     stored = stored or different
     of_layer = {layer: states[stored.index(layer), usable] for layer in different}
-    knots, weights, ridge = [], [], RIDGES[len(RIDGES) // 2]
+    targets = coordinates[:, usable].to(states.device)
     with full_precision(states.device):
+        linear, _ = _fit_knots(of_layer, layers, targets, states.new_zeros(targets.shape[1], 0))
         matrix, offset, query = _query(torch.cat([*of_layer.values()], dim=-1))
-        landmarks = _means(query, LANDMARKS)
+        landmarks = _means(query, count)
         features_of = _nystroem(nearness(landmarks, landmarks))
-        by_nearness = nearness(query, landmarks) @ features_of
-        for layer, target in zip(layers, coordinates, strict=True):
-            knot = _fit_knot(of_layer[layer], by_nearness, target[usable].to(query.device), ridge)
-            ridge = knot.ridge  # the search for the next knot starts here
-            knots.append(KnotFit(layer, knot.matrix, knot.offset, knot.r2))
-            weights.append((features_of @ knot.weights).T)
-    return HostFit(knots, Landmarks(different, matrix, offset, landmarks, torch.cat(weights).contiguous()))
+        knots, weights = _fit_knots(of_layer, layers, targets, nearness(query, landmarks) @ features_of)
+        weights = torch.cat([(features_of @ own).T for own in weights]).contiguous()
+    gain = sum(knot.r2 - alone.r2 for knot, alone in zip(knots, linear, strict=True)) / len(knots)
+    if gain < WORTH:
+        return HostFit(linear, None)
+    return HostFit(knots, Landmarks(different, matrix, offset, landmarks, weights))
+
+
+def _fit_knots(
+    of_layer: dict[int, torch.Tensor], layers: list[int], targets: torch.Tensor, by_nearness: torch.Tensor
+) -> tuple[list[KnotFit], list[torch.Tensor]]:
+    """Fit every knot to the states of its layer and features (N, R'); returns also the features' weights (R', D)."""
+    features, ridge = _Features.of(by_nearness), RIDGES[len(RIDGES) // 2]
+    knots, weights = [], []
+    for layer, target in zip(layers, targets, strict=True):
+        knot = _fit_knot(of_layer[layer], features, target, ridge)
+        ridge = knot.ridge  # the search for the next knot starts here
+        knots.append(KnotFit(layer, knot.matrix, knot.offset, knot.r2))
+        weights.append(knot.weights)
+    return knots, weights
 
 
 def _query(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -442,6 +473,24 @@ def _nystroem(kernel: torch.Tensor) -> torch.Tensor:
     return (vectors[:, kept] / values[kept].sqrt()).to(kernel.dtype)
 
 
+class _Features(NamedTuple):
+    """Features from nearness, which all knots share, and their products over seen and held-out anchors."""
+
+    values: torch.Tensor  # (N, R'), with zero mean
+    mean: torch.Tensor  # (R',)
+    held_out: torch.Tensor  # (N,) bool
+    grams: tuple[torch.Tensor, torch.Tensor]  # (R', R') each, lower blocks
+
+    @classmethod
+    def of(cls, by_nearness: torch.Tensor) -> "_Features":
+        mean = by_nearness.mean(dim=0)
+        values, number = by_nearness - mean, torch.arange(len(by_nearness), device=by_nearness.device)
+        held_out = number // RUN % HELD_OUT == HELD_OUT - 1
+        if not held_out.any():
+            held_out = number % HELD_OUT == HELD_OUT - 1
+        return cls(values, mean, held_out, (_gram(values[~held_out]), _gram(values[held_out])))
+
+
 class _Regression(NamedTuple):
     matrix: torch.Tensor  # (D, F) for the raw states
     weights: torch.Tensor  # (R', D) for the features from nearness
@@ -450,20 +499,17 @@ class _Regression(NamedTuple):
     ridge: float
 
 
-def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Tensor, start: float) -> _Regression:
+def _fit_knot(states: torch.Tensor, features: _Features, target: torch.Tensor, start: float) -> _Regression:
     """Ridge regression of target (N, D) on states (N, F) and features (N, R'), see the module's docstring.
 
     The search for the ridge starts at ``start`` and tries larger ridges, else smaller ones, while the fit improves.
     """
     x, mean, scale = standardise(states)
     shrink = (LINEAR / x.shape[1]) ** 0.5
-    middle, centre = by_nearness.mean(dim=0), target.mean(dim=0)
-    x, y = torch.cat([x * shrink, by_nearness - middle], dim=1), target - centre
-    held_out = torch.arange(len(x), device=x.device) // RUN % HELD_OUT == HELD_OUT - 1
-    if not held_out.any():
-        held_out = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    centre, held_out = target.mean(dim=0), features.held_out
+    x, y = torch.cat([x * shrink, features.values], dim=1), target - centre
     seen, unseen = x[~held_out], x[held_out]
-    gram, cross = _gram(seen), seen.T @ y[~held_out]
+    gram, cross = _gram(seen, features.grams[0]), seen.T @ y[~held_out]
     spread = (y[held_out] - y[held_out].mean(dim=0)).square().sum().clamp_min(MIN_SCALE)
 
     def tried(ridge: float) -> tuple[float, float, torch.Tensor]:
@@ -481,12 +527,12 @@ def _fit_knot(states: torch.Tensor, by_nearness: torch.Tensor, target: torch.Ten
         if best[1] != start:
             break  # both neighbours of the best ridge are worse
     r2, ridge, predicted = best
-    gram, cross = gram + _gram(unseen), cross + unseen.T @ y[held_out]
+    gram, cross = gram + _gram(unseen, features.grams[1]), cross + unseen.T @ y[held_out]
     weight = _solve(gram, cross, ridge)
     weight = weight @ _stretch(x @ weight, y, predicted)
     matrix = (weight[: len(scale)] * shrink / scale[:, None]).T.contiguous()
     weights = weight[len(scale) :]
-    return _Regression(matrix, weights, centre - matrix @ mean - middle @ weights, r2, ridge)
+    return _Regression(matrix, weights, centre - matrix @ mean - features.mean @ weights, r2, ridge)
 
 
 def _stretch(predicted: torch.Tensor, y: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
@@ -513,12 +559,18 @@ def _power(symmetric: torch.Tensor, exponent: float) -> torch.Tensor:
     return vectors * values.clamp_min(max(LEAST_EIGENVALUE * float(values[-1]), MIN_SCALE)) ** exponent @ vectors.T
 
 
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    """The lower blocks of the symmetric matrix xᵀx: (N, F) → (F, F)."""
-    gram = x.new_zeros(x.shape[1], x.shape[1])
-    for start in range(0, x.shape[1], BLOCK):
-        rows = x[:, start : start + BLOCK]
-        gram[start : start + BLOCK, : start + BLOCK] = rows.T @ x[:, : start + BLOCK]
+def _gram(x: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    """The lower blocks of the symmetric matrix xᵀx: (N, F) → (F, F).
+
+    ``last`` (R', R') are the blocks of the last R' columns, if known.
+    """
+    gram, known = x.new_zeros(x.shape[1], x.shape[1]), 0 if last is None else len(last)
+    first = x.shape[1] - known
+    for start in range(0, first, BLOCK):
+        end = min(start + BLOCK, first)
+        gram[start:end, :end] = x[:, start:end].T @ x[:, :end]
+    if known:
+        gram[first:, :first], gram[first:, first:] = x[:, first:].T @ x[:, :first], last
     return gram
 
 
@@ -594,7 +646,7 @@ def kept(path: Path, make: Callable[[], dict[str, torch.Tensor]], read: Callable
 def to_tensors(fit: HostFit) -> dict[str, torch.Tensor]:
     layers = [knot.layer for knot in fit.knots]
     tensors = {"r2": torch.tensor(fit.r2, dtype=torch.float64), "layers": torch.tensor(layers)}
-    for name, part in (*((str(k), knot) for k, knot in enumerate(fit.knots)), ("landmarks", fit.landmarks)):
+    for name, part in zip([*map(str, range(len(layers))), "landmarks"], fit.parts, strict=False):
         tensors |= {f"{name}.{field}": value for field, value in _tensors_of(part).items()}
     return tensors
 
@@ -603,5 +655,7 @@ def from_tensors(made: dict[str, torch.Tensor]) -> HostFit:
     layers, r2 = made["layers"].tolist(), made["r2"].tolist()
     own = [(made[f"{k}.matrix"], made[f"{k}.offset"]) for k in range(len(layers))]
     knots = [KnotFit(layer, *of_knot, fit) for layer, of_knot, fit in zip(layers, own, r2, strict=True)]
+    if "landmarks.at" not in made:
+        return HostFit(knots, None)
     fields = {name: made[f"landmarks.{name}"] for name in Landmarks._fields if name != "layers"}
     return HostFit(knots, Landmarks(sorted({*layers}), **fields))

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_unihyperlora import ConfigError
 from modeling_unihyperlora.hosts import call_host, describe_host, dtype_of, fingerprint, load_host
 from modeling_unihyperlora.space import (
+    LANDMARKS,
     CanonicalSpace,
     HostFit,
     KnotFit,
@@ -125,7 +126,8 @@ class Source:
         """Map, for the host's states, of a copy with the first ``blocks`` blocks and a random share of dimensions."""
         dim = self.anchor_states.shape[-1]
         kept = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))[: round(width * dim)]
-        narrow = fit_host(self.anchor_states[..., kept], _knots_of_copy(blocks), coordinates, self.words.layers)
+        knots, states = _knots_of_copy(blocks), self.anchor_states[..., kept]
+        narrow = fit_host(states, knots, coordinates, self.words.layers, LANDMARKS // 2)  # a copy need not be good
 
         def widened(part: KnotFit | Landmarks) -> KnotFit | Landmarks:
             given = part.matrix.unflatten(1, (-1, len(kept)))  # (…, layers, kept dimensions)
@@ -133,7 +135,7 @@ class Source:
             matrix[..., kept] = given
             return part._replace(matrix=matrix.flatten(1))
 
-        return HostFit([widened(knot) for knot in narrow.knots], widened(narrow.landmarks))
+        return HostFit([widened(knot) for knot in narrow.knots], narrow.landmarks and widened(narrow.landmarks))
 
 
 class CausalCopy(nn.Module):

@@ -96,7 +96,7 @@ def states_of(
     limit = min(max_seq_length, window_of(stream.host, tokenizer) or max_seq_length)
     windows = windows_of(sentences, tokenizer, limit, stream.words.causal)
     windows.sort(key=lambda window: len(window.input_ids))
-    shape = (len(KNOTS), len(stream.fit.landmarks.weights) // len(KNOTS))
+    shape = (len(KNOTS), len(stream.fit.knots[0].offset))
     states = [np.empty((len(sentence), *shape), np.float16) for sentence in sentences]
     training = stream.host.training
     stream.host.eval()

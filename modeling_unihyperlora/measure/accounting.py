@@ -66,6 +66,8 @@ def _map_multiply_adds(model) -> int:
     landmarks, width = model.bound_stream.fit.landmarks, model.host.config.hidden_size
     dim = model.config.space["dim"]
     linear = len(KNOTS) * dim * width
+    if landmarks is None:
+        return linear
     query = len(landmarks.offset) * width * len(landmarks.layers)
     return linear + query + len(landmarks.at) * (landmarks.at.shape[1] + len(KNOTS) * dim)
 
@@ -110,14 +112,13 @@ def held_tensors(model) -> list[torch.Tensor]:
         return [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
     stream = model.bound_stream
     made = stream.map_on(stream.words.flags.device)
-    parts = (*stream.fit.knots, stream.fit.landmarks)
-    by_knot = [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
+    by_knot = [tensor for part in stream.fit.parts for tensor in part if isinstance(tensor, torch.Tensor)]
     amended, reader, *head = model.adapter.values(task)
     return [
         *by_knot,
         made.matrices,
         made.offsets,
-        made.queries,
+        *([] if made.queries is None else [made.queries]),
         stream.words.flags,
         *([] if amended is None else [amended]),
         *reader,

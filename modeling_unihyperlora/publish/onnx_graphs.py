@@ -69,14 +69,11 @@ class HostGraph(_Graph):
         super().__init__(model)
         stream = model.bound_stream
         landmarks, knots = stream.fit.landmarks, stream.fit.knots
-        self.layers, self.asked = [knot.layer for knot in knots], list(landmarks.layers)
-        values = {
-            "flags": stream.words.flags,
-            "query": landmarks.matrix,
-            "query_offset": landmarks.offset,
-            "landmarks": landmarks.at,
-            "weights": landmarks.weights,
-        }
+        self.layers, self.asked = [knot.layer for knot in knots], stream.fit.layers
+        self.is_linear, values = landmarks is None, {"flags": stream.words.flags}
+        if landmarks is not None:
+            values |= {"query": landmarks.matrix, "query_offset": landmarks.offset}
+            values |= {"landmarks": landmarks.at, "weights": landmarks.weights}
         for k, knot in enumerate(knots):
             values[f"matrix_{k}"], values[f"offset_{k}"] = knot.matrix, knot.offset
         for name, value in values.items():
@@ -91,13 +88,15 @@ class HostGraph(_Graph):
         of_words = {
             layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])) for layer in self.asked
         }  # (B, W, d) each
-        query = F.linear(torch.cat([*of_words.values()], dim=-1), self.query, self.query_offset)
-        near = nearness(query.flatten(0, 1), self.landmarks).view(*query.shape[:2], -1)  # (B, W, R)
         z = [
             F.linear(of_words[layer], getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
             for k, layer in enumerate(self.layers)
         ]
-        z = torch.stack(z, dim=2) + F.linear(near, self.weights).unflatten(2, (len(z), -1))
+        z = torch.stack(z, dim=2)
+        if not self.is_linear:
+            query = F.linear(torch.cat([*of_words.values()], dim=-1), self.query, self.query_offset)
+            near = nearness(query.flatten(0, 1), self.landmarks).view(*query.shape[:2], -1)  # (B, W, R)
+            z = z + F.linear(near, self.weights).unflatten(2, (z.shape[2], -1))
         return z, places.lengths, places.word_of, begins
 
 

@@ -107,6 +107,8 @@ def _parts(record: dict) -> list[str]:
     shapes = [f"{cell['batch']} × {cell['tokens']}" for cell in cells]
     rows = [["whole stream", *(_ratio(cell["stream"]) for cell in cells), f"{100 + sum(adds.values()):.2f}"]]
     for name, text in PARTS.items():
+        if name not in cells[0]:  # a linear map has no landmarks
+            continue
         added = f"{adds[name]:.2f}" if name in adds else "–"
         rows.append([text, *(_ratio(cell[name]) for cell in cells), added])
     lines = [

@@ -65,8 +65,11 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
     hidden, at = run.hidden_states, stream.words.read_at(run.places)
     rows = torch.arange(len(at), device=at.device)[:, None]
     states = torch.stack([hidden[layer][rows, at].flatten(0, 1) for layer in to_knots.layers])
-    landmarks = to_knots.landmarks
-    query = torch.bmm(states, to_knots.queries).sum(dim=0) + landmarks.offset
+    landmarks, by_nearness = to_knots.landmarks, {}
+    if landmarks is not None:
+        query = torch.bmm(states, to_knots.queries).sum(dim=0) + landmarks.offset
+        by_nearness["query"] = lambda: torch.bmm(states, to_knots.queries).sum(dim=0)
+        by_nearness["landmarks"] = lambda: nearness(query, landmarks.at) @ landmarks.weights.T
     cells = (torch.arange(at.shape[1], device=at.device) < run.lengths[:, None]).flatten().nonzero().squeeze(1)
     z = run.z.flatten(0, 1)[cells]
     words = Words.one_after_the_other(run.lengths, len(cells))
@@ -81,8 +84,7 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
         ),
         "places": lambda: stream.words.places(input_ids, attention_mask),
         "linear_map": lambda: torch.baddbmm(to_knots.offsets, states[to_knots.of_knot], to_knots.matrices),
-        "query": lambda: torch.bmm(states, to_knots.queries).sum(dim=0),
-        "landmarks": lambda: nearness(query, landmarks.at) @ landmarks.weights.T,
+        **by_nearness,
         "reader": lambda: model.adapter.tasks[task](z, words, values),
         "head": head,
     }
@@ -91,14 +93,18 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
 def multiply_adds_of_parts(model) -> dict[str, int]:
     """Multiply-adds for each word, by part."""
     to_knots = model.bound_stream.map_on(model.bound_stream.words.flags.device)
-    landmarks = to_knots.landmarks
+    landmarks, by_nearness = to_knots.landmarks, {}
+    if landmarks is not None:
+        by_nearness = {
+            "query": to_knots.queries.numel(),
+            "landmarks": landmarks.at.numel() + landmarks.weights.numel(),
+        }
     own = model.config.tasks[model.config.active_task]
-    shape, coordinates = own["reader"], len(landmarks.weights)
+    shape, coordinates = own["reader"], to_knots.offsets.numel()
     recurrent = 8 * shape["hidden"] * (shape["width"] + shape["hidden"])
     return {
         "linear_map": to_knots.matrices.numel(),
-        "query": to_knots.queries.numel(),
-        "landmarks": landmarks.at.numel() + landmarks.weights.numel(),
+        **by_nearness,
         "reader": coordinates * shape["width"] + recurrent,
         "head": 2 * shape["hidden"] * len(own["labels"]),
     }

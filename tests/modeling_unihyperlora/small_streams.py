@@ -74,4 +74,4 @@ def batch(sentences: tuple[str, ...] = ("word1 unknown word3", "word7 word2"), t
 
 def tensors_of(fit) -> list[torch.Tensor]:
     """All tensors of a host's map."""
-    return [x for part in (*fit.knots, fit.landmarks) for x in part if isinstance(x, torch.Tensor)]
+    return [x for part in fit.parts for x in part if isinstance(x, torch.Tensor)]

@@ -1,6 +1,7 @@
 """The stream: the computation for one word in float64, and one file on hosts of other shapes."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -201,11 +202,15 @@ class TestStream:
             with pytest.raises(ConfigError, match="choose 'task' or 'delta'"):
                 model.set_train_scope(scope)
 
+    @pytest.mark.parametrize("worth", [-math.inf, math.inf])
     @pytest.mark.parametrize("blocks", [2, 6])
-    def test_multiply_adds_agree_with_a_profiler_within_two_per_cent(self, blocks):
+    def test_multiply_adds_agree_with_a_profiler_within_two_per_cent(self, blocks, worth, tmp_path, monkeypatch):
+        monkeypatch.setattr("modeling_unihyperlora.space.WORTH", worth)
+        monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path))
         host = realistic("bert", 384, blocks)
         alone = products_a_token(host, (1, 2))
         model = small_stream(host, reader="large")
+        assert (model.stream.fit.landmarks is None) == (worth > 0)
         with torch.backends.mkldnn.flags(enabled=False):  # there the recurrent layer is one operation
             together = products_a_token(model, (1, 2))
         assert host_multiply_adds(model, TOKENS) == pytest.approx(alone, rel=0.02)

@@ -1,6 +1,7 @@
 """The canonical space: its file, making it, and aligning a host with it, each against float64."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from modeling_unihyperlora.space import (
     LANDMARKS,
     LINEAR,
     PACKAGE_SPACE,
+    QUERY_WIDTH,
     RIDGES,
     ROUNDS,
     _means,
@@ -371,14 +373,17 @@ class TestLiningUp:
 
 
 class TestFit:
+    @pytest.mark.parametrize("linear", [False, True])
     @pytest.mark.parametrize("width,seed", [(48, 0), (40, 1), (31, 2)])
-    def test_is_kernel_ridge_regression_with_the_penalty_that_predicts_best(self, width, seed):
-        """Recomputed in float64 with a kernel matrix instead of features; all 400 anchors are landmarks."""
+    def test_is_kernel_ridge_regression_with_the_penalty_that_predicts_best(self, width, seed, linear, monkeypatch):
+        """Recomputed in float64 with a kernel matrix instead of features; all 400 anchors are landmarks, or none."""
+        monkeypatch.setattr(space_module, "WORTH", math.inf if linear else -math.inf)
         generator = np.random.default_rng(seed)
         states = generator.normal(size=(3, 400, width)) * generator.uniform(0.1, 9, width) + 3
         target = states[:2, :, :7] / 9 + generator.normal(size=(2, 400, 7))
         target[0] += np.tanh(states[0, :, :7] - 3)
         fit = fit_host(as_float(states), [0, 2], as_float(target), [0, 1, 2])
+        assert (fit.landmarks is None) == linear
         mine = mapped(fit, as_float(states.transpose(1, 0, 2)), [0, 1, 2]).numpy()
         out = np.arange(400) // 50 % 5 == 4
 
@@ -391,7 +396,9 @@ class TestFit:
         centring = np.eye(400) - 1 / 400
         for k in range(2):
             x, y = standard([2 * k]), target[k] - target[k].mean(0)
-            kernel = LINEAR / x.shape[1] * x @ x.T + centring @ np.exp(-apart) @ centring
+            kernel = LINEAR / x.shape[1] * x @ x.T
+            if not linear:
+                kernel += centring @ np.exp(-apart) @ centring
 
             def predict(rows, ridge, kernel=kernel, y=y):
                 inside = kernel[np.ix_(rows, rows)] + ridge * np.eye(rows.sum())
@@ -407,20 +414,29 @@ class TestFit:
             total = ((y[out] - y[out].mean(0)) ** 2).sum()
             assert fit.r2[k] == pytest.approx(1 - min(errors) / total, abs=2e-3)
 
-    def test_landmarks_are_told_by_the_leading_components_where_there_are_many(self):
-        """1,500 words of width 300 and falling variance: fewer landmarks than words, of width 96."""
+    def test_landmarks_are_told_by_the_leading_components_where_there_are_many(self, monkeypatch):
+        """1,500 words of width 300 and falling variance: fewer landmarks than words, and narrower."""
+        monkeypatch.setattr(space_module, "WORTH", -math.inf)
         states = torch.randn(1, 1500, 300) * 0.97 ** torch.arange(300)
         states = states @ torch.linalg.qr(torch.randn(300, 300))[0]
         fit = fit_host(states, [0], torch.randn(1, 1500, 4))
-        assert fit.landmarks.at.shape == (LANDMARKS, 96)
+        assert fit.landmarks.at.shape == (LANDMARKS, QUERY_WIDTH)
         standard = (states[0] - states[0].mean(0)) / states[0].std(0)
-        best = torch.linalg.svdvals(standard)[:96].square().sum()
+        best = torch.linalg.svdvals(standard)[:QUERY_WIDTH].square().sum()
         query = states[0] @ fit.landmarks.matrix.T + fit.landmarks.offset
         assert query.square().sum() / query.square().sum(1).mean() == pytest.approx(1500)
         assert torch.pdist(query).square().mean() == pytest.approx(1, abs=0.01)
         rotation = torch.linalg.lstsq(query, standard).solution
         kept = (query @ rotation).square().sum()
         assert kept / best > 0.98
+
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_has_landmarks_where_they_predict_more(self, share):
+        """Coordinates that are linear in the states, or products of two of them."""
+        states = torch.randn(1, 900, 12)
+        target = (1 - share) * states[..., :4] + share * states[..., :4] * states[..., 4:8]
+        fit = fit_host(states, [0], target + 0.1 * torch.randn(1, 900, 4))
+        assert (fit.landmarks is None) == (share == 0)
 
     def test_landmarks_are_the_means_of_the_anchors_next_to_them(self):
         """Lloyd's rounds recomputed in float64, one cluster after the other."""

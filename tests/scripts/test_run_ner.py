@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -700,28 +701,35 @@ class TestStream:
         assert results["eval_loss"] == pytest.approx(min(seen.values()), rel=1e-5)
 
     def test_states_are_computed_once_and_again_when_cut_short(self, run, flags, cache):
+        """Those of the host, and those of its causal copy."""
         train = [*flags, "--do_train", "--max_steps", 2]
         run(*train, output="first")
-        (states,) = cache.glob("states-*")
-        whole, written = states.read_bytes(), states.stat().st_mtime_ns
+        made = sorted(cache.glob("states-*"))
+        assert len(made) == 2
+        whole, written = [file.read_bytes() for file in made], [file.stat().st_mtime_ns for file in made]
         run(*train, output="second")
-        assert states.stat().st_mtime_ns == written
-        states.write_bytes(whole[:-10])
+        assert [file.stat().st_mtime_ns for file in made] == written
+        for file, content in zip(made, whole, strict=True):
+            file.write_bytes(content[:-10])
         run(*train, output="third")
-        assert states.read_bytes() == whole
-        assert [path.name for path in cache.glob("states-*")] == [states.name]
+        assert [file.read_bytes() for file in made] == whole
+        assert sorted(cache.glob("states-*")) == made
+        run(*train, "--copy_share", 0, output="without copies")
+        shutil.rmtree(cache)
+        run(*train, "--copy_share", 0, output="without copies, again")
+        assert len(list(cache.glob("states-*"))) == 1
 
     def test_a_task_is_also_trained_on_the_words_of_raw_text(self, run, flags, cache, tmp_path, write_jsonl):
         row = (["Anna", "-from-", "Paris", "."], ["B-PER", "O", "B-LOC", "O"])  # in raw text 6 words
         train = [*flags, *files(write_jsonl, [*ROWS[4:], row], ROWS[:4]), "--do_train", "--max_steps", 2]
         results = run(*train, output="here")
-        (states,) = cache.glob("states-*")
+        states = {*cache.glob("states-*")}
         words, layers, width = sum(len(words) for words, _ in ROWS[4:]) + 4 + 6, 3, 64
-        assert states.stat().st_size == 2 * words * layers * width
+        assert [file.stat().st_size for file in states] == [2 * words * layers * width] * 2
         assert results["train_samples"] == len(ROWS) - 4 + 1
         tune = ["--adapter", tmp_path / "here", "--train_scope", "delta", *train[len(flags) :], *MANY]
         run(*tune, output="tuned")  # on a host as it is, and so on the data
-        (other,) = {*cache.glob("states-*")} - {states}
+        (other,) = {*cache.glob("states-*")} - states
         assert other.stat().st_size == 2 * (words - 6) * layers * width
 
     def test_a_space_is_made_of_anchor_text(self, run, tmp_path, write_jsonl):

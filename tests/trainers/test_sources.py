@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
 
 from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.space import fit_host, knot_layers, line_up
+from modeling_unihyperlora.space import LANDMARKS, fit_host, knot_layers, line_up
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from tests.modeling_unihyperlora.families import tiny_host
@@ -208,12 +208,12 @@ class TestCopies:
         own, *copies = source.fits
         assert len(copies) == len(COPIES) and source.cpu_seconds > before
         for fit, (blocks, width) in zip(copies, COPIES, strict=True):
-            assert max(fit.landmarks.layers) == fit.knots[-1].layer == round(blocks * 5)
-            for part in (*fit.knots, fit.landmarks):
+            assert max(fit.layers) == fit.knots[-1].layer == round(blocks * 5)
+            for part in fit.parts:
                 read = (part.matrix.unflatten(1, (-1, 64)) != 0).any(dim=0).any(dim=0)
                 assert int(read.sum()) == round(width * 64)
         assert all(len(knot.matrix[0]) == 64 for knot in own.knots)
-        assert len(own.landmarks.matrix[0]) == 64 * len(own.landmarks.layers)
+        assert own.landmarks is None or len(own.landmarks.matrix[0]) == 64 * len(own.layers)
         source.line_up_copies()  # for another task of the same run
         assert source.fits == [own, *copies]
 
@@ -223,7 +223,8 @@ class TestCopies:
         source.line_up_copies()
         blocks, width = 3, 43  # 2/3 of 4 blocks and of 64 dimensions
         kept = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:width]
-        alone = fit_host(source.anchor_states[: blocks + 1, :, kept], knot_layers(blocks), space.canonical())
+        states = source.anchor_states[: blocks + 1, :, kept]
+        alone = fit_host(states, knot_layers(blocks), space.canonical(), count=LANDMARKS // 2)
         states = torch.randn(7, 5, 64)
         mine = mapped(source.fits[2], states, [0, 1, 2, 3, 4])
         torch.testing.assert_close(mine, mapped(alone, states[:, : blocks + 1, kept], [0, 1, 2, 3]))

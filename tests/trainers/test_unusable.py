@@ -158,17 +158,17 @@ class TestNoise:
 
     @pytest.mark.parametrize("name", NOISE_FLAGS)
     def test_is_read_by_a_reader_alone(self, name, tmp_path):
-        args = self.arguments(tmp_path, **{name: 0.6})
+        args = self.arguments(tmp_path, **{name: 0.4})
         check_noise(args, has_sources=True, has_copies=True)
-        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: only the reader of a stream"):
+        with pytest.raises(ConfigError, match=f"{name}=0.4 is not read: only the reader of a stream"):
             check_noise(args, has_sources=False, has_copies=False)
-        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: train_scope delta"):
-            check_noise(self.arguments(tmp_path, train_scope="delta", **{name: 0.6}), True, True)
+        with pytest.raises(ConfigError, match=f"{name}=0.4 is not read: train_scope delta"):
+            check_noise(self.arguments(tmp_path, train_scope="delta", **{name: 0.4}), True, True)
 
     @pytest.mark.parametrize("name", ["copy_fidelity", "copy_share"])
     def test_stored_states_have_no_copies(self, name, tmp_path):
-        with pytest.raises(ConfigError, match=f"{name}=0.6 is not read: stored states"):
-            check_noise(self.arguments(tmp_path, **{name: 0.6}), has_sources=True, has_copies=False)
+        with pytest.raises(ConfigError, match=f"{name}=0.4 is not read: stored states"):
+            check_noise(self.arguments(tmp_path, **{name: 0.4}), has_sources=True, has_copies=False)
 
     def test_noise_of_copies_needs_copies(self, tmp_path):
         with pytest.raises(ConfigError, match="copy_fidelity=0.6 is not read: copy_share 0"):

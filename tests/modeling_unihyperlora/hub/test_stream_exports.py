@@ -1,6 +1,7 @@
 """A stream cannot be merged, but host and stream export to one ONNX file or to two."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -60,11 +61,16 @@ def with_a_later_task(model):
     return stirred(model, "later").eval()
 
 
+@pytest.mark.parametrize("worth", [-math.inf, math.inf], ids=["landmarks", "a linear map"])
 @pytest.mark.parametrize("later", [False, True], ids=["its task", "a task that came later"])
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_what_is_exported_computes_the_same(make_adapter, kind, later):
+def test_what_is_exported_computes_the_same(make_adapter, kind, later, worth, tmp_path, monkeypatch):
     """The exported graph has as many word positions as tokens."""
+    monkeypatch.setattr("modeling_unihyperlora.space.WORTH", worth)
+    monkeypatch.setenv("UNIHYPERLORA_CACHE", str(tmp_path))
     model = with_a_later_task(make_adapter(kind)) if later else make_adapter(kind)
+    model.calibrate(tiny_tokenizer())
+    assert (model.stream.fit.landmarks is None) == (worth > 0)
     reader = reader_model(model, model.config.active_task, OPSET)
     for sentences in BATCHES:
         ids, mask = inputs_of(sentences)
