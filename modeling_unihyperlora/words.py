@@ -173,7 +173,8 @@ def _with_blanks(state: dict) -> dict:
 def start_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Token that marks the start of a text: the separator of documents in pretraining, if its name is known."""
     known = (DOCUMENT_SEPARATOR, tokenizer.bos_token, tokenizer.eos_token)
-    return next((token for token in known if token is not None and token in tokenizer.get_vocab()), None)
+    number_of = tokenizer.backend_tokenizer.token_to_id
+    return next((token for token in known if token is not None and number_of(token) is not None), None)
 
 
 def _with_start(own: dict | None, token: str, number: int) -> dict:

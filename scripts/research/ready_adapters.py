@@ -34,7 +34,7 @@ from trainers.tasks import TASKS
 RESULTS, RECORD = Path(__file__).parents[2] / "results", "ready.json"
 SOURCE_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # host that an adapter's configuration names
 TRAINING = """
-    --do_train --max_steps 1000 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
+    --do_train --max_steps 3000 --per_device_train_batch_size 32 --lr_scheduler_type cosine --warmup_steps 0.1
     --weight_decay 0.01 --save_strategy no --seed 0 --disable_tqdm true --logging_steps 250 --overwrite_output_dir
 """.split()
 Splits = dict[str, list[dict]]  # rows of "train" and of each evaluation set, under its name in the tables
@@ -301,7 +301,7 @@ def card(name: str, recipe: Recipe, record: dict) -> str:
         f"{record['bytes']['bytes_of_space']:,}, the reader {record['bytes']['reader_bytes']:,} and the head "
         f"{record['bytes']['head_bytes']:,}.",
         "- Licence: Apache-2.0.",
-        f"- Made by `make adapters ONLY={name}`, 1,000 steps of 32, seed 0.",
+        f"- Made by `make adapters ONLY={name}`, 3,000 steps of 32, seed 0.",
         "",
         "It has the errors and biases of its host and of its data. Do not base decisions about people on it alone.",
         "",
