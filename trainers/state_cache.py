@@ -35,7 +35,7 @@ from .sampling import TOGETHER
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 20  # batches
-KEPT_BYTES = 2e9  # maximum bytes of canonical states in memory, per data set
+KEPT_BYTES = 1e9  # maximum bytes of canonical states in memory, per host or causal copy
 
 
 class WordStates:

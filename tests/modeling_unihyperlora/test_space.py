@@ -26,8 +26,10 @@ from modeling_unihyperlora.space import (
     ROUNDS,
     _means,
     fit_host,
+    from_tensors,
     knot_layers,
     read_anchors,
+    to_tensors,
     word_states,
 )
 from modeling_unihyperlora.space_making.make import PACKAGE_ANCHORS, RIDGE, common_coordinates, make_space
@@ -437,6 +439,10 @@ class TestFit:
         target = (1 - share) * states[..., :4] + share * states[..., :4] * states[..., 4:8]
         fit = fit_host(states, [0], target + 0.1 * torch.randn(1, 900, 4))
         assert (fit.landmarks is None) == (share == 0)
+        again = from_tensors(to_tensors(fit))
+        assert len(again.parts) == len(fit.parts)
+        assert all(torch.equal(*pair) for pair in zip(tensors_of(again), tensors_of(fit), strict=True))
+        assert (again.r2, again.layers) == (fit.r2, fit.layers)
 
     def test_landmarks_are_the_means_of_the_anchors_next_to_them(self):
         """Lloyd's rounds recomputed in float64, one cluster after the other."""
