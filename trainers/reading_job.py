@@ -17,14 +17,18 @@ import datasets
 import pyarrow as pa
 import torch
 from filelock import FileLock
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora import UniHyperLoraModel
 from modeling_unihyperlora.corpus.reading import states_of, text_column, words_of
 from modeling_unihyperlora.errors import AdapterFileError, ConfigError, DataError, first_line
-from modeling_unihyperlora.hosts import describe_host, window_of
+from modeling_unihyperlora.hosts import describe_host, load_host, window_of
 from modeling_unihyperlora.space import KNOTS
+from modeling_unihyperlora.words import WordReader, load_tokenizer
 
 from .reading import JSON_SUFFIXES, UNKNOWN_ID, json_rows, load_split
+from .sources import causal_copy_of
 from .stored_states import BITS, MANIFEST, Manifest, write_shard
 
 BUILDERS = {**dict.fromkeys(JSON_SUFFIXES, "json"), ".csv": "csv", ".parquet": "parquet"}
@@ -48,6 +52,7 @@ class ReadingJob:
         max_seq_length: maximum number of sub-tokens that the host reads at once.
         batch_size: windows that the host reads at once.
         space: file of the canonical space; None for the package's space.
+        causal: read the causal copy of an encoder, see ``sources.CausalCopy``.
     """
 
     host: str
@@ -61,6 +66,7 @@ class ReadingJob:
     max_seq_length: int = 128
     batch_size: int = 32
     space: str | None = None
+    causal: bool = False
 
     def check(self) -> None:
         """Raise ``ConfigError`` for a number that is not allowed."""
@@ -97,13 +103,27 @@ class CorpusReader:
                 f"{job.input} has a column '{taken[0]}', as the folder of states has one of its own. Rename it."
             )
         digest, words = self._check_rows()
-        self.model = UniHyperLoraModel.from_host(job.host, space=job.space)
+        tokenizer = load_tokenizer(job.host)
+        self.model = UniHyperLoraModel.from_host(self._host(tokenizer), tokenizer=tokenizer, space=job.space)
         if torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator().type
             self.model.to(torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))))
         self.manifest = self._manifest(digest)
         self._require_room(words)
         self._agree()
+
+    def _host(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The host, or its causal copy."""
+        host = load_host(self.job.host)
+        if not self.job.causal:
+            return host
+        made = causal_copy_of(host, WordReader(host, tokenizer))
+        if made is None:
+            raise ConfigError(
+                f"{self.job.host} cannot be read under a causal mask: it is a decoder, or its family takes no such "
+                "mask. Leave --causal out."
+            )
+        return made[0]
 
     def _check_rows(self) -> tuple[str, int]:
         """Check all rows; returns their digest and their approximate number of words."""

@@ -78,6 +78,33 @@ def test_a_folder_has_the_rows_their_words_and_their_states(job, tmp_path):
     assert corpus.manifest.host["name"] == reader.job.host and corpus.manifest.input["column"] == "tokens"
 
 
+def test_the_causal_copy_is_read_as_another_host(job, tmp_path, tiny_host):
+    """Its words do not depend on later ones; a task can be trained on both folders."""
+    rows = [row | {"ner_tags": ["B-PER", *row["ner_tags"][1:]]} for row in ROWS if row["tokens"]]
+    plain, causal = read_all(job(rows)), read_all(job(rows, output="causal", causal=True))
+    assert causal.model.stream.words.causal and not plain.model.stream.words.causal
+    assert causal.manifest.host["fingerprint"] != plain.manifest.host["fingerprint"]
+    words = ["anna", "flew", "to", "rome"]
+    [whole], [part] = (causal.model.read([given])["states"] for given in (words, words[:2]))
+    np.testing.assert_allclose(whole[:2], part, atol=2e-3)
+    [whole], [part] = (plain.model.read([given])["states"] for given in (words, words[:2]))
+    assert np.abs(whole[:2] - part).max() > 4e-3
+    with pytest.raises(DataError, match="another run"):
+        CorpusReader(job(rows, causal=True))
+    folders = [str(tmp_path / name) for name in ("states", "causal")]
+    flags = ["--space", job().space, "--do_train", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    main(["ner", "--train_states", *folders, *flags])
+    sources = json.loads((tmp_path / "run" / "config.json").read_text())["source_hosts"]
+    assert [host["name"] for host in sources] == [str(tiny_host)] * 2
+
+
+def test_a_decoder_has_no_causal_copy(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading_job, "causal_copy_of", lambda host, words: None)
+    with pytest.raises(ConfigError, match="cannot be read under a causal mask"):
+        CorpusReader(job(causal=True))
+    assert not (tmp_path / "states").exists()
+
+
 def test_an_id_and_a_text_are_carried_along(job, tmp_path):
     rows = [{"id": f"row-{number}", "text": "anna, ben"} for number in range(3)]
     read_all(job(rows))
@@ -155,7 +182,7 @@ def test_a_reading_goes_on_where_it_stopped(job, monkeypatch):
 def test_a_killed_process_leaves_nothing_half_written(job, tmp_path):
     """It is killed by its id once it has written its first shard."""
     read_all(job(output="whole"))
-    flags = [f"--{name}={value}" for name, value in vars(job(output="killed")).items() if value is not None]
+    flags = [f"--{name}={value}" for name, value in vars(job(output="killed")).items() if value not in (None, False)]
     process = subprocess.Popen(
         [sys.executable, "-m", "trainers.commands", "read", *flags], stderr=subprocess.PIPE, text=True
     )
@@ -252,7 +279,7 @@ def test_numbers_that_are_not_allowed(job, given):
 
 class TestCommand:
     def test_reads_and_says_what_it_read(self, job, capsys, caplog):
-        flags = [f"--{name}={value}" for name, value in vars(job()).items() if value is not None]
+        flags = [f"--{name}={value}" for name, value in vars(job()).items() if value not in (None, False)]
         assert main(["read", *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["shards"], found["shards_read"]) == (5, 5)
@@ -270,7 +297,7 @@ class TestCommand:
             assert (task.completed, progress.words) == (10, 60) and task.fields["rate"] > 0
 
     def test_an_error_is_one_line(self, job, capsys):
-        flags = [f"--{name}={value}" for name, value in vars(job()).items() if value is not None]
+        flags = [f"--{name}={value}" for name, value in vars(job()).items() if value not in (None, False)]
         assert main(["read", *flags, "--input", "nothing.jsonl"]) == 1
         said = capsys.readouterr().err
         assert "unihyperlora read: " in said and "Traceback" not in said

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rows_a_shard", type=int, default=2048, metavar="N", help="Rows in one file.")
     add("--max_seq_length", type=int, default=128, metavar="N", help="Sub-tokens that the host reads at once.")
     add("--batch_size", type=int, default=32, metavar="N", help="Windows that it reads together.")
+    add("--causal", action="store_true", help="Read an encoder as a decoder reads, for tasks on decoders.")
     add("--space", metavar="FILE", help="Canonical space, if not the package's own.")
     add("--ray_workers", type=int, metavar="N", help="Read on a Ray cluster, with N hosts.")
     return own
