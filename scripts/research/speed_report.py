@@ -115,6 +115,8 @@ def _parts(record: dict) -> list[str]:
         "Time of a part over that of the bare host. A part runs alone, with its weights in the processor's cache."
     ]
     header = ["part", *(f"{shape}, time / host" for shape in shapes), "multiply-adds, % of the host's at 128 tokens"]
+    if "landmarks" not in cells[0]:
+        lines.append("This host's map is linear: landmarks would not fit the space better. Most hosts have them too.")
     return [*lines, "", *_table(header, rows)]
 
 
