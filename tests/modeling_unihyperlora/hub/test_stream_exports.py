@@ -87,6 +87,7 @@ def test_what_is_exported_computes_the_same(make_adapter, kind, later, worth, tm
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_exported_reads_the_same_words(kind, family, cls, tmp_path):
     """For every kind of tokenizer, on an encoder and on a decoder, which reads a word at its last token."""
+    torch.manual_seed(1)  # some random hosts give three classes nearly equal scores
     tokenizer = make_tokenizer(kind)
     host = tiny_host(family, vocab_size=len(tokenizer) + 3, max_position_embeddings=128)
     (tmp_path / "anchors.txt").write_text("\n".join(LINES * 2), encoding="utf-8")
