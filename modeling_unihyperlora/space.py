@@ -290,8 +290,7 @@ class KnotFit(NamedTuple):
 class Landmarks(NamedTuple):
     """Nonlinear part of the map to the coordinates of all knots, from the nearness to landmarks."""
 
-    layers: list[int]
-    matrix: torch.Tensor  # (Q, len(layers)·d) float32: concatenated states of these layers → q
+    matrix: torch.Tensor  # (Q, L'·d) float32: concatenated states of the L' layers that the map reads → q
     offset: torch.Tensor  # (Q,) float32
     at: torch.Tensor  # (R, Q) float32
     weights: torch.Tensor  # (K·D, R) float32
@@ -344,11 +343,12 @@ class HostToKnots(NamedTuple):
     @classmethod
     def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
         knots, landmarks = fit_on(device, fit)
-        of_knot = [fit.layers.index(knot.layer) for knot in knots]
+        layers = fit.layers
+        of_knot = [layers.index(knot.layer) for knot in knots]
         matrices = torch.stack([knot.matrix.T for knot in knots])
         offsets = torch.stack([knot.offset for knot in knots])[:, None]
-        queries = landmarks and landmarks.matrix.T.unflatten(0, (len(fit.layers), -1)).contiguous()
-        return cls(fit, fit.layers, of_knot, matrices, offsets, queries, landmarks)
+        queries = landmarks and landmarks.matrix.T.unflatten(0, (len(layers), -1)).contiguous()
+        return cls(fit, layers, of_knot, matrices, offsets, queries, landmarks)
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
@@ -420,7 +420,7 @@ def fit_host(
     gain = sum(knot.r2 - alone.r2 for knot, alone in zip(knots, linear, strict=True)) / len(knots)
     if gain < WORTH:
         return HostFit(linear, None)
-    return HostFit(knots, Landmarks(different, matrix, offset, landmarks, weights))
+    return HostFit(knots, Landmarks(matrix, offset, landmarks, weights))
 
 
 def _fit_knots(
@@ -657,5 +657,4 @@ def from_tensors(made: dict[str, torch.Tensor]) -> HostFit:
     knots = [KnotFit(layer, *of_knot, fit) for layer, of_knot, fit in zip(layers, own, r2, strict=True)]
     if "landmarks.at" not in made:
         return HostFit(knots, None)
-    fields = {name: made[f"landmarks.{name}"] for name in Landmarks._fields if name != "layers"}
-    return HostFit(knots, Landmarks(sorted({*layers}), **fields))
+    return HostFit(knots, Landmarks(**{name: made[f"landmarks.{name}"] for name in Landmarks._fields}))

@@ -325,12 +325,12 @@ def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
             "words cannot be aligned with those of other hosts. Use another host."
         )
     unknown = tokenizer.unk_token_id
-    start = start_token(tokenizer)
-    special = {*tokenizer.all_special_ids} - {unknown} | ({tokenizer.convert_tokens_to_ids(start)} if start else set())
     if unknown is not None and model.get("type") != "WordPiece":  # its name is not text
         flags[unknown] = 0
-    for number in special:
+    for number in {*tokenizer.all_special_ids} - {unknown}:
         flags[number] = SPECIAL
+    if (start := start_token(tokenizer)) is not None:  # also where it is the unknown token, as in SmolLM2-Instruct
+        flags[tokenizer.convert_tokens_to_ids(start)] = SPECIAL
     return torch.tensor([*flags, BLANK], dtype=torch.uint8)
 
 

@@ -91,7 +91,7 @@ class Source:
     ):
         self.num_layers: int = words.num_layers
         self.words = WordStates(host, words, windows, layers_of_copies(words.num_layers), bf16)
-        self.cpu_seconds = cpu_seconds + self.words.cpu_seconds
+        self._own_seconds = cpu_seconds + self.words.cpu_seconds
         self.space = space
         self.fits: list[HostFit] = [fit]
         self.data = CanonicalStates(self.words, lambda: self.fits)
@@ -100,6 +100,10 @@ class Source:
     def __getstate__(self) -> dict:
         """Pickle without the host and its states of the anchors, which a DataLoader's workers do not need."""
         return {name: value for name, value in vars(self).items() if name != "anchor_states"} | {"_to_read": None}
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self._own_seconds + (0.0 if self.causal is None else self.causal.cpu_seconds)
 
     @functools.cached_property
     def anchor_states(self) -> torch.Tensor:
@@ -110,9 +114,7 @@ class Source:
     def line_up_copies(self) -> None:
         """Add the maps of the narrow copies, also of the causal copy."""
         if self.causal is not None:
-            before = self.causal.cpu_seconds
             self.causal.line_up_copies()
-            self.cpu_seconds += self.causal.cpu_seconds - before
         if len(self.fits) == 1:
             start, coordinates = time.process_time(), self.space.canonical().cpu()
             copies = [
@@ -120,7 +122,7 @@ class Source:
                 for number, (blocks, width) in enumerate(COPIES)
             ]
             self.fits = [*self.fits, *copies]
-            self.cpu_seconds += time.process_time() - start
+            self._own_seconds += time.process_time() - start
 
     def _fit_copy(self, blocks: int, width: float, seed: int, coordinates: torch.Tensor) -> HostFit:
         """Map, for the host's states, of a copy with the first ``blocks`` blocks and a random share of dimensions."""
@@ -179,7 +181,7 @@ def causal_copy_of(host: nn.Module, words: WordReader) -> tuple[CausalCopy, Word
         logger.debug("No causal copy: %s", error)
         obeys = False
     if not obeys:
-        logger.info("%s takes no causal mask, so training imitates no decoder.", type(host).__name__)
+        logger.info("%s takes no causal mask, so it has no causal copy.", type(host).__name__)
         return None
     read_causally = copy.copy(words)
     read_causally.causal = True
@@ -281,7 +283,6 @@ def sources_of(
             start = time.process_time()
             fit = line_up(space, *made)
             source.causal = Source(*made, space, windows, fit, time.process_time() - start, bf16)
-            source.cpu_seconds += source.causal.cpu_seconds
         return source
 
     own = Source(model.host, stream.words, space, train, stream.fit, bf16=bf16)

@@ -63,12 +63,12 @@ def added_multiply_adds(model) -> int:
 
 def _map_multiply_adds(model) -> int:
     """Multiply-adds of the host's map into the space, which all tasks share."""
-    landmarks, width = model.bound_stream.fit.landmarks, model.host.config.hidden_size
+    fit, width = model.bound_stream.fit, model.host.config.hidden_size
     dim = model.config.space["dim"]
     linear = len(KNOTS) * dim * width
-    if landmarks is None:
+    if (landmarks := fit.landmarks) is None:
         return linear
-    query = len(landmarks.offset) * width * len(landmarks.layers)
+    query = len(landmarks.offset) * width * len(fit.layers)
     return linear + query + len(landmarks.at) * (landmarks.at.shape[1] + len(KNOTS) * dim)
 
 

@@ -98,7 +98,7 @@ class TestStream:
         layers = [0, 1, 3, 3, 4]  # two knots read the same layer, and one layer is read by none
         knots = [KnotFit(layer, torch.randn(3, 8), torch.randn(3), 1.0) for layer in layers]
         values = (torch.randn(2, 32) / 9, torch.randn(2) / 9, torch.randn(7, 2) / 9, torch.randn(15, 7))
-        fit = HostFit(knots, Landmarks([0, 1, 3, 4], *values))
+        fit = HostFit(knots, Landmarks(*values))
         hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
         cells = torch.tensor([0, 3, 2, 7, 11, 6])  # those of ``at`` below
         bound = object.__new__(Stream)
@@ -111,7 +111,7 @@ class TestStream:
             return states[:, layers].flatten(1) @ part.matrix.double().T + part.offset.double()
 
         query, at, weights = (
-            of(fit.landmarks.layers, fit.landmarks),
+            of(fit.layers, fit.landmarks),
             fit.landmarks.at.double(),
             fit.landmarks.weights.double(),
         )

@@ -65,7 +65,7 @@ class TestStream:
             for k, knot in enumerate(KNOTS):
                 h = hidden[k][row, token].double()
                 z = fit.knots[k].matrix.double() @ h + fit.knots[k].offset.double()
-                asked = torch.cat([hidden[layer][row, token] for layer in fit.landmarks.layers]).double()
+                asked = torch.cat([hidden[layer][row, token] for layer in fit.layers]).double()
                 query = fit.landmarks.matrix.double() @ asked + fit.landmarks.offset.double()
                 for r, landmark in enumerate(fit.landmarks.at.double()):
                     near_it = torch.exp(-(query - landmark).square().sum())

@@ -33,7 +33,7 @@ def float64_states(model, words: list[str]) -> np.ndarray:
     states = [layer[0, starts] for layer in hidden]
     fit = model.stream.fit
     near = fit.landmarks
-    query = torch.cat([states[layer] for layer in near.layers], -1) @ near.matrix.double().T + near.offset.double()
+    query = torch.cat([states[layer] for layer in fit.layers], -1) @ near.matrix.double().T + near.offset.double()
     distance = (query[:, None] - near.at.double()).square().sum(-1)
     by_landmarks = (torch.exp(-distance) @ near.weights.double().T).unflatten(1, (5, D))
     knots = [states[knot.layer] @ knot.matrix.double().T + knot.offset.double() for knot in fit.knots]

@@ -161,7 +161,7 @@ def test_a_reader_of_four_bits_has_fifteen_codes():
 
 def test_knots_that_are_left_out_are_zero():
     knot = KnotFit(0, torch.eye(2), torch.ones(2), 1.0)
-    landmarks = Landmarks([0], torch.eye(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(10, 1))
+    landmarks = Landmarks(torch.eye(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(10, 1))
     fit = HostFit([knot] * 5, landmarks)
     with ablation.only_knots(0, 2, 4)():
         z = mapped(fit, torch.ones(3, 1, 2), [0])
