@@ -34,7 +34,7 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_config, reader_shape
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import Hold, NoHost, call_host, describe_host, encoder_of, explain_ids, load_host
-from .reader import Adapter, StreamAdapter, Words, sentences_by_task, unpack
+from .reader import Adapter, StreamAdapter, TaskValues, Words, sentences_by_task, unpack
 from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
 from .storage import (
     WEIGHTS_NAME,
@@ -145,7 +145,7 @@ class Stream:
         widest = len(self.fit.landmarks.at) if self.fit.landmarks else to_knots.offsets.numel()
         several = cells.split(max(1, AT_ONCE // widest))
         made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
-        return torch.cat(made)
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     @torch.no_grad()
     def read(self, attention_mask: torch.Tensor | None, inputs: dict) -> "StreamRun":
@@ -169,7 +169,7 @@ class Stream:
             explain_ids(self.host, ids, error)
             raise
         places = self.words.places(ids, attention_mask, word_index)
-        z = self.canonical_states(out.hidden_states, self.words.read_at(places))
+        z = self.canonical_states(out.hidden_states, places.read)
         return StreamRun(self.adapter, z, places.lengths, places, out.hidden_states)
 
 
@@ -189,24 +189,21 @@ class StreamRun(NamedTuple):
     places: WordPlaces | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
-    def features(self, task: str) -> torch.Tensor:
+    def features(self, task: str, values: TaskValues | None = None) -> torch.Tensor:
         """Features (B, W, F) for the head of a task; 0 beyond a sentence's words."""
-        batch, width = self.z.shape[:2]
-        flat, values = self.z.flatten(0, 1), self.adapter.values(task)
-        if self._is_full():
-            return self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values).view(batch, width, -1)
-        inside = torch.arange(width, device=flat.device) < self.lengths[:, None]  # (B, W)
+        (batch, width), flat = self.z.shape[:2], self.z.flatten(0, 1)
+        own, values = self.adapter.tasks[task], self.adapter.values(task) if values is None else values
         if torch.compiler.is_compiling():  # compiled code has fixed shapes, so it also computes the padding
-            out = self.adapter.tasks[task](flat, Words.in_rows(self.lengths, width), values)
-            return out.view(batch, width, -1).masked_fill(~inside[..., None], 0)
-        cells = inside.flatten().nonzero().squeeze(1)
-        words = Words.one_after_the_other(self.lengths, len(cells))
-        out = self.adapter.tasks[task](flat.index_select(0, cells), words, values)
-        return unpack(out, cells, (batch, width))
+            out = own(flat, Words(self.lengths, width), values).view(batch, width, -1)
+            return out.masked_fill(self._padding()[..., None], 0)
+        if min(self.lengths.tolist()) == width:
+            return own(flat, Words(self.lengths, width, is_full=True), values).view(batch, width, -1)
+        cells = (~self._padding()).flatten().nonzero().squeeze(1)
+        return unpack(own(flat.index_select(0, cells), Words(self.lengths), values), cells, (batch, width))
 
-    def _is_full(self) -> bool:
-        """Whether all sentences have the same number of words, so that there is no padding."""
-        return not torch.compiler.is_compiling() and bool((self.lengths == self.z.shape[1]).all())
+    def _padding(self) -> torch.Tensor:
+        """Positions (B, W) beyond a sentence's words."""
+        return torch.arange(self.z.shape[1], device=self.z.device) >= self.lengths[:, None]
 
     def logits(self, task: str) -> torch.Tensor:
         """Logits of a task: (B, C) for sentences, from the mean of their words' features; (B, T, C) for tokens.
@@ -214,7 +211,8 @@ class StreamRun(NamedTuple):
         A token has the logits of its word; on the further tokens of a word, B-X becomes I-X. With given canonical
         states, logits are (B, W, C).
         """
-        values, features, own = self.adapter.values(task), self.features(task), self.adapter.config.tasks[task]
+        values, own = self.adapter.values(task), self.adapter.config.tasks[task]
+        features = self.features(task, values)
         if own["type"] == "sequence_classification":
             return F.linear(features.sum(dim=1) / self.lengths.unsqueeze(-1), values.head_weight, values.head_bias)
         logits = F.linear(features, values.head_weight, values.head_bias)

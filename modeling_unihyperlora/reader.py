@@ -33,32 +33,32 @@ READERS = {"small": (64, 32), "medium": (96, 64), "large": (160, 128)}
 
 
 class Words(NamedTuple):
-    """Layout of the N words of B sentences in rows; the words of a sentence are consecutive.
+    """Layout of the words of B sentences in N rows; the words of a sentence are consecutive.
 
     Attributes:
-        starts, lengths: (B,) first row and number of words of each sentence.
-        sentence, place: (N,) sentence of each row, and position of the row's word in the sentence.
+        lengths: (B,) number of words of each sentence.
+        width: rows per sentence; rows after a sentence's last word are padding. None: there is no padding.
+        is_full: whether all sentences are known to have the same number of words, without padding.
     """
 
-    starts: torch.Tensor
     lengths: torch.Tensor
-    sentence: torch.Tensor
-    place: torch.Tensor
+    width: int | None = None
+    is_full: bool = False
 
-    @classmethod
-    def one_after_the_other(cls, lengths: torch.Tensor, total: int) -> "Words":
-        """Layout without gaps between sentences; ``total`` is the number of words."""
-        starts = lengths.cumsum(dim=0) - lengths
-        numbers = torch.arange(len(lengths), device=lengths.device)
-        sentence = numbers.repeat_interleave(lengths, output_size=total)
-        place = torch.arange(total, device=lengths.device) - starts[sentence]
-        return cls(starts, lengths, sentence, place)
+    def starts(self) -> torch.Tensor:
+        """First row of each sentence, (B,)."""
+        if self.width is None:
+            return self.lengths.cumsum(dim=0) - self.lengths
+        return torch.arange(len(self.lengths), device=self.lengths.device) * self.width
 
-    @classmethod
-    def in_rows(cls, lengths: torch.Tensor, width: int) -> "Words":
-        """Layout with ``width`` rows per sentence; rows after the sentence's last word are padding."""
-        cells = torch.arange(len(lengths) * width, device=lengths.device)
-        return cls(cells[::width], lengths, cells // width, cells % width)
+    def of_rows(self, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sentence of each row, and position of the row's word in its sentence, (N,) each; ``total`` is N."""
+        if self.width is not None:
+            rows = torch.arange(total, device=self.lengths.device)
+            return rows // self.width, rows % self.width
+        numbers = torch.arange(len(self.lengths), device=self.lengths.device)
+        sentence = numbers.repeat_interleave(self.lengths, output_size=total)
+        return sentence, torch.arange(total, device=self.lengths.device) - self.starts()[sentence]
 
 
 class Reader(nn.Module):
@@ -95,26 +95,29 @@ class Reader(nn.Module):
         )
         self.hidden = hidden
 
-    def weights(self) -> list[torch.Tensor]:
-        """Values of all tensors: those of the linear map, then those of both directions."""
-        values = [self.inward(), self.inward_bias()]
+    def values(self) -> "ReaderValues":
+        """Values of the tensors for a forward pass."""
+        directions = []
         for direction in self.directions:
             bias = direction["bias"]()
-            values += [direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)]
-        return values
+            directions.append([direction["from_input"](), direction["from_state"](), bias, torch.zeros_like(bias)])
+        return ReaderValues(self.inward(), self.inward_bias(), directions, packed(directions, self.hidden))
 
-    def forward(self, z: torch.Tensor, words: Words, weights: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Words (N, K·D) → features (N, F); ``weights`` is the result of ``weights()``, if known.
+    def forward(self, z: torch.Tensor, words: Words, values: "ReaderValues | None" = None) -> torch.Tensor:
+        """Words (N, K·D) → features (N, F); ``values`` is the result of ``values()``, if known.
 
         The backward direction starts at a sentence's last word, so padding never comes before it; outputs after the
         sentence's first word are not used.
         """
-        inward, bias, *weights = self.weights() if weights is None else weights
-        x = self.dropout(F.gelu(F.linear(z, inward, bias)))
-        starts, lengths, sentence, place = words
-        if not torch.compiler.is_compiling() and len(x) and bool((lengths * len(lengths) == len(x)).all()):
-            rows = x.view(len(lengths), -1, x.shape[1])  # without padding, so that both directions are one call
-            return self.dropout(torch.cat([self._read(some, weights) for some in rows.split(self._together(rows))]))
+        values = self.values() if values is None else values
+        x = self.dropout(F.gelu(F.linear(z, values.inward, values.inward_bias)))
+        lengths = words.lengths
+        if words.is_full:  # both directions read the same rows
+            rows = x.view(len(lengths), -1, x.shape[1])
+            return self.dropout(
+                torch.cat([self._read(some, values, (0, 1)) for some in rows.split(_together(lengths))])
+            )
+        starts, (sentence, place) = words.starts(), words.of_rows(len(x))
         onward, back = [], []
         rows = torch.zeros_like(lengths)  # first row of each sentence among the outputs of all groups
         done = 0
@@ -125,32 +128,71 @@ class Reader(nn.Module):
             inside = step < count
             ahead = torch.where(inside, first + step, first)
             behind = torch.where(inside, first + count - 1 - step, first)
-            onward.append(self._read(x[ahead], weights[:4]))
-            back.append(self._read(x[behind], weights[4:]))
+            onward.append(self._read(x[ahead], values, (0,)))
+            back.append(self._read(x[behind], values, (1,)))
             rows[chosen] = done + torch.arange(len(chosen), device=x.device) * longest
             done += inside.numel()
         at, mirrored = rows[sentence], lengths[sentence] - 1 - place
         ends = [torch.cat(onward)[at + place], torch.cat(back)[at + torch.where(mirrored >= 0, mirrored, place)]]
         return self.dropout(torch.cat(ends, dim=-1))
 
-    def _groups(self, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    @staticmethod
+    def _groups(lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Groups of sentences of similar length to read together."""
-        together = self._together(lengths)
+        together = _together(lengths)
         if torch.compiler.is_compiling() or len(lengths) <= together:
             return (torch.arange(len(lengths), device=lengths.device),)
         return lengths.argsort(descending=True).split(together)
 
-    @staticmethod
-    def _together(sentences: torch.Tensor) -> int:
-        """How many sentences are read together; on the CPU a small group."""
-        return TOGETHER if sentences.device.type == "cpu" else max(1, len(sentences))
-
-    def _read(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        """One direction of the LSTM, or both if the weights are those of both: (b, w, …) → (b·w, F or hidden)."""
-        directions = len(weights) // 4
-        state = x.new_zeros(directions, len(x), self.hidden)
-        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, directions == 2, True)
+    def _read(self, x: torch.Tensor, values: "ReaderValues", which: tuple[int, ...]) -> torch.Tensor:
+        """Directions of the LSTM, (0,), (1,), or (0, 1) with the second one backwards: (b, w, …) → (b·w, …)."""
+        is_packed = values.packed is not None and not self.training and not torch.is_grad_enabled()
+        if is_packed and not torch.is_autocast_enabled(x.device.type):
+            steps, state = x.transpose(0, 1).contiguous(), x.new_zeros(len(x), self.hidden)
+            out = [
+                _packed_lstm(steps, state, values.packed[number], backwards=at == 1) for at, number in enumerate(which)
+            ]
+            return torch.cat(out, dim=-1).transpose(0, 1).flatten(0, 1)
+        weights = [weight for number in which for weight in values.directions[number]]
+        state = x.new_zeros(len(which), len(x), self.hidden)
+        out, _, _ = torch.lstm(x, (state, state), weights, True, 1, 0.0, self.training, len(which) == 2, True)
         return out.flatten(0, 1)
+
+
+def _together(lengths: torch.Tensor) -> int:
+    """How many sentences are read together; on the CPU a small group."""
+    return TOGETHER if lengths.device.type == "cpu" else max(1, len(lengths))
+
+
+class ReaderValues(NamedTuple):
+    """The values of a reader, as its file holds them."""
+
+    inward: torch.Tensor  # (width, K·D)
+    inward_bias: torch.Tensor  # (width,)
+    directions: list[list[torch.Tensor]]  # of the LSTM, as torch.lstm takes them
+    packed: list[list[torch.Tensor]] | None  # the same in the order that the CPU's library reads, see ``packed``
+
+
+def packed(directions: list[list[torch.Tensor]], hidden: int) -> list[list[torch.Tensor]] | None:
+    """Weights of an LSTM, rearranged once for oneDNN; torch.lstm rearranges them in every call.
+
+    Returns:
+        None where oneDNN is not used: in training, in compiled code, on a GPU, and without oneDNN.
+    """
+    first = directions[0][0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or first.device.type != "cpu":
+        return None
+    rearrange = getattr(torch.ops.mkldnn, "_reorder_mkldnn_rnn_layer_weight", None)
+    if rearrange is None or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return None
+    return [[*rearrange(into, own, hidden, False, True, False), *biases] for into, own, *biases in directions]
+
+
+def _packed_lstm(steps: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], backwards: bool):
+    """One direction: steps (w, b, width) and the first state (b, hidden) → (w, b, hidden)."""
+    lstm, layers = 2, 1  # the numbers of torch's kinds of recurrent layers
+    how = ([], lstm, state.shape[1], layers, True, False, False, False)
+    return torch.ops.aten.mkldnn_rnn_layer(steps, *weights, state, state, backwards, *how)[0]
 
 
 class StreamTask(nn.Module):
@@ -178,7 +220,7 @@ class StreamTask(nn.Module):
             places = knot_features(torch.tensor(KNOTS, device=delta.device))
             atoms_in, atoms_out = space.atoms_in(), space.atoms_out()
             amended = torch.einsum("md,km,me->kde", atoms_in, places @ delta, atoms_out)
-        return TaskValues(amended, self.reader.weights(), self.head_weight(), self.head_bias())
+        return TaskValues(amended, self.reader.values(), self.head_weight(), self.head_bias())
 
     def forward(self, z: torch.Tensor, words: Words, values: "TaskValues") -> torch.Tensor:
         """Words (N, K, D) → features (N, F)."""
@@ -192,7 +234,7 @@ class TaskValues(NamedTuple):
     """The values of a task, as its file holds them."""
 
     amended: torch.Tensor | None  # (K, D, D): δθ changes z to z + z @ amended; None if δθ is zero
-    reader: list[torch.Tensor]
+    reader: ReaderValues
     head_weight: torch.Tensor  # (C, F)
     head_bias: torch.Tensor  # (C,)
 
@@ -212,6 +254,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}  # packed weights cannot be copied
 
     def keep(self, task: str, name: Hashable, make: Callable[[], Any]) -> Any:
         """Result of ``make`` without autocast, cached under ``name`` between forward passes without gradients.

@@ -252,7 +252,7 @@ def word_states(
                 hidden = call_host(host, mask, input_ids=ids, output_hidden_states=True).hidden_states
             check_states(host, hidden, ids)
             places = words.places(ids, mask, index)
-            number, at = index.gather(1, places.first), words.read_at(places)  # (B, W)
+            number, at = index.gather(1, places.first), places.read  # (B, W)
             there = (torch.arange(at.shape[1], device=at.device) < places.lengths[:, None]) & (number != NO_WORD)
             row, column = there.nonzero(as_tuple=True)
             target = torch.tensor([offsets[index] for index in chosen])[row.cpu()] + number[row, column].cpu()

@@ -298,6 +298,7 @@ class HostTokenizer:
 # ---- words from token ids ----
 
 BLANK, MARK, ENDS, BARE, SPECIAL = 1, 2, 4, 8, 16  # flags of a vocabulary's entry, see ``vocabulary_flags``
+OUTSIDE = -4  # own number of a token outside words, see ``word_rules``
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's form of one byte of an unknown character
 
@@ -332,6 +333,23 @@ def vocabulary_flags(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     if (start := start_token(tokenizer)) is not None:  # also where it is the unknown token, as in SmolLM2-Instruct
         flags[tokenizer.convert_tokens_to_ids(start)] = SPECIAL
     return torch.tensor([*flags, BLANK], dtype=torch.uint8)
+
+
+def word_rules(flags: torch.Tensor) -> torch.Tensor:
+    """The rule for words as two small numbers per entry: flags (V + 1,) → (V + 2, 2) int8; the last row is padding.
+
+    A token begins a word if its own number and the second number of the token before it add up to 2 or more. A token
+    with a negative own number is outside words.
+
+    - own: 2 after a blank, 1 for a mark, 0 for others, ``OUTSIDE`` for special tokens.
+    - for the next token: 2 after a mark or a special token, 0 after a bare blank, which begins the word itself, and
+      otherwise 1.
+    """
+    has = [flags & flag > 0 for flag in (BLANK, MARK, ENDS | SPECIAL, BARE, SPECIAL)]
+    blank, mark, over, bare, special = (value.to(torch.int8) for value in has)
+    own = torch.where(special > 0, OUTSIDE, torch.maximum(2 * blank, mark))
+    rules = torch.stack([own, (1 + over) * (1 - bare)], dim=1)
+    return torch.cat([rules, rules.new_tensor([[OUTSIDE, 2]])])
 
 
 def _flags(text: str) -> int:
@@ -370,21 +388,22 @@ class WordPlaces(NamedTuple):
     """Positions of the words of a batch among its tokens.
 
     Attributes:
-        first, last: (B, W) first and last token of each word, 0 beyond a sentence's words.
+        first: (B, W) first token of each word, 0 beyond a sentence's words.
+        read: (B, W) the token whose state the word has: the first one, in a causal host the last one.
         lengths: (B,) number of words per sentence.
         word_of: (B, T) word of each token; a token outside words has the word before it.
         begins: (B, T) bool, the first tokens of words.
     """
 
     first: torch.Tensor
-    last: torch.Tensor
+    read: torch.Tensor
     lengths: torch.Tensor
     word_of: torch.Tensor
     begins: torch.Tensor
 
 
 def begins_of(
-    flags: torch.Tensor,
+    rules: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     word_index: torch.Tensor | None = None,
@@ -394,45 +413,50 @@ def begins_of(
     A sentence without words gets one word, its first token, so that it can be classified.
 
     Args:
-        flags: (V + 1,), see ``vocabulary_flags``.
+        rules: (V + 2, 2), see ``word_rules``.
         input_ids: (B, T).
         attention_mask: (B, T), above 0 for tokens.
         word_index: (B, T) word of each token in the caller's words, or ``NO_WORD``; if None, words come from the ids.
     """
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
     if word_index is not None:
-        inside = real & (word_index != NO_WORD)
+        inside = word_index != NO_WORD
+        if attention_mask is not None:
+            inside = inside & (attention_mask > 0)
         begins = inside & (word_index != _before(word_index, NO_WORD))
     else:
-        own = flags[input_ids.clamp(max=len(flags) - 1)]
-        before = torch.where(_before(real, False), _before(own, SPECIAL), SPECIAL)
-        inside = real & (own & SPECIAL == 0)
-        free = (own & MARK > 0) | (before & (ENDS | SPECIAL) > 0)  # begins a word, unless the blank before it does
-        begins = inside & ((own & BLANK > 0) | (free & (before & BARE == 0)))
-    first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
-    alone = first & ~begins.any(dim=1, keepdim=True)
-    return begins | alone, inside | alone
+        number = input_ids.clamp(max=len(rules) - 2)
+        if attention_mask is not None:
+            number = number.masked_fill(attention_mask <= 0, len(rules) - 1)
+        own, for_next = rules[number].unbind(dim=-1)
+        begins, inside = own + _before(for_next, 2) >= 2, own >= 0
+    without = ~begins.any(dim=1)
+    begins[:, 0].logical_or_(without)
+    inside[:, 0].logical_or_(without)
+    return begins, inside
 
 
-def _before(values: torch.Tensor, start: int | bool) -> torch.Tensor:
+def _before(values: torch.Tensor, start: int) -> torch.Tensor:
     """Values (B, T) shifted one position to the right; the first column is ``start``."""
     return torch.cat([torch.full_like(values[:, :1], start), values[:, :-1]], dim=1)
 
 
-def word_places(begins: torch.Tensor, inside: torch.Tensor, width: int | None = None) -> WordPlaces:
+def word_places(
+    begins: torch.Tensor, inside: torch.Tensor, causal: bool = False, width: int | None = None
+) -> WordPlaces:
     """Positions of words from the result of ``begins_of``; W is ``width``, by default the largest number of words."""
-    tokens = begins.shape[1]
-    lengths = begins.long().sum(dim=1)
-    follows = torch.cat([(inside & ~begins)[:, 1:], torch.zeros_like(begins[:, :1])], dim=1)
-    ends = inside & ~follows
-    most = width or (tokens if torch.compiler.is_compiling() else int(lengths.max()))
+    tokens, lengths = begins.shape[1], begins.sum(dim=1)
+    most = width or (tokens if torch.compiler.is_compiling() else max(lengths.tolist()))
     number = torch.arange(tokens, device=begins.device)
-    there = number[:most] < lengths[:, None]
-    first, last = (
-        torch.where(at, number, number + tokens).sort(dim=1).values[:, :most] * there for at in (begins, ends)
-    )
-    word_of = (begins.long().cumsum(dim=1) - 1).clamp_min(0)
-    return WordPlaces(first, last, lengths, word_of, begins)
+
+    def positions(marked: torch.Tensor) -> torch.Tensor:
+        return torch.where(marked, number, tokens).sort(dim=1).values[:, :most] % tokens
+
+    first = read = positions(begins)
+    if causal:
+        further = inside & ~begins
+        read = positions(inside & ~torch.cat([further[:, 1:], torch.zeros_like(further[:, :1])], dim=1))
+    word_of = (begins.cumsum(dim=1) - 1).clamp_min(0)
+    return WordPlaces(first, read, lengths, word_of, begins)
 
 
 class Continuation(NamedTuple):
@@ -450,12 +474,12 @@ class Continuation(NamedTuple):
     def of(cls, labels: list[str]) -> "Continuation":
         """Make it for the labels of one task."""
         ids = {label: number for number, label in enumerate(labels)}
-        partner, inner = torch.arange(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
+        partner, inner = [*range(len(labels))], [False] * len(labels)
         for label, begin in ids.items():
             if (label == "B" or label.startswith("B-")) and "I" + label[1:] in ids:
                 within = ids["I" + label[1:]]
                 partner[begin], partner[within], inner[within] = within, begin, True
-        return cls(partner, inner)
+        return cls(torch.tensor(partner), torch.tensor(inner))
 
     def __call__(self, logits: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
         """Change the logits (B, T, C) of tokens that have their word's scores; ``begins`` (B, T) marks first tokens.
@@ -473,7 +497,7 @@ class Continuation(NamedTuple):
 
 
 class WordReader:
-    """Finds the words of one host, and the token whose state each word has.
+    """Finds the words of one host.
 
     Args:
         host: a model that returns its hidden states.
@@ -481,7 +505,7 @@ class WordReader:
 
     Attributes:
         tokenizer: the prepared tokenizer.
-        flags: ``vocabulary_flags`` of the tokenizer.
+        rules: ``word_rules`` of the tokenizer's vocabulary.
         causal: whether attention is causal. The state of a word is then that of its last token, which has read the
             whole word; otherwise it is that of its first token.
         num_layers: L, number of blocks, from the states that the host returns.
@@ -493,20 +517,16 @@ class WordReader:
     def __init__(self, host: nn.Module, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = prepare_tokenizer(tokenizer)
         check_vocabulary(host, self.tokenizer)
-        self.flags = vocabulary_flags(self.tokenizer)
-        self.causal, self.num_layers = probe(host, self.flags)
+        self.rules = word_rules(vocabulary_flags(self.tokenizer))
+        self.causal, self.num_layers = probe(host, self.rules)
 
     def places(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
     ) -> WordPlaces:
         """Positions of the words among ids (B, T); arguments as for ``begins_of``."""
-        if self.flags.device != input_ids.device:
-            self.flags = self.flags.to(input_ids.device)
-        return word_places(*begins_of(self.flags, input_ids, attention_mask, word_index))
-
-    def read_at(self, places: WordPlaces) -> torch.Tensor:
-        """Position (B, W) of the token whose state each word has."""
-        return places.last if self.causal else places.first
+        if self.rules.device != input_ids.device:
+            self.rules = self.rules.to(input_ids.device)
+        return word_places(*begins_of(self.rules, input_ids, attention_mask, word_index), self.causal)
 
     def key(self) -> str:
         """What the states of words depend on, except the host's weights, as text for names of cache files."""
@@ -533,18 +553,18 @@ def check_vocabulary(host: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 @torch.no_grad()
-def probe(host: nn.Module, flags: torch.Tensor) -> tuple[bool, int]:
+def probe(host: nn.Module, rules: torch.Tensor) -> tuple[bool, int]:
     """Find out whether a host's attention is causal, and how many blocks it has.
 
     The test runs two texts that differ only in their last token: in a causal host, all earlier states are equal.
 
     Args:
-        flags: flags of the vocabulary, to choose ids of ordinary words.
+        rules: ``word_rules`` of the vocabulary, to choose ids of ordinary words.
 
     Raises:
         HostError: the host returns no hidden states, or states of another width than its configuration states.
     """
-    words = (flags[:-1] & BLANK > 0).nonzero().flatten()
+    words = (rules[:-2, 0] == 2).nonzero().flatten()
     one, other = words[len(words) // 2], words[len(words) // 3]
     ids = torch.stack([torch.stack([one, other, one]), torch.stack([one, other, other])]).to(host.device)
     training = [module for module in host.modules() if module.training]

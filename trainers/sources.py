@@ -176,7 +176,7 @@ def causal_copy_of(host: nn.Module, words: WordReader) -> tuple[CausalCopy, Word
         return None
     causal = CausalCopy(host)
     try:
-        obeys = probe(causal, words.flags)[0]
+        obeys = probe(causal, words.rules)[0]
     except Exception as error:  # each family fails in its own way
         logger.debug("No causal copy: %s", error)
         obeys = False

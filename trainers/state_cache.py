@@ -246,9 +246,8 @@ def read_words(
     places = words.places(inputs["input_ids"], mask, inputs.get("word_index"))
     given = {name: value for name, value in inputs.items() if name in known}
     hidden = call_host(host, mask, output_hidden_states=True, **given).hidden_states
-    at = words.read_at(places)
-    rows = torch.arange(len(at), device=at.device)[:, None]
-    return torch.stack([hidden[layer][rows, at] for layer in layers], dim=2).half(), places.lengths
+    rows = torch.arange(len(places.read), device=places.read.device)[:, None]
+    return torch.stack([hidden[layer][rows, places.read] for layer in layers], dim=2).half(), places.lengths
 
 
 def _places(words: WordReader, item: dict) -> WordPlaces:

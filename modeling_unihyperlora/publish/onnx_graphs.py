@@ -70,7 +70,7 @@ class HostGraph(_Graph):
         stream = model.bound_stream
         landmarks, knots = stream.fit.landmarks, stream.fit.knots
         self.layers, self.asked = [knot.layer for knot in knots], stream.fit.layers
-        self.is_linear, values = landmarks is None, {"flags": stream.words.flags}
+        self.is_linear, values = landmarks is None, {"rules": stream.words.rules}
         if landmarks is not None:
             values |= {"query": landmarks.matrix, "query_offset": landmarks.offset}
             values |= {"landmarks": landmarks.at, "weights": landmarks.weights}
@@ -82,9 +82,9 @@ class HostGraph(_Graph):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         states = self.states(input_ids, attention_mask)
-        begins, inside = begins_of(self.flags, input_ids, attention_mask)
-        places = word_places(begins, inside, input_ids.shape[1])
-        at = (places.last if self.causal else places.first)[:, :, None]  # (B, W, 1), 0 after a sentence's last word
+        begins, inside = begins_of(self.rules, input_ids, attention_mask)
+        places = word_places(begins, inside, self.causal, input_ids.shape[1])
+        at = places.read[:, :, None]  # (B, W, 1), 0 after a sentence's last word
         of_words = {
             layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])) for layer in self.asked
         }  # (B, W, d) each

@@ -60,7 +60,7 @@ def words_alone() -> mock._patch:
     forward = Reader.forward
 
     def alone(self, z: torch.Tensor, words: Words, *weights) -> torch.Tensor:
-        return forward(self, z, Words.in_rows(torch.ones_like(words.place), 1), *weights)  # sentences of one word
+        return forward(self, z, Words(words.lengths.new_ones(len(z))), *weights)  # sentences of one word
 
     return mock.patch.object(Reader, "forward", alone)
 

@@ -62,7 +62,7 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
     stream, task = model.bound_stream, model.config.active_task
     to_knots, values = stream.map_on(input_ids.device), model.adapter.values(task)
     run = stream.read(attention_mask, {"input_ids": input_ids})
-    hidden, at = run.hidden_states, stream.words.read_at(run.places)
+    hidden, at = run.hidden_states, run.places.read
     rows = torch.arange(len(at), device=at.device)[:, None]
     states = torch.stack([hidden[layer][rows, at].flatten(0, 1) for layer in to_knots.layers])
     landmarks, by_nearness = to_knots.landmarks, {}
@@ -72,7 +72,7 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
         by_nearness["landmarks"] = lambda: nearness(query, landmarks.at) @ landmarks.weights.T
     cells = (torch.arange(at.shape[1], device=at.device) < run.lengths[:, None]).flatten().nonzero().squeeze(1)
     z = run.z.flatten(0, 1)[cells]
-    words = Words.one_after_the_other(run.lengths, len(cells))
+    words = Words(run.lengths)
     features = run.features(task)
 
     def head() -> torch.Tensor:
@@ -92,7 +92,7 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
 
 def multiply_adds_of_parts(model) -> dict[str, int]:
     """Multiply-adds for each word, by part."""
-    to_knots = model.bound_stream.map_on(model.bound_stream.words.flags.device)
+    to_knots = model.bound_stream.map_on(model.bound_stream.words.rules.device)
     landmarks, by_nearness = to_knots.landmarks, {}
     if landmarks is not None:
         by_nearness = {

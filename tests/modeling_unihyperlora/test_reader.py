@@ -1,5 +1,6 @@
 """Readers, δθ and heads of a stream's tasks, each against torch's own layers or the formula in float64."""
 
+import copy
 import json
 
 import pytest
@@ -59,7 +60,7 @@ class TestReader:
         z = torch.randn(int(lengths.sum()), 6)
         z[:, 0] *= 3
         mine = z.clone().requires_grad_(True)
-        found = reader(mine, Words.one_after_the_other(lengths, len(z)))
+        found = reader(mine, Words(lengths, is_full=even))
         plain, theirs = lstm_of(reader, shape[0]), z.double().requires_grad_(True)
         inward, bias = reader.inward().detach().double(), reader.inward_bias().detach().double()
         x = nn.functional.gelu(theirs @ inward.T + bias)
@@ -78,26 +79,26 @@ class TestReader:
         reader = Reader(6, 5, 4, dropout=0.0)
         z = torch.randn(3, 7, 6)
         lengths = torch.tensor([7, 3, 1])
-        found = reader(z.flatten(0, 1), Words.in_rows(lengths, 7)).view(3, 7, -1)
+        found = reader(z.flatten(0, 1), Words(lengths, 7)).view(3, 7, -1)
         changed = z.clone()
         changed[1, 3:], changed[2, 1:] = 100, -100
-        again = reader(changed.flatten(0, 1), Words.in_rows(lengths, 7)).view(3, 7, -1)
+        again = reader(changed.flatten(0, 1), Words(lengths, 7)).view(3, 7, -1)
         for row, length in enumerate(lengths):
-            alone = reader(z[row, :length], Words.one_after_the_other(lengths[row : row + 1], int(length)))
+            alone = reader(z[row, :length], Words(lengths[row : row + 1]))
             torch.testing.assert_close(found[row, :length], alone, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(again[row, :length], alone, rtol=1e-5, atol=1e-6)
 
     def test_a_word_knows_those_before_and_after_it_in_its_sentence_alone(self):
         reader = Reader(6, 5, 4, dropout=0.0)
         lengths = torch.tensor([4, 4])
-        words, z = Words.one_after_the_other(lengths, 8), torch.randn(8, 6)
+        words, z = Words(lengths), torch.randn(8, 6)
         before = reader(z, words)
         z[2] += 1
         changed = (reader(z, words) - before).abs().amax(dim=1) > 1e-6
         assert changed.tolist() == [True] * 4 + [False] * 4
 
     def test_dropout_is_of_training_alone(self):
-        reader, words = Reader(6, 5, 4, dropout=0.5), Words.one_after_the_other(torch.tensor([9]), 9)
+        reader, words = Reader(6, 5, 4, dropout=0.5), Words(torch.tensor([9]))
         z = torch.randn(9, 6)
         assert not torch.equal(reader(z, words), reader(z, words))
         reader.eval()
@@ -105,12 +106,14 @@ class TestReader:
 
     def test_words_one_after_the_other_and_in_rows(self):
         lengths = torch.tensor([3, 1, 2])
-        words = Words.one_after_the_other(lengths, 6)
-        assert words.starts.tolist() == [0, 3, 4]
-        assert words.sentence.tolist() == [0, 0, 0, 1, 2, 2] and words.place.tolist() == [0, 1, 2, 0, 0, 1]
-        rows = Words.in_rows(lengths, 4)
-        assert rows.starts.tolist() == [0, 4, 8]
-        assert rows.sentence.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and rows.place.tolist() == [0, 1, 2, 3] * 3
+        words = Words(lengths)
+        assert words.starts().tolist() == [0, 3, 4]
+        sentence, place = words.of_rows(6)
+        assert sentence.tolist() == [0, 0, 0, 1, 2, 2] and place.tolist() == [0, 1, 2, 0, 0, 1]
+        rows = Words(lengths, 4)
+        assert rows.starts().tolist() == [0, 4, 8]
+        sentence, place = rows.of_rows(12)
+        assert sentence.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and place.tolist() == [0, 1, 2, 3] * 3
 
     def test_unpacking_puts_words_into_their_cells(self):
         values = torch.randn(3, 2)
@@ -132,7 +135,7 @@ class TestDelta:
         """z_k + Σ_j δθ(k)_j · u_j (v_jᵀ z_k), atom by atom in float64."""
         task, space = self.task()
         task.delta.latent.data.uniform_(-0.25, 0.2)
-        words, z = Words.one_after_the_other(torch.tensor([4, 3]), 7), torch.randn(7, K, D)
+        words, z = Words(torch.tensor([4, 3])), torch.randn(7, K, D)
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
         task(z, words, task.values(space))
@@ -147,7 +150,7 @@ class TestDelta:
 
     def test_a_delta_of_zero_does_nothing(self):
         task, space = self.task()
-        words, z = Words.one_after_the_other(torch.tensor([4, 3]), 7), torch.randn(7, K, D)
+        words, z = Words(torch.tensor([4, 3])), torch.randn(7, K, D)
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
         with torch.no_grad():
@@ -159,7 +162,7 @@ class TestDelta:
 
     def test_its_gradient_is_that_of_the_formula(self):
         task, space = self.task()
-        words, z = Words.one_after_the_other(torch.tensor([4]), 4), torch.randn(4, K, D)
+        words, z = Words(torch.tensor([4])), torch.randn(4, K, D)
         way = torch.randn(4, K * D)
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
@@ -325,3 +328,45 @@ class TestKept:
         load_latents(other.adapter, tmp_path / "latents")
         for name, value in one.adapter.state_dict().items():
             assert torch.equal(other.adapter.state_dict()[name], value), name
+
+
+class TestPacked:
+    """Weights that are rearranged once for oneDNN change nothing."""
+
+    @pytest.mark.parametrize("shape", [(5, 4), *READERS.values()])
+    @pytest.mark.parametrize("lengths", [[1], [7], [4] * (TOGETHER + 3), [3, 1, 9, 2], [*range(1, TOGETHER + 4)]])
+    def test_features_equal_those_of_torchs_layer(self, lengths, shape):
+        torch.manual_seed(0)
+        reader, lengths = Reader(6, *shape, bits=8).eval(), torch.tensor(lengths)
+        z, even = torch.randn(int(lengths.sum()), 6), len({*lengths.tolist()}) == 1
+        words = Words(lengths, is_full=even)
+        expected = reader(z, words).detach()
+        with torch.no_grad():
+            values = reader.values()
+            assert values.packed is not None and values.packed[0][0].is_mkldnn
+            for _ in range(2):
+                torch.testing.assert_close(reader(z, words, values), expected, rtol=1e-6, atol=1e-6)
+        assert expected.std() > 0.01 and reader.values().packed is None, "a gradient may be needed"
+
+    def test_without_it_torchs_layer_is_used(self, monkeypatch):
+        torch.manual_seed(0)
+        reader, z, words = Reader(6, 5, 4).eval(), torch.randn(7, 6), Words(torch.tensor([4, 3]))
+        with torch.no_grad():
+            expected = reader(z, words)
+            with torch.backends.mkldnn.flags(enabled=False):
+                assert reader.values().packed is None
+                torch.testing.assert_close(reader(z, words), expected, rtol=1e-6, atol=1e-6)
+            with torch.autocast("cpu", torch.bfloat16):
+                coarse = reader(z, words)
+            assert coarse.dtype == torch.bfloat16 and relative(coarse, expected.double()) < 0.05
+
+    def test_a_model_that_has_computed_can_be_copied(self):
+        model = stirred(small_stream(), "people").eval()
+        with torch.no_grad():
+            expected = model(**batch()).logits
+            again = copy.deepcopy(model)
+            assert torch.equal(again(**batch()).logits, expected)
+            again.adapter.tasks["people"].head_bias.latent.add_(1)
+            assert not torch.equal(again(**batch()).logits, expected) and torch.equal(
+                model(**batch()).logits, expected
+            )

@@ -1,6 +1,7 @@
 """Words are the same on every tokenizer, from raw text and from given words."""
 
 import copy
+import itertools
 import json
 import pickle
 import tempfile
@@ -21,7 +22,12 @@ from modeling_unihyperlora import (
     UniHyperLoraForTokenClassification,
 )
 from modeling_unihyperlora.words import (
+    BARE,
+    BLANK,
+    ENDS,
+    MARK,
     NO_WORD,
+    SPECIAL,
     Continuation,
     WordReader,
     begins_of,
@@ -31,6 +37,7 @@ from modeling_unihyperlora.words import (
     probe,
     vocabulary_flags,
     word_places,
+    word_rules,
 )
 from tests.modeling_unihyperlora.families import DECODERS, tiny_host
 from tests.tokenizer_kinds import KINDS, LINES, make_tokenizer
@@ -74,8 +81,9 @@ def saved_and_loaded(tokenizer):
 
 def found(tokenizer, encoded, text: str) -> list[str]:
     """The words found from token ids only, as parts of the text."""
-    places = word_places(*begins_of(vocabulary_flags(tokenizer), torch.tensor([encoded["input_ids"]])))
-    ends = zip(places.first[0], places.last[0], strict=True)
+    rules = word_rules(vocabulary_flags(tokenizer))
+    places = word_places(*begins_of(rules, torch.tensor([encoded["input_ids"]])), causal=True)
+    ends = zip(places.first[0], places.read[0], strict=True)
     offsets = encoded["offset_mapping"]
     return [text[offsets[first][0] : offsets[last][1]] for first, last in ends]
 
@@ -129,9 +137,9 @@ class TestWordsOfATokenizer:
     def test_raw_text_and_its_words_are_one(self, tokenizer, text):
         raw, words = tokenizer(text), tokenizer(rule(text), is_split_into_words=True)
         assert words["input_ids"] == raw["input_ids"]
-        flags, ids = vocabulary_flags(tokenizer), torch.tensor([raw["input_ids"]])
+        rules, ids = word_rules(vocabulary_flags(tokenizer)), torch.tensor([raw["input_ids"]])
         for from_ids, from_index in zip(
-            begins_of(flags, ids), begins_of(flags, ids, None, torch.tensor([words["word_index"]])), strict=True
+            begins_of(rules, ids), begins_of(rules, ids, None, torch.tensor([words["word_index"]])), strict=True
         ):
             assert torch.equal(from_ids, from_index)
 
@@ -150,10 +158,13 @@ class TestWordsOfATokenizer:
         reader = WordReader(tiny_host("bert", vocab_size=500, max_position_embeddings=128), tokenizer)
         places = reader.places(encoded["input_ids"], encoded["attention_mask"], encoded["word_index"])
         assert places.lengths.tolist() == [len(GIVEN)]
+        last = word_places(
+            *begins_of(reader.rules, encoded["input_ids"], None, encoded["word_index"]), causal=True
+        ).read
         pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in GIVEN]
         ids = encoded["input_ids"][0]
         for number, own in enumerate(pieces):
-            assert ids[places.first[0, number] : places.last[0, number] + 1].tolist() == own
+            assert ids[places.first[0, number] : last[0, number] + 1].tolist() == own
 
     def test_the_hosts_own_tokenizer_has_the_same_words_in_plain_text(self, kind):
         """The host's own tokenizer works too, except for words that share one entry of its vocabulary."""
@@ -233,7 +244,7 @@ class TestTheStartOfAText:
         own = prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
         encoded = own("a")["input_ids"]
         assert own.convert_ids_to_tokens(encoded) == [*wanted, "Ġa"]
-        begins, inside = begins_of(vocabulary_flags(own), torch.tensor([encoded]))
+        begins, inside = begins_of(word_rules(vocabulary_flags(own)), torch.tensor([encoded]))
         assert int(begins.sum()) == 1
         assert begins[0, len(wanted)]
         assert not inside[0, : len(wanted)].any()
@@ -286,7 +297,7 @@ class TestStatesAndTags:
         index = encoded["word_index"][0].tolist()
         for number in range(len(GIVEN)):
             at = [position for position, word in enumerate(index) if word == number]
-            assert words.read_at(places)[0, number] == (at[-1] if family == "llama" else at[0])
+            assert places.read[0, number] == (at[-1] if family == "llama" else at[0])
 
     def test_the_stock_pipeline_returns_whole_words(self, kind, make_tagger, monkeypatch):
         model = make_tagger(kind)
@@ -339,12 +350,12 @@ class TestHosts:
     @pytest.mark.parametrize("family", DECODERS)
     def test_decoders_are_causal(self, family):
         host = tiny_host(family, vocab_size=300)
-        assert probe(host, vocabulary_flags(make_tokenizer("byte-level"))[:300]) == (True, 3)
+        assert probe(host, word_rules(vocabulary_flags(make_tokenizer("byte-level"))[:300])) == (True, 3)
 
     @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert", "fnet", "deberta-v2"])
     def test_encoders_are_not(self, family):
         host = tiny_host(family, vocab_size=300)
-        assert probe(host, vocabulary_flags(make_tokenizer("byte-level"))[:300]) == (False, 3)
+        assert probe(host, word_rules(vocabulary_flags(make_tokenizer("byte-level"))[:300])) == (False, 3)
 
     def test_the_way_of_reading_is_part_of_the_maps_name(self):
         kinds = ("byte-level", "byte-level-digits", "wordpiece-cased", "wordpiece-uncased")
@@ -431,3 +442,30 @@ class TestBadInput:
     def test_ids_have_to_be_given(self, make_tagger):
         with pytest.raises(ConfigError, match="without input_ids"):
             make_tagger("unigram")(inputs_embeds=torch.randn(1, 3, 32))
+
+
+class TestRules:
+    def test_two_numbers_say_what_the_flags_say(self):
+        """Every pair of entries, with the rule written out in words."""
+        kinds = [
+            0,
+            *(sum(some) for size in range(1, 5) for some in itertools.combinations((1, 2, 4, 8), size)),
+            SPECIAL,
+        ]
+        flags = torch.tensor(kinds, dtype=torch.uint8)
+        rules = word_rules(flags)
+        for before, own in itertools.product(range(len(kinds)), repeat=2):
+            over, bare = kinds[before] & (ENDS | SPECIAL), kinds[before] & BARE
+            wanted = bool(kinds[own] & BLANK) or (bool(kinds[own] & MARK or over) and not bare)
+            begins, inside = begins_of(rules, torch.tensor([[0, before, own]]))
+            assert bool(inside[0, 2]) == (kinds[own] != SPECIAL)
+            assert bool(begins[0, 2]) == (wanted and kinds[own] != SPECIAL)
+
+    def test_padding_is_outside_words_and_what_follows_it_begins_one(self):
+        rules = word_rules(torch.zeros(4, dtype=torch.uint8))
+        ids, mask = torch.tensor([[1, 1, 2, 3], [1, 2, 3, 1]]), torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
+        begins, inside = begins_of(rules, ids, mask)
+        assert begins.tolist() == [[False, False, True, False], [True, False, False, False]]
+        assert torch.equal(inside, mask > 0)
+        begins, inside = begins_of(rules, ids, torch.zeros_like(mask))  # a sentence without words has one
+        assert begins.tolist() == inside.tolist() == [[True, False, False, False]] * 2

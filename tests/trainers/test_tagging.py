@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_unihyperlora import ConfigError, DataError, UniHyperLoraForSequenceClassification
-from modeling_unihyperlora.words import begins_of, prepare_tokenizer, vocabulary_flags
+from modeling_unihyperlora.words import begins_of, prepare_tokenizer, vocabulary_flags, word_rules
 from tests.modeling_unihyperlora.small_streams import MOODS, TOKENIZER, bert, small_stream, text
 from tests.tokenizer_kinds import KINDS, LINES, make_tokenizer
 from trainers.running import run
@@ -38,7 +38,7 @@ def test_the_words_of_raw_text_are_those_that_a_tokenizer_makes(kind):
     tokenizer = prepare_tokenizer(make_tokenizer(kind))
     for line in [*LINES[:5], " Al-Ain\t(don't)  pay $5! ", "", "  "]:
         ids = tokenizer(line, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
-        made = 0 if ids.shape[1] == 0 else int(begins_of(vocabulary_flags(tokenizer), ids)[0].sum())
+        made = 0 if ids.shape[1] == 0 else int(begins_of(word_rules(vocabulary_flags(tokenizer)), ids)[0].sum())
         assert len(words_of(line)) == made
         given = [line[start:end] for start, end in words_of(line)]
         assert "".join(given) == "".join(line.split())

@@ -56,7 +56,7 @@ def test_without_the_words_of_raw_text_each_sentence_is_read_once():
 
 
 def test_without_dropout_training_and_scoring_are_the_same():
-    z, words = torch.randn(5, 6), Words.one_after_the_other(torch.tensor([3, 2]), 5)
+    z, words = torch.randn(5, 6), Words(torch.tensor([3, 2]))
 
     def differs() -> bool:
         reader = Reader(6, 5, 4, dropout=0.2)
@@ -91,7 +91,7 @@ def test_words_alone_do_not_see_their_neighbours():
     other[0, 0] += 1
 
     def mixed(sentences: torch.Tensor) -> torch.Tensor:
-        return reader(sentences.flatten(0, 1), Words.in_rows(lengths, 3)).view(2, 3, -1)
+        return reader(sentences.flatten(0, 1), Words(lengths, 3)).view(2, 3, -1)
 
     assert not torch.equal(mixed(z)[0, 2], mixed(other)[0, 2])
     with ablation.words_alone():
