@@ -10,6 +10,8 @@ DRAWN = {  # method → colour, mark
     "unihyperlora": (COLOURS["zero_shot"], "o"),
     "unihyperlora-refined": (COLOURS["refined"], "P"),
     "unihyperlora-task": (COLOURS["delta"], "o"),
+    "unihyperlora-task-small": (COLOURS["delta"], "p"),
+    "unihyperlora-task-long": (COLOURS["delta"], "*"),
     "sat_lora": (COLOURS["own_stream"], "D"),
     "lora": (COLOURS["lora"], "^"),
     "lora-r1": (COLOURS["lora"], "v"),

@@ -8,7 +8,10 @@ PICTURE = "paper-pareto.png"
 SOURCE = "unihyperlora-source"  # the method that trains a task for all hosts
 METHODS = {  # method of a run config → name in the table, in the order of the rows
     SOURCE: "unihyperlora, source training",
-    "unihyperlora-task": "unihyperlora, a reader of this host's own",
+    "unihyperlora-task": "unihyperlora, medium reader of this host",
+    "unihyperlora-task-small": "unihyperlora, small reader of this host",
+    "unihyperlora-task-long": "unihyperlora, medium reader of this host, more steps",
+    "unihyperlora-task-small-long": "unihyperlora, small reader of this host, more steps",
     "unihyperlora": "unihyperlora, δθ 500 steps",
     "unihyperlora-refined": "unihyperlora, δθ 500 steps on a refined map",
     "sat_lora": "SAT-LoRA",
@@ -17,12 +20,13 @@ METHODS = {  # method of a run config → name in the table, in the order of the
     "full": "full fine-tuning",
     "probe": "probe",
 }
-TUNED = {  # method → the map that its δθ changes
-    "unihyperlora": "line-up",
-    "unihyperlora-refined": "refined",
-}
+OURS = "unihyperlora, "
+TUNED = ("unihyperlora", "unihyperlora-refined")  # methods that tune δθ
+OWN = ("unihyperlora-task", "unihyperlora-task-small")  # readers that are trained on each host
+LONG = tuple(f"{method}-long" for method in OWN)
+RIVAL = "sat_lora"
 COLUMNS = (
-    *("data", "host", "method", "seeds", "rate", "score", "accuracy", "before tuning"),
+    *("data", "host", "method", "seeds", "steps", "rate", "score", "accuracy", "before tuning"),
     *("file, B", "reader, B", "head, B", "δθ, B"),
     *(
         "extra RAM, MB",
@@ -67,7 +71,7 @@ class Row:
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
         if self.method in TUNED:
             return {"for one more host": delta, "whole file": file}
-        if self.method == "unihyperlora-task":
+        if self.method in (*OWN, *LONG):
             return {"for one more task": self.task_bytes(), "whole file": file}
         return {"": file if self.method in (SOURCE, "sat_lora") else file + head}  # these files include the head
 
@@ -100,8 +104,8 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
     lines = [
         *("", "## The paper's comparison", ""),
         "From the runs in `paper.jsonl`, by `python -m scripts.research.benchmark paper` over methods and data sets.",
-        "All methods have the same steps, batches and data order; the learning rate is in the row. Other rates that",
-        "were tried are listed below.",
+        "Batches, data and their order are the same for all methods; steps and learning rate are in the row. Other",
+        "rates that were tried are listed below.",
         "Score: F1 of entities, or macro F1. *Before tuning* is the score of the source's file on the host, without",
         "labels of the host; a refined map also uses the training text without its labels, as read by the source's",
         "host. The file includes reader, head and δθ. Training is wall-clock time on a possibly shared machine. CPU",
@@ -109,11 +113,12 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
         "A stream's states are computed once per host and data set, and count in the CPU time of the first run there.",
         "Pages of their file count in its peak memory, although the system may drop them. A run's record says which",
         "data, and how many sentences, it read.",
+        *overview(rows),
         *("", f"![Score against stored bytes]({PICTURE})", ""),
         *("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"),
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    for expectation in (zero_shot, against_sat_lora, memory, against_lora):
+    for expectation in (zero_shot, against_sat_lora, at_equal_steps, at_equal_cost, memory, against_lora):
         lines += expectation(rows)
     return lines + rates(rows, trials)
 
@@ -127,6 +132,7 @@ def _cells(row: Row) -> list[str]:
         row.host,
         METHODS[row.method],
         ", ".join(map(str, row.seeds())),
+        f"{settings['max_steps']:,}",
         f"{settings['learning_rate']:g}",
         _spread(row.values("eval_f1")),
         "–" if row.is_tags() else _spread(row.values("eval_accuracy")),
@@ -140,6 +146,29 @@ def _cells(row: Row) -> list[str]:
         _spread(row.values("cpu_seconds"), 0),
         _spread(row.values("peak_memory_mb"), 0),
     ]
+
+
+def overview(rows: list[Row]) -> list[str]:
+    """A short table of scores, one line for each data set and host; the best of each line is bold."""
+    shown = {
+        "trained on another host, zero-shot": ("unihyperlora", "zero_shot_f1"),
+        "with 500 steps of δθ": ("unihyperlora", "eval_f1"),
+        "reader of this host, 500 steps": ("unihyperlora-task", "eval_f1"),
+        "reader of this host, more steps": ("unihyperlora-task-long", "eval_f1"),
+        **{METHODS[method]: (method, "eval_f1") for method in (RIVAL, "lora", "full", "probe")},
+    }
+    sources = {(row.data, row.host) for row in rows if row.method == SOURCE}
+    lines = ["", "| data | host | " + " | ".join(shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    for data, host in sorted({(row.data, row.host) for row in rows if row.method != SOURCE}):
+        here = {row.method: row for row in rows if (row.data, row.host) == (data, host)}
+        values = [here[method].mean(figure) if method in here else None for method, figure in shown.values()]
+        if (data, host) in sources:  # the source's own host: nothing was moved
+            values[0] = None
+        best = max((value for value in values if value is not None), default=None)
+        cells = ["–" if value is None else f"{value:.4f}" for value in values]
+        cells = [f"**{cell}**" if value == best else cell for value, cell in zip(values, cells, strict=True)]
+        lines.append(f"| {data} | {host} | " + " | ".join(cells) + " |")
+    return lines
 
 
 # ---- the paper's expectations ----
@@ -163,13 +192,35 @@ def zero_shot(rows: list[Row]) -> list[str]:
 def against_sat_lora(rows: list[Row]) -> list[str]:
     """δθ after 500 steps: at least equal to SAT-LoRA trained on this host."""
 
+    return _against_rival(rows, "δθ after 500 steps at least equal to SAT-LoRA retrained", TUNED)
+
+
+def at_equal_steps(rows: list[Row]) -> list[str]:
+    """A reader that is trained on this host for as many steps: at least equal to SAT-LoRA trained on this host."""
+    return _against_rival(rows, "A reader of this host at least equal to SAT-LoRA, at equal steps", OWN)
+
+
+def _against_rival(rows: list[Row], title: str, methods: tuple[str, ...]) -> list[str]:
     def compare(row: Row) -> tuple[bool, list[str]]:
-        ours, its = row.mean("eval_f1"), _beside(rows, row, "sat_lora").mean("eval_f1")
+        ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
         return ours >= its, [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points"]
 
-    heads = ["δθ", "SAT-LoRA", "difference"]
-    title = "δθ after 500 steps at least equal to SAT-LoRA retrained"
-    return _verdicts(title, _tuned_beside(rows, "sat_lora"), heads, compare)
+    return _verdicts(title, _with_rival(rows, methods), ["ours", "SAT-LoRA", "difference"], compare)
+
+
+def at_equal_cost(rows: list[Row]) -> list[str]:
+    """A reader that is trained on this host for no more CPU seconds than LoRA r=8: at least equal to SAT-LoRA."""
+
+    def compare(row: Row) -> tuple[bool, list[str]]:
+        ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
+        cost = row.mean("cpu_seconds") / _beside(rows, row, "lora").mean("cpu_seconds")
+        cells = [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points", f"{cost:.2f}"]
+        return ours >= its and cost <= 1, cells
+
+    beside_lora = [row for row in _with_rival(rows, (*OWN, *LONG)) if _beside(rows, row, "lora")]
+    costed = [row for row in beside_lora if row.mean("cpu_seconds") and _beside(rows, row, "lora").mean("cpu_seconds")]
+    title = "A reader of this host at least equal to SAT-LoRA, for no more CPU seconds than LoRA r=8"
+    return _verdicts(title, costed, ["ours", "SAT-LoRA", "difference", "CPU / LoRA's"], compare)
 
 
 def memory(rows: list[Row]) -> list[str]:
@@ -184,12 +235,12 @@ def memory(rows: list[Row]) -> list[str]:
     for name, count, its_count in counts:
 
         def compare(row: Row, count=count, its_count=its_count) -> tuple[bool, list[str]]:
-            ours, its = count(row), its_count(_beside(rows, row, "sat_lora"))
+            ours, its = count(row), its_count(_beside(rows, row, RIVAL))
             cells = [f"{ours:,.0f}", f"{its:,.0f}", f"{100 * (ours / its - 1):+.1f} %"]
             return ours <= (1 - LESS_MEMORY) * its, cells
 
         title = f"97 % less memory than SAT-LoRA: {name}"
-        lines += _verdicts(title, _tuned_beside(rows, "sat_lora"), ["ours", "SAT-LoRA", "difference"], compare)
+        lines += _verdicts(title, _with_rival(rows, TUNED), ["ours", "SAT-LoRA", "difference"], compare)
     return lines
 
 
@@ -220,18 +271,19 @@ def _verdicts(title: str, rows: list[Row], heads: list[str], compare: Callable) 
     compared = [(row, *compare(row)) for row in rows]
     held = sum(holds for _, holds, _ in compared)
     word = "Held" if held == len(rows) else "Did not hold" if held == 0 else "Held in part"
-    columns = ["data", "host", "map", "seeds", *heads, ""]
+    columns = ["data", "host", "method", "seeds", *heads, ""]
     lines = ["", f"### {title}", "", f"**{word}**: in {held} of {len(rows)}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, holds, cells in compared:
         seeds = ", ".join(map(str, row.seeds()))
-        cells = [row.data, row.host, TUNED[row.method], seeds, *cells, "held" if holds else "did not hold"]
+        cells = [row.data, row.host, METHODS[row.method].removeprefix(OURS), seeds, *cells]
+        cells.append("held" if holds else "did not hold")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _tuned_beside(rows: list[Row], other: str) -> list[Row]:
-    return [row for row in rows if row.method in TUNED and _beside(rows, row, other)]
+def _with_rival(rows: list[Row], methods: tuple[str, ...]) -> list[Row]:
+    return [row for row in rows if row.method in methods and _beside(rows, row, RIVAL)]
 
 
 def _beside(rows: list[Row], row: Row, method: str) -> Row | None:

@@ -129,7 +129,11 @@ def test_a_composed_run():
     """A composed configuration has all parts; the method overrides the common part."""
     arguments = read_run_config("unihyperlora-source-iter1-amazon").arguments
     said = {"task_name": "amazon", "train_split": "train[:20000]", "hub_model_id": "unihyperlora-amazon"}
-    said |= {"model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2", "warmup_steps": 300, "per_device_train_batch_size": 32}
+    said |= {
+        "model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2",
+        "warmup_steps": 300,
+        "per_device_train_batch_size": 32,
+    }
     assert {name: arguments[name] for name in said} == said
 
 
