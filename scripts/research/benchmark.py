@@ -17,7 +17,7 @@ results/paper.jsonl.
 ``tasks`` measures batches with many tasks (see mixed_tasks.py). ``scaling`` measures how costs grow (see scaling.py).
 ``latency``, ``slopes``, ``train``, ``memory``, ``calibrate`` and ``size`` measure an adapter's costs on a host (see
 speed.py).
-``render`` writes results/README.md, the short table in README.md, the tables of hosts.md, scaling.md and states.md
+``render`` writes the pages of results/, the short table in README.md, the tables of hosts.md, scaling.md and states.md
 in docs/how-to/, and results/speed.md with its picture, from the records only.
 """
 
@@ -32,7 +32,7 @@ from scripts.research.host_tables import host_tables
 from scripts.research.paper_picture import draw
 from scripts.research.paper_tables import PICTURE, rows_of
 from scripts.research.records import keep, keep_paper_run, of_kind, read_records
-from scripts.research.results_tables import rendered, summary
+from scripts.research.results_tables import pages, summary
 from scripts.research.scaling_tables import scaling_page, with_tables
 from scripts.research.stored_states_tables import plan_table, stored_states_tables
 
@@ -87,7 +87,7 @@ def render(results: Path) -> None:
     )
     of_states = {"stored_states": stored_states_tables, "plan": plan_table}
     for path, text in {
-        results / "README.md": rendered(records),
+        **{results / name: text for name, text in pages(records).items()},
         readme: between(readme.read_text(encoding="utf-8"), *MARKS, summary(records)),
         hosts: between(hosts.read_text(encoding="utf-8"), *HOST_MARKS, host_tables(records)),
         scaling_md: scaling_page(scaling_md.read_text(encoding="utf-8"), records),

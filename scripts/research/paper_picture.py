@@ -1,12 +1,14 @@
-"""Draws the paper's comparison: score against stored bytes, one panel per host and task."""
+"""Draws the paper's comparison: score against the bytes of many tasks on many hosts, one panel per host and task."""
 
 from pathlib import Path
 
 from modeling_unihyperlora.storage import replacing
-from scripts.research.paper_tables import METHODS, Row
+from scripts.research.paper_tables import MANY, METHODS, Row
 from scripts.research.transfer_picture import COLOURS, INK, require_matplotlib
 
+ZERO_SHOT = "unihyperlora, zero-shot"  # its marker is hollow
 DRAWN = {  # method → colour, mark
+    ZERO_SHOT: (COLOURS["zero_shot"], "o"),
     "unihyperlora": (COLOURS["zero_shot"], "o"),
     "unihyperlora-refined": (COLOURS["refined"], "P"),
     "unihyperlora-task": (COLOURS["delta"], "o"),
@@ -18,7 +20,6 @@ DRAWN = {  # method → colour, mark
     "full": ("#CC79A7", "X"),
     "probe": (COLOURS["probe"], "s"),
 }
-WHOLE = "whole file"  # its markers are hollow
 PANEL, DPI = 2.7, 100  # inches
 FRONT = "#BBBBBB"
 
@@ -54,16 +55,17 @@ def draw(rows: list[Row], path: str | Path) -> None:
 
 
 def _panel(axes, rows: list[Row]) -> None:
-    points = [(size, row.mean("eval_f1"), row, count) for row in rows for count, size in row.stored().items()]
-    front = front_of([(size, score) for size, score, *_ in points])
+    points = [(row.bytes_in_all(), row.mean("eval_f1"), row.method) for row in rows]
+    moved = [row for row in rows if row.method == "unihyperlora" and row.mean("zero_shot_f1") is not None]
+    points += [(row.bytes_in_all(with_delta=False), row.mean("zero_shot_f1"), ZERO_SHOT) for row in moved]
+    front = front_of([(size, score) for size, score, _ in points])
     axes.step(*zip(*front, strict=True), where="post", color=FRONT, linewidth=1.2, zorder=1) if front else None
-    for size, score, row, count in points:
-        colour, mark = DRAWN[row.method]
-        label = METHODS[row.method] + (f", {count}" if count else "")
-        face = "white" if count == WHOLE else colour
+    for size, score, method in points:
+        colour, mark = DRAWN[method]
+        label, face = METHODS.get(method, method), "white" if method == ZERO_SHOT else colour
         axes.plot(size, score, mark, color=colour, markerfacecolor=face, markersize=6, label=label, zorder=3)
     axes.set_xscale("log")
-    axes.set_xlabel("bytes stored", fontsize=7.5)
+    axes.set_xlabel(f"bytes of {MANY} tasks on {MANY} hosts", fontsize=7.5)
     axes.margins(x=0.12, y=0.15)
     axes.tick_params(labelsize=7.5)
     axes.spines[["top", "right"]].set_visible(False)

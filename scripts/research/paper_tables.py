@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PICTURE = "paper-pareto.png"
 SOURCE = "unihyperlora-source"  # the method that trains a task for all hosts
@@ -38,6 +39,7 @@ COLUMNS = (
         "peak memory, MB",
     ),
 )
+MANY = 10  # tasks and hosts, for the bytes that they need in all
 WITHIN, LESS_MEMORY, MORE_THAN_LORA = 0.01, 0.97, 0.011  # thresholds of the paper's expectations
 
 
@@ -79,6 +81,19 @@ class Row:
         """Bytes that the task adds to a file that has the space already: reader, head and δθ."""
         return sum(self.mean(name) or 0 for name in ("reader_bytes", "head_bytes", "delta_bytes"))
 
+    def bytes_in_all(self, with_delta: bool = True) -> float:
+        """Bytes to store for ``MANY`` tasks on ``MANY`` hosts.
+
+        A task that is trained once has one reader and head for all hosts, and δθ for each host if ``with_delta``. The
+        readers of ``OWN`` and ``LONG``, and the other methods' weights, are stored for each task and host.
+        """
+        pairs, file = MANY * MANY, self.mean("adapter_bytes") or 0
+        if self.method in (SOURCE, *TUNED, *OWN, *LONG):
+            trained = MANY if self.method in (SOURCE, *TUNED) else pairs
+            further = (pairs - trained) * (self.mean("delta_bytes") or 0) if self.method in TUNED and with_delta else 0
+            return file + (trained - 1) * self.task_bytes() + further
+        return pairs * self.stored()[""]
+
 
 def rows_of(records: Iterable[dict]) -> list[Row]:
     """Rows from the records of ``benchmark.py paper``, ordered by data, host and method; sources come first."""
@@ -91,8 +106,46 @@ def rows_of(records: Iterable[dict]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.method != known[0], row.data, row.host, known.index(row.method)))
 
 
+class Verdict(NamedTuple):
+    """An expectation, how many of its rows held, and the Markdown of the rows."""
+
+    title: str
+    held: int
+    of: int
+    lines: list[str]
+
+    @property
+    def word(self) -> str:
+        if not self.of:
+            return "Not tested yet"
+        return "Held" if self.held == self.of else "Did not hold" if self.held == 0 else "Held in part"
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """The paper's expectations, and our own."""
+    return [zero_shot(rows), against_sat_lora(rows), at_equal_steps(rows), at_equal_cost(rows)] + [
+        *memory(rows),
+        against_lora(rows),
+    ]
+
+
+def paper_summary(records: list[dict]) -> list[str]:
+    """The comparison for a reader in a hurry: scores, a picture, and how many rows of each expectation held."""
+    rows = rows_of(records)
+    if not rows:
+        return []
+    lines = [
+        "F1 of entities, or macro F1; the best of a line is bold. A method had 500 steps of 32 on this host's labels,",
+        "unless its name says otherwise.",
+        *overview(rows),
+        *("", "| expected | held |", "|---|---|"),
+    ]
+    lines += [f"| {v.title} | {v.held} of {v.of} |" for v in verdicts(rows) if v.of]
+    return [*lines, "", f"![Score against the bytes of {MANY} tasks on {MANY} hosts]({PICTURE})"]
+
+
 def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
-    """The whole comparison: table, picture, expectations, and the learning rates that were tried.
+    """The whole comparison: table, expectations, and the learning rates that were tried.
 
     Args:
         records: records of kind "paper".
@@ -102,7 +155,7 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
     if not rows:
         return []
     lines = [
-        *("", "## The paper's comparison", ""),
+        *("# The paper's comparison", ""),
         "From the runs in `paper.jsonl`, by `python -m scripts.research.benchmark paper` over methods and data sets.",
         "Batches, data and their order are the same for all methods; steps and learning rate are in the row. Other",
         "rates that were tried are listed below.",
@@ -113,13 +166,12 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
         "A stream's states are computed once per host and data set, and count in the CPU time of the first run there.",
         "Pages of their file count in its peak memory, although the system may drop them. A run's record says which",
         "data, and how many sentences, it read.",
-        *overview(rows),
-        *("", f"![Score against stored bytes]({PICTURE})", ""),
+        "",
         *("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"),
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    for expectation in (zero_shot, against_sat_lora, at_equal_steps, at_equal_cost, memory, against_lora):
-        lines += expectation(rows)
+    for verdict in verdicts(rows):
+        lines += verdict.lines
     return lines + rates(rows, trials)
 
 
@@ -174,7 +226,7 @@ def overview(rows: list[Row]) -> list[str]:
 # ---- the paper's expectations ----
 
 
-def zero_shot(rows: list[Row]) -> list[str]:
+def zero_shot(rows: list[Row]) -> Verdict:
     """Zero-shot, before tuning: within 1 % of the score of the same task's source on its own host."""
     sources = {row.data: row for row in rows if row.method == SOURCE}
     moved = [row for row in rows if row.method in TUNED and row.data in sources and row.values("zero_shot_f1")]
@@ -186,29 +238,29 @@ def zero_shot(rows: list[Row]) -> list[str]:
         return ours >= (1 - WITHIN) * its, cells
 
     moved = [row for row in moved if row.host != sources[row.data].host]
-    return _verdicts("Zero-shot within 1 % of the source", moved, ["zero-shot", "source", "difference"], compare)
+    return _verdict("Zero-shot within 1 % of the source", moved, ["zero-shot", "source", "difference"], compare)
 
 
-def against_sat_lora(rows: list[Row]) -> list[str]:
+def against_sat_lora(rows: list[Row]) -> Verdict:
     """δθ after 500 steps: at least equal to SAT-LoRA trained on this host."""
 
     return _against_rival(rows, "δθ after 500 steps at least equal to SAT-LoRA retrained", TUNED)
 
 
-def at_equal_steps(rows: list[Row]) -> list[str]:
+def at_equal_steps(rows: list[Row]) -> Verdict:
     """A reader that is trained on this host for as many steps: at least equal to SAT-LoRA trained on this host."""
     return _against_rival(rows, "A reader of this host at least equal to SAT-LoRA, at equal steps", OWN)
 
 
-def _against_rival(rows: list[Row], title: str, methods: tuple[str, ...]) -> list[str]:
+def _against_rival(rows: list[Row], title: str, methods: tuple[str, ...]) -> Verdict:
     def compare(row: Row) -> tuple[bool, list[str]]:
         ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
         return ours >= its, [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points"]
 
-    return _verdicts(title, _with_rival(rows, methods), ["ours", "SAT-LoRA", "difference"], compare)
+    return _verdict(title, _with_rival(rows, methods), ["ours", "SAT-LoRA", "difference"], compare)
 
 
-def at_equal_cost(rows: list[Row]) -> list[str]:
+def at_equal_cost(rows: list[Row]) -> Verdict:
     """A reader that is trained on this host for no more CPU seconds than LoRA r=8: at least equal to SAT-LoRA."""
 
     def compare(row: Row) -> tuple[bool, list[str]]:
@@ -220,15 +272,16 @@ def at_equal_cost(rows: list[Row]) -> list[str]:
     beside_lora = [row for row in _with_rival(rows, (*OWN, *LONG)) if _beside(rows, row, "lora")]
     costed = [row for row in beside_lora if row.mean("cpu_seconds") and _beside(rows, row, "lora").mean("cpu_seconds")]
     title = "A reader of this host at least equal to SAT-LoRA, for no more CPU seconds than LoRA r=8"
-    return _verdicts(title, costed, ["ours", "SAT-LoRA", "difference", "CPU / LoRA's"], compare)
+    return _verdict(title, costed, ["ours", "SAT-LoRA", "difference", "CPU / LoRA's"], compare)
 
 
-def memory(rows: list[Row]) -> list[str]:
+def memory(rows: list[Row]) -> list[Verdict]:
     """97 % less memory than SAT-LoRA, for each way of counting."""
-    lines = []
+    found = []
     counts: list[tuple[str, Callable[[Row], float], Callable[[Row], float]]] = [
         ("stored for one more host (δθ)", lambda r: r.stored()["for one more host"], _file),
         ("stored for one more task (reader, head and δθ)", Row.task_bytes, _file),
+        (f"stored for {MANY} tasks on {MANY} hosts", Row.bytes_in_all, Row.bytes_in_all),
         ("the whole file", _file, _file),
         ("extra RAM, bytes", lambda r: 1e6 * r.mean("extra_ram_mb"), lambda r: 1e6 * r.mean("extra_ram_mb")),
     ]
@@ -240,11 +293,11 @@ def memory(rows: list[Row]) -> list[str]:
             return ours <= (1 - LESS_MEMORY) * its, cells
 
         title = f"97 % less memory than SAT-LoRA: {name}"
-        lines += _verdicts(title, _with_rival(rows, TUNED), ["ours", "SAT-LoRA", "difference"], compare)
-    return lines
+        found.append(_verdict(title, _with_rival(rows, TUNED), ["ours", "SAT-LoRA", "difference"], compare))
+    return found
 
 
-def against_lora(rows: list[Row]) -> list[str]:
+def against_lora(rows: list[Row]) -> Verdict:
     """1.1 % better than the best LoRA whose file is not larger, on the smallest host."""
     sizes = {row.host: row.mean("trainable_parameters") for row in rows if row.method == "full"}
     smallest = min(sizes, key=sizes.get) if sizes else None
@@ -261,25 +314,26 @@ def against_lora(rows: list[Row]) -> list[str]:
         return ours >= (1 + MORE_THAN_LORA) * its, cells
 
     title = "+1.1 % over plain LoRA whose file is no larger, on the smallest host"
-    return _verdicts(title, [row for row in tuned if rivals(row)], ["δθ", "best LoRA", "difference"], compare)
+    return _verdict(title, [row for row in tuned if rivals(row)], ["δθ", "best LoRA", "difference"], compare)
 
 
-def _verdicts(title: str, rows: list[Row], heads: list[str], compare: Callable) -> list[str]:
-    """Markdown of an expectation: the number of rows in which it held, and the difference in each."""
-    if not rows:
-        return ["", f"### {title}", "", "Not tested yet: the necessary runs are missing."]
+def _verdict(title: str, rows: list[Row], heads: list[str], compare: Callable) -> Verdict:
+    """An expectation with the number of rows in which it held, and the difference in each."""
     compared = [(row, *compare(row)) for row in rows]
-    held = sum(holds for _, holds, _ in compared)
-    word = "Held" if held == len(rows) else "Did not hold" if held == 0 else "Held in part"
+    verdict = Verdict(title, sum(holds for _, holds, _ in compared), len(rows), ["", f"### {title}", ""])
+    if not rows:
+        verdict.lines.append("Not tested yet: the necessary runs are missing.")
+        return verdict
     columns = ["data", "host", "method", "seeds", *heads, ""]
-    lines = ["", f"### {title}", "", f"**{word}**: in {held} of {len(rows)}.", ""]
+    lines = [f"**{verdict.word}**: in {verdict.held} of {verdict.of}.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, holds, cells in compared:
         seeds = ", ".join(map(str, row.seeds()))
         cells = [row.data, row.host, METHODS[row.method].removeprefix(OURS), seeds, *cells]
         cells.append("held" if holds else "did not hold")
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    verdict.lines.extend(lines)
+    return verdict
 
 
 def _with_rival(rows: list[Row], methods: tuple[str, ...]) -> list[Row]:

@@ -1,9 +1,9 @@
-"""Renders the tables of results/README.md and the short table of README.md as Markdown, from the records only."""
+"""Renders the pages of results/ and the short table of README.md as Markdown, from the records only."""
 
 import statistics
 from collections.abc import Iterable
 
-from scripts.research.paper_tables import paper_page
+from scripts.research.paper_tables import paper_page, paper_summary
 from scripts.research.records import of_kind
 from scripts.research.scaling_tables import search_tables
 
@@ -11,19 +11,91 @@ COLUMNS = (
     *("data, sentences", "method", "host", "scope", "steps × batch", "rate", "λ_F", "seeds", "F1"),
     *("file, B", "reader, B", "head, B", "δθ, B", "extra multiply-adds", "atoms a token", "CPU, s", "states, CPU s"),
 )
+WRITTEN = "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page."
 BASELINE_SCOPES = {"sat_lora": "atoms and head", "probe": "head", "lora": "LoRA and head", "full": "all weights"}
 
 
-def rendered(records: dict[str, dict]) -> str:
-    """Text of results/README.md; in its first table, runs that differ only in their seed share a row."""
-    all_records = records
-    matrices, ablations, searches, compared, trials, records = (
-        of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)
-    )
-    lines = [
-        "# Results",
+def pages(records: dict[str, dict]) -> dict[str, str]:
+    """Name → text of the pages of results/: one for a reader in a hurry, and the long tables."""
+    of = {kind: of_kind(records, kind) for kind in ("transfer", "ablation", "search", "paper", "paper_rate", None)}
+    transfer = ["# Transfer to other hosts", "", WRITTEN]
+    for name, matrix in of["transfer"].items():
+        transfer += transfer_table(name, matrix)
+    runs = ["# Single runs", *runs_table(of[None]), *ready_table(records)]
+    for name, ablation in of["ablation"].items():
+        runs += ablation_table(name, ablation)
+    made = {
+        "README.md": front_page(records, of["transfer"]),
+        "transfer.md": transfer,
+        "paper.md": paper_page([*of["paper"].values()], [*of["paper_rate"].values()]),
+        "runs.md": runs + search_tables(of["search"]),
+    }
+    return {name: "\n".join(lines) + "\n" for name, lines in made.items()}
+
+
+def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]:
+    """The page for a reader in a hurry."""
+    lines = ["# Results", "", WRITTEN, "", "## One file, on hosts that it never saw", ""]
+    lines += transfer_summary(matrices, records)
+    if matrices:
+        name = next(iter(matrices))
+        lines += ["", f"![Scores of one adapter file on hosts that it never saw]({name}.png)"]
+    lines += ["", "All columns, controls and costs: [transfer.md](transfer.md).", ""]
+    lines += ["## Ready adapters", "", summary(records), ""]
+    if compared := paper_summary([*of_kind(records, "paper").values()]):
+        lines += ["## Beside LoRA, SAT-LoRA, full fine-tuning and a probe", "", *compared]
+        lines += ["", "Every run with its costs: [paper.md](paper.md).", ""]
+    return [
+        *lines,
+        "## More",
         "",
-        "Written by `python -m scripts.research.benchmark render` from the JSON files and lines beside this page.",
+        "- [Speed and memory](speed.md)",
+        "- [Single runs, bytes by part, searches](runs.md)",
+    ]
+
+
+def transfer_summary(matrices: dict[str, dict], records: dict[str, dict]) -> list[str]:
+    """A short table of all transfer matrices. LoRA has 500 steps and the best of the rates that were tried."""
+    heads = (
+        "data",
+        "trained on",
+        "used on",
+        "F1 there, zero-shot",
+        "own stream",
+        "zero-shot / own",
+        "500 steps of δθ",
+    )
+    heads += ("LoRA r=8, 500 steps", "probe")
+    lines = [
+        "Zero-shot: neither a label nor a training step on the host. Own stream: an adapter that was trained on this",
+        "host for as many steps. LoRA: the best of the learning rates that were tried.",
+        *("", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"),
+    ]
+    for matrix in matrices.values():
+        data, source = matrix["data"]["name"], ", ".join(host["name"] for host in matrix["source_hosts"])
+        delta = f"delta_{matrix['delta_steps']}_f1"
+        for target, row in matrix["targets"].items():
+            cells = [_figure(row.get(name)) for name in ("zero_shot_f1", "own_stream_f1")]
+            cells += [_figure(row.get("zero_shot_over_own_stream"), 3), _figure(row.get(delta))]
+            lora = best_lora(records, data, target)
+            cells += ["–" if lora is None else f"{lora:.4f}", _figure(row.get("probe_f1"))]
+            lines.append(f"| {data} | {source} | {target} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def best_lora(records: dict[str, dict], data: str, host: str) -> float | None:
+    """Best score of LoRA r=8 on a host over the learning rates of the paper's comparison; means over seeds."""
+    by_rate: dict[float, list[float]] = {}
+    for record in (*of_kind(records, "paper").values(), *of_kind(records, "paper_rate").values()):
+        if record["run_config"] == f"lora-iter1-{data}" and record["host"] == host:
+            by_rate.setdefault(record["settings"]["learning_rate"], []).append(record["results"]["eval_f1"])
+    return max(map(statistics.mean, by_rate.values()), default=None)
+
+
+def runs_table(records: dict[str, dict]) -> list[str]:
+    """Runs on their own; those that differ only in their seed share a row."""
+    lines = [
+        "",
         "Sentences: how many a run trained on and scored, or only scored; CoNLL's whole validation split has 3,250.",
         "F1 is the mean ± standard deviation over the seeds: seqeval's micro F1 for tags,",
         "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
@@ -60,14 +132,7 @@ def rendered(records: dict[str, dict]) -> str:
             for name, value in sorted(parts.items())
             if name.startswith("bytes_of_")
         ]
-    lines += ready_table(all_records)
-    for name, matrix in matrices.items():
-        lines += transfer_table(name, matrix)
-    for name, ablation in ablations.items():
-        lines += ablation_table(name, ablation)
-    lines += search_tables(searches)
-    lines += paper_page([*compared.values()], [*trials.values()])
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def ablation_table(name: str, ablation: dict) -> list[str]:

@@ -7,9 +7,13 @@ import pytest
 from modeling_unihyperlora import ConfigError
 from scripts.research import benchmark
 from scripts.research.records import SETTINGS, ablation_of, keep_paper_run, read_records, record_of
-from scripts.research.results_tables import rendered, summary
+from scripts.research.results_tables import best_lora, pages, summary
 
 ADAPTER = {"pathway": "inject", "projector": "dimension", "source_hosts": [{"name": "/somewhere/private/host-a"}]}
+
+
+def rendered(records: dict[str, dict]) -> str:
+    return "".join(pages(records).values())
 
 
 def a_run(folder, seed: int, f1: float, method: str = "unihyperlora"):
@@ -161,7 +165,7 @@ def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
     assert "No ready adapter is recorded." in readme
-    assert "0.7500 ± 0.0707" in (results / "README.md").read_text()
+    assert "0.7500 ± 0.0707" in (results / "runs.md").read_text()
 
 
 def test_a_record_names_no_folder_of_the_machine(tmp_path):
@@ -204,3 +208,14 @@ def test_a_line_of_the_papers_runs_is_replaced_by_the_same_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no finished run"):
         keep_paper_run(tmp_path / "none", "paper", results)
     assert (results / "paper.jsonl").read_text().splitlines() == lines
+
+
+def test_the_best_lora_of_a_host_is_that_of_its_best_rate():
+    def lora(kind: str, rate: float, seed: int, f1: float, config: str = "lora-iter1-x", host: str = "h") -> dict:
+        settings = {"learning_rate": rate, "seed": seed}
+        return {"kind": kind, "run_config": config, "host": host, "settings": settings, "results": {"eval_f1": f1}}
+
+    records = [lora("paper", 0.1, 0, 0.5), lora("paper", 0.1, 1, 0.7), lora("paper_rate", 0.2, 0, 0.65)]
+    records += [lora("paper", 0.1, 0, 0.9, "lora-r1-iter1-x"), lora("paper", 0.1, 0, 0.9, host="g")]
+    named = dict(enumerate(records))
+    assert best_lora(named, "x", "h") == 0.65 and best_lora(named, "y", "h") is None
