@@ -53,6 +53,9 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
         name_or_path: a Hub id or a folder.
         **kwargs: ``revision``, ``dtype``, ``cache_dir``, ``token``, ``local_files_only``.
 
+    Returns:
+        The host; of an encoder-decoder model, its encoder.
+
     Raises:
         HostError: no host is named, or the host cannot be loaded.
     """
@@ -84,7 +87,7 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             len(missing),
             missing[0],
         )
-    return host
+    return encoder_of(host)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_unihyperlora import UniHyperLoraModel
 from modeling_unihyperlora.corpus.reading import states_of, text_column, words_of
 from modeling_unihyperlora.errors import AdapterFileError, ConfigError, DataError, first_line
-from modeling_unihyperlora.hosts import describe_host, encoder_of, load_host, window_of
+from modeling_unihyperlora.hosts import describe_host, load_host, window_of
 from modeling_unihyperlora.space import KNOTS
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 
@@ -114,7 +114,7 @@ class CorpusReader:
 
     def _host(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         """The host, or its causal copy."""
-        host = encoder_of(load_host(self.job.host))
+        host = load_host(self.job.host)
         if not self.job.causal:
             return host
         made = causal_copy_of(host, WordReader(host, tokenizer))

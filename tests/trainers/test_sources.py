@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction
+from transformers import BertConfig, BertModel, DataCollatorForTokenClassification, EvalPrediction, T5Config, T5Model
 
 from modeling_unihyperlora import CanonicalSpace, ConfigError, DataError, UniHyperLoraForTokenClassification
-from modeling_unihyperlora.space import LANDMARKS, fit_host, knot_layers, line_up
+from modeling_unihyperlora.space import KNOTS, LANDMARKS, fit_host, knot_layers, line_up
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from tests.modeling_unihyperlora.families import tiny_host
@@ -457,6 +457,15 @@ class TestSourcesOf:
             assert [source.num_layers for source in sources] == [2, 5]
             assert sources[0].fits == [model.stream.fit] and sources[1].cpu_seconds > 0
             assert [host["num_layers"] for host in model.config.source_hosts] == [2, 5]
+
+    def test_of_an_encoder_decoder_its_encoder_is_read(self, model, tokenizer, windows, sentences, tmp_path):
+        shape = {"d_model": 32, "d_kv": 8, "num_layers": 3, "num_heads": 4, "d_ff": 64, "vocab_size": len(tokenizer)}
+        T5Model(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path / "whole")
+        tokenizer.save_pretrained(tmp_path / "whole")
+        make = lambda own: SentenceWindows(sentences, own, LABELS, 32)  # noqa: E731
+        sources = sources_of(model, windows, [str(tmp_path / "whole")], make)
+        assert [source.num_layers for source in sources] == [2, 3]
+        assert all(len(fit.knots) == len(KNOTS) for fit in sources[1].fits)
 
     def test_each_is_named_once(self, model, other, tiny_host, windows, sentences):
         for others in ([str(tiny_host)], [other, other]):
