@@ -269,7 +269,7 @@ def _column_sentences(path: Path, text_column: str, label_column: str, needs_tag
             raise DataError(
                 f"{path}, line {line.number} has {_counted(len(line.fields))} ({line.text!r}), but the lines before "
                 f"it have {width}. Every line needs the same columns, separated by tabs or by spaces: word first, tag "
-                "last."
+                "last. To tag raw text, use `unihyperlora tag`."
             )
     if names is not None:
         word_at, tag_at = _places(path, names, width, text_column, label_column, needs_tags)

@@ -1,6 +1,6 @@
 """Cached states of the words of a data set: the host is frozen, so a stream can be trained and scored without it.
 
-There is one float16 file per host and data set in ``cache_folder()``, named by a digest of both. It is memory-mapped.
+There is one float16 file per host and data set in ``cache_folder()``, named by a digest of both..
 It does not depend on an adapter, so all adapters on the host share it. It takes 2·layers·d bytes per word. A killed
 computation is resumed; a second process waits for the first.
 """
@@ -52,7 +52,6 @@ class WordStates:
 
     Attributes:
         layers: indices of the kept hidden states.
-        states: (words, layers, d) float16, memory-mapped.
         offsets: (windows + 1,) index of each window's first word.
         starts: for each window, the positions of its words' first sub-tokens.
         labels: for each window, the labels of its words, or the window's label.
@@ -92,18 +91,24 @@ class WordStates:
                 f"The host's states cannot be cached in {path.parent} ({error}). Set UNIHYPERLORA_CACHE to a writable "
                 "folder."
             ) from error
-        self.states = np.memmap(path, np.float16, "r", shape=shape)
-        self._file = path, shape
+        self._path, self._shape = path, shape
         self.cpu_seconds = time.process_time() - start
 
-    def __getstate__(self) -> dict:
-        """Pickle without the states: a DataLoader's worker that is not forked opens the file again."""
-        return vars(self) | {"states": None}
+    def states(self, first: int, end: int) -> np.ndarray:
+        """States (end - first, layers, d) float16 of some words, from the disk.
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        path, shape = self._file
-        self.states = np.memmap(path, np.float16, "r", shape=shape)
+        Raises:
+            DataError: the file has been removed.
+        """
+        numbers = int(np.prod(self._shape[1:]))
+        try:
+            read = np.fromfile(self._path, np.float16, int(end - first) * numbers, offset=2 * int(first) * numbers)
+            return read.reshape(end - first, *self._shape[1:])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The host's cached states in {self._path} cannot be read ({error}). Start the run again; the states "
+                "are then computed anew."
+            ) from error
 
     def _compute(self, path: Path, shape, host, words: WordReader, items, batch_size) -> None:
         needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
@@ -114,23 +119,25 @@ class WordStates:
                 f"{free / 1e9:.1f} GB left. Free some, set UNIHYPERLORA_CACHE to another disk, or use fewer sentences."
             )
         done = _progress(part, progress, needed, batch_size)
-        states = np.memmap(part, np.float16, "r+" if done else "w+", shape=shape)
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         logger.info("Computing the host's states of %d windows once, %.2f GB, in %s", len(items), needed / 1e9, path)
         host.eval()
-        for number, chosen in enumerate(batches[done:], start=done + 1):
-            inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
-            padded = words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
-            with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
-                read, lengths = read_words(host, words, self.layers, padded)
-            for row, index in enumerate(chosen):
-                states[self.offsets[index] : self.offsets[index + 1]] = read[row, : lengths[row]].cpu().numpy()
-            if number % SAVE_EVERY == 0 or number == len(batches):
-                states.flush()
-                write_json(progress, {"batches": number, "batch_size": batch_size})
-                logger.info("%d of %d batches", number, len(batches))
-        del states
+        with open(part, "r+b" if done else "w+b") as file:  # no memory map: its pages would count as memory in use
+            file.truncate(needed)
+            for number, chosen in enumerate(batches[done:], start=done + 1):
+                inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
+                padded = words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+                with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
+                    read, lengths = read_words(host, words, self.layers, padded)
+                for row, index in enumerate(chosen):
+                    file.seek(int(self.offsets[index]) * needed // max(1, shape[0]))
+                    file.write(read[row, : lengths[row]].cpu().numpy().tobytes())
+                if number % SAVE_EVERY == 0 or number == len(batches):
+                    file.flush()
+                    os.fsync(file.fileno())
+                    write_json(progress, {"batches": number, "batch_size": batch_size})
+                    logger.info("%d of %d batches", number, len(batches))
         os.replace(part, path)
         progress.unlink()
 
@@ -185,7 +192,7 @@ class CanonicalStates(Dataset):
     def _make(self, view: int, windows: range) -> dict[int, torch.Tensor]:
         """Key → canonical states (W, K, D) float16, for one view of some windows."""
         offsets, to_knots = self.words.offsets[windows.start : windows.stop + 1], self._maps[view]
-        states = torch.from_numpy(np.array(self.words.states[offsets[0] : offsets[-1]], np.float32))
+        states = torch.from_numpy(self.words.states(offsets[0], offsets[-1]).astype(np.float32))
         z = to_knots(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
         parts = z.unflatten(1, (len(to_knots.fit.knots), -1)).split(np.diff(offsets).tolist())
         return {view * len(self) + index: part for index, part in zip(windows, parts, strict=True)}

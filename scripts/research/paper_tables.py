@@ -164,8 +164,7 @@ def paper_page(records: list[dict], trials: list[dict]) -> list[str]:
         "host. The file includes reader, head and δθ. Training is wall-clock time on a possibly shared machine. CPU",
         "is the time of all threads of the run's process, from its start to the last score.",
         "A stream's states are computed once per host and data set, and count in the CPU time of the first run there.",
-        "Pages of their file count in its peak memory, although the system may drop them. A run's record says which",
-        "data, and how many sentences, it read.",
+        "A run's record says which data, and how many sentences, it read.",
         "",
         *("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"),
     ]

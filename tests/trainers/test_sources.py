@@ -54,6 +54,10 @@ def words_of(host, tokenizer, windows, batch_size: int = 8, **kwargs) -> WordSta
     return WordStates(host, WordReader(host, tokenizer), windows, batch_size=batch_size, **kwargs)
 
 
+def all_of(words: WordStates) -> np.ndarray:
+    return words.states(0, words.offsets[-1])
+
+
 class TestWordStates:
     def test_are_the_hosts_own(self, tokenizer, windows):
         host = bert(tokenizer)
@@ -63,18 +67,18 @@ class TestWordStates:
             with torch.no_grad():
                 hidden = host(torch.tensor([item["input_ids"]]), output_hidden_states=True).hidden_states
             starts = windows.windows[index].starts
-            kept = words.states[words.offsets[index] : words.offsets[index + 1]]
+            kept = words.states(words.offsets[index], words.offsets[index + 1])
             for layer in range(3):
                 np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
             assert words.labels[index].tolist() == [item["labels"][at] for at in starts]
 
     def test_are_read_in_bfloat16_if_asked_for_and_kept_apart(self, tokenizer, windows, cache):
         host = bert(tokenizer)
-        exact, half = (np.array(words_of(host, tokenizer, windows, bf16=bf16).states) for bf16 in (False, True))
+        exact, half = (all_of(words_of(host, tokenizer, windows, bf16=bf16)) for bf16 in (False, True))
         error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
         assert 1e-4 < error < 0.02
         assert len(list(cache.glob("states-*.f16"))) == 2
-        np.testing.assert_array_equal(words_of(host, tokenizer, windows).states, exact)
+        np.testing.assert_array_equal(all_of(words_of(host, tokenizer, windows)), exact)
 
     def test_are_computed_once_for_a_host_and_a_text(self, tokenizer, windows, cache, monkeypatch):
         words_of(bert(tokenizer), tokenizer, windows)
@@ -87,7 +91,7 @@ class TestWordStates:
     def test_a_killed_run_is_continued(self, tokenizer, windows, monkeypatch):
         import trainers.state_cache as module
 
-        whole = np.array(words_of(bert(tokenizer), tokenizer, windows).states)
+        whole = all_of(words_of(bert(tokenizer), tokenizer, windows))
         for path in module.cache_folder().glob("*.f16"):
             path.unlink()
         read, calls = module.read_words, []
@@ -105,7 +109,18 @@ class TestWordStates:
         assert not list(module.cache_folder().glob("*.f16"))
         again = words_of(bert(tokenizer), tokenizer, windows)
         assert len(calls) == 4 + 3, "two of five batches were on disk already"
-        np.testing.assert_array_equal(again.states, whole)
+        np.testing.assert_array_equal(all_of(again), whole)
+
+    def test_a_file_that_was_removed_meanwhile_is_said(self, tokenizer, windows, cache):
+        words = words_of(bert(tokenizer), tokenizer, windows)
+        [path] = cache.glob("states-*.f16")
+        path.write_bytes(path.read_bytes()[:-2])
+        assert len(words.states(0, 3)) == 3
+        with pytest.raises(DataError, match="cannot be read.*Start the run again"):
+            all_of(words)
+        path.unlink()
+        with pytest.raises(DataError, match="cannot be read.*Start the run again"):
+            words.states(0, 3)
 
     def test_no_room_is_said_before_the_host_runs(self, tokenizer, windows, monkeypatch):
         usage = type("Usage", (), {"free": 10})
@@ -193,7 +208,7 @@ def test_workers_that_are_not_forked_read_the_same(made):
     there = pickle.loads(pickle.dumps(data))
     for source in there.sources:  # without the host, and without a copy of the file
         assert source._to_read is None and "anchor_states" not in vars(source)
-        assert isinstance(source.words.states, np.memmap)
+        assert len(pickle.dumps(source.words)) < all_of(source.words).nbytes, "the states are not sent"
     for key in (0, 41, len(data) + 3):
         here, other = data[key], there[key]
         assert torch.equal(here["canonical_states"], other["canonical_states"])
@@ -240,7 +255,7 @@ class TestCopies:
             for view, index in ((0, 3), (2, 3), (1, 75), (1, 75)):
                 source, own = sources[index // 40], index % 40
                 start, end = source.words.offsets[own : own + 2]
-                states = torch.tensor(np.array(source.words.states[start:end], np.float32))
+                states = torch.tensor(np.array(source.words.states(start, end), np.float32))
                 expected = mapped(source.fits[view], states, source.words.layers)
                 item = data[view * 80 + index]
                 torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
@@ -260,7 +275,7 @@ class TestTheCausalCopy:
             with torch.no_grad():
                 hidden = decoder(torch.tensor([item["input_ids"]]), output_hidden_states=True).hidden_states
             at = [start + size - 1 for start, size in zip(places.starts, places.sizes, strict=True)]
-            kept = words.states[words.offsets[index] : words.offsets[index + 1]]
+            kept = words.states(words.offsets[index], words.offsets[index + 1])
             for layer in range(3):
                 np.testing.assert_allclose(kept[:, layer], hidden[layer][0, at].numpy(), atol=2e-3)
             assert words.labels[index].tolist() == [item["labels"][start] for start in places.starts]
@@ -298,7 +313,7 @@ class TestTheCausalCopy:
         causal = both[0].causal
         for view in (0, 2):
             start, end = causal.words.offsets[3:5]
-            states = torch.tensor(np.array(causal.words.states[start:end], np.float32))
+            states = torch.tensor(np.array(causal.words.states(start, end), np.float32))
             expected = mapped(causal.fits[view], states, causal.words.layers)
             item = data[(count + view) * len(data) + 3]
             torch.testing.assert_close(item["canonical_states"], expected, rtol=1e-3, atol=1e-3)
