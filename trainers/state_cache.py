@@ -1,6 +1,6 @@
 """Cached states of the words of a data set: the host is frozen, so a stream can be trained and scored without it.
 
-There is one float16 file per host and data set in ``cache_folder()``, named by a digest of both..
+There is one float16 file per host and data set in ``cache_folder()``, named by a digest of both.
 It does not depend on an adapter, so all adapters on the host share it. It takes 2·layers·d bytes per word. A killed
 computation is resumed; a second process waits for the first.
 """
