@@ -64,7 +64,9 @@ def test_every_page_is_in_the_navigation():
         str(page.relative_to(ROOT / "docs")) for kind in ("md", "ipynb") for page in (ROOT / "docs").rglob(f"*.{kind}")
     }
     navigation = entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert sorted(navigation) == sorted({*there, "results/README.md", "results/speed.md"})
+    assert sorted(navigation) == sorted(
+        {*there, *(f"results/{page}.md" for page in ("README", "speed", "transfer", "paper", "runs"))}
+    )
 
 
 def test_every_page_says_what_the_reader_has_at_its_end():
