@@ -216,7 +216,7 @@ class StreamTask(nn.Module):
     def values(self, space: nn.Module) -> "TaskValues":
         """Values of the task's parameters for a forward pass."""
         delta, amended = self.delta(), None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or bool(delta.any()):
+        if torch.compiler.is_compiling() or delta.requires_grad or bool(delta.any()):
             places = knot_features(torch.tensor(KNOTS, device=delta.device))
             atoms_in, atoms_out = space.atoms_in(), space.atoms_out()
             amended = torch.einsum("md,km,me->kde", atoms_in, places @ delta, atoms_out)

@@ -157,8 +157,11 @@ class TestDelta:
             assert task.values(space).amended is None, "nothing is computed for it either"
             task(z, words, task.values(space))
             assert torch.equal(seen["z"], z.flatten(1))
-        task(z, words, task.values(space))  # where it may get a gradient
+        assert task.values(space).amended is not None, "it may get a gradient"
+        task(z, words, task.values(space))
         assert torch.equal(seen["z"], z.flatten(1))
+        task.delta.requires_grad_(False)
+        assert task.values(space).amended is None, "the reader is trained alone"
 
     def test_its_gradient_is_that_of_the_formula(self):
         task, space = self.task()
