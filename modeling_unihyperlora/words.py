@@ -298,6 +298,7 @@ class HostTokenizer:
 # ---- words from token ids ----
 
 BLANK, MARK, ENDS, BARE, SPECIAL = 1, 2, 4, 8, 16  # flags of a vocabulary's entry, see ``vocabulary_flags``
+LAST = 2**31  # beyond all positions of tokens, so that it is sorted behind them
 OUTSIDE = -4  # own number of a token outside words, see ``word_rules``
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's form of one byte of an unknown character
@@ -449,7 +450,8 @@ def word_places(
     number = torch.arange(tokens, device=begins.device)
 
     def positions(marked: torch.Tensor) -> torch.Tensor:
-        return torch.where(marked, number, tokens).sort(dim=1).values[:, :most] % tokens
+        found = torch.where(marked, number, LAST).sort(dim=1).values[:, :most]
+        return found.masked_fill(found == LAST, 0)
 
     first = read = positions(begins)
     if causal:
