@@ -469,3 +469,34 @@ class TestRules:
         assert torch.equal(inside, mask > 0)
         begins, inside = begins_of(rules, ids, torch.zeros_like(mask))  # a sentence without words has one
         assert begins.tolist() == inside.tolist() == [[True, False, False, False]] * 2
+
+
+class _Places(torch.nn.Module):
+    """The part of an ONNX host that finds the words."""
+
+    def __init__(self, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.register_buffer("rules", word_rules(torch.tensor([0, BLANK, MARK | ENDS, SPECIAL], dtype=torch.uint8)))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(word_places(*begins_of(self.rules, ids, mask), self.causal, ids.shape[1]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_words_are_found_in_onnx_for_any_number_of_tokens(causal, tmp_path):
+    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    finds = _Places(causal).eval()
+    ids, mask = torch.tensor([[3, 1, 0, 2, 1, 3], [3, 1, 3, 3, 3, 3]]), torch.ones(2, 6, dtype=torch.long)
+    shapes = {name: {0: "batch", 1: "tokens"} for name in ("ids", "mask")}
+    torch.onnx.export(
+        finds, (ids, mask), tmp_path / "words.onnx", dynamic_shapes=shapes, dynamo=True, opset_version=18
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "words.onnx")
+    generator = torch.Generator().manual_seed(0)
+    for sentences, tokens in ((2, 6), (1, 9), (3, 4)):
+        ids = torch.randint(0, 4, (sentences, tokens), generator=generator)
+        mask = (torch.arange(tokens) < torch.randint(1, tokens + 1, (sentences, 1), generator=generator)).long()
+        given = {into.name: value.numpy() for into, value in zip(session.get_inputs(), (ids, mask), strict=True)}
+        for got, expected in zip(session.run(None, given), finds(ids, mask), strict=True):
+            assert torch.equal(torch.tensor(got), expected)
