@@ -262,16 +262,15 @@ def _against_rival(rows: list[Row], title: str, methods: tuple[str, ...]) -> Ver
 def at_equal_cost(rows: list[Row]) -> Verdict:
     """A reader that is trained on this host for no more CPU seconds than LoRA r=8: at least equal to SAT-LoRA.
 
-    The time for the host's states counts in every row, though only the first run on a host and data set computes them.
-    LoRA's is its cheapest run, since some were made on a slower machine.
+    The time for the host's states counts in every row, though only the first run on a host and data set computes them,
+    which may be a source training or a tuning of δθ. LoRA's is its cheapest run, since some were made on a slower
+    machine.
     """
 
     def compare(row: Row) -> tuple[bool, list[str]]:
         ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
         same = [other for other in rows if (other.data, other.host) == (row.data, row.host)]
-        states = max(
-            (other.mean("host_cpu_seconds") or 0 for other in same if other.method in (*OWN, *LONG)), default=0
-        )
+        states = max(second for other in same for second in (0, *other.values("host_cpu_seconds")))
         cost = row.mean("cpu_seconds") - (row.mean("host_cpu_seconds") or 0) + states
         cost /= min(_beside(rows, row, "lora").values("cpu_seconds"))
         cells = [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points", f"{cost:.2f}"]

@@ -179,3 +179,16 @@ def test_bytes_of_ten_tasks_on_ten_hosts():
     assert row.bytes_in_all() == space + 100 * task
     (row,) = rows_of([record("lora", "small", 0.8, adapter_bytes=150_000, head_bytes=500)])
     assert row.bytes_in_all() == 100 * 150_500
+
+
+def test_states_that_another_run_computed_count_in_the_cost_of_a_reader():
+    costs = {"adapter_bytes": 600_000, "reader_bytes": 8_000, "head_bytes": 1_000, "delta_bytes": 512}
+    tuned, own = ours("small", 0.8, 0.7), record("unihyperlora-task", "small", 0.81, cpu_seconds=50, **costs)
+    rivals = [
+        record("sat_lora", "small", 0.8, adapter_bytes=60_000, extra_ram_mb=1.0),
+        record("lora", "small", 0.8, cpu_seconds=60),
+    ]
+    title = "A reader of this host at least equal to SAT-LoRA, for no more CPU seconds"
+    assert "| +1.0 points | 0.83 | held |" in section([tuned, own, *rivals], title)
+    tuned["results"]["host_cpu_seconds"] = 28
+    assert "| +1.0 points | 1.30 | did not hold |" in section([tuned, own, *rivals], title)
