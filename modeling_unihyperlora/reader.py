@@ -188,9 +188,11 @@ def packed(directions: list[list[torch.Tensor]], hidden: int) -> list[list[torch
     return [[*rearrange(into, own, hidden, False, True, False), *biases] for into, own, *biases in directions]
 
 
-def _packed_lstm(steps: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], backwards: bool):
+def _packed_lstm(
+    steps: torch.Tensor, state: torch.Tensor, weights: list[torch.Tensor], backwards: bool
+) -> torch.Tensor:
     """One direction: steps (w, b, width) and the first state (b, hidden) → (w, b, hidden)."""
-    lstm, layers = 2, 1  # the numbers of torch's kinds of recurrent layers
+    lstm, layers = 2, 1  # 2 is torch's number for an LSTM among the kinds of recurrent layers
     how = ([], lstm, state.shape[1], layers, True, False, False, False)
     return torch.ops.aten.mkldnn_rnn_layer(steps, *weights, state, state, backwards, *how)[0]
 

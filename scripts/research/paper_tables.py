@@ -1,5 +1,6 @@
 """Renders the paper's comparison as Markdown from the records of its runs: scores, costs, the paper's expectations."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -116,17 +117,13 @@ class Verdict(NamedTuple):
 
     @property
     def word(self) -> str:
-        if not self.of:
-            return "Not tested yet"
         return "Held" if self.held == self.of else "Did not hold" if self.held == 0 else "Held in part"
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """The paper's expectations, and our own."""
-    return [zero_shot(rows), against_sat_lora(rows), at_equal_steps(rows), at_equal_cost(rows)] + [
-        *memory(rows),
-        against_lora(rows),
-    ]
+    first = (zero_shot(rows), against_sat_lora(rows), at_equal_steps(rows), at_equal_cost(rows))
+    return [*first, *memory(rows), against_lora(rows)]
 
 
 def paper_summary(records: list[dict]) -> list[str]:
@@ -242,7 +239,6 @@ def zero_shot(rows: list[Row]) -> Verdict:
 
 def against_sat_lora(rows: list[Row]) -> Verdict:
     """δθ after 500 steps: at least equal to SAT-LoRA trained on this host."""
-
     return _against_rival(rows, "δθ after 500 steps at least equal to SAT-LoRA retrained", TUNED)
 
 
@@ -252,11 +248,14 @@ def at_equal_steps(rows: list[Row]) -> Verdict:
 
 
 def _against_rival(rows: list[Row], title: str, methods: tuple[str, ...]) -> Verdict:
-    def compare(row: Row) -> tuple[bool, list[str]]:
-        ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
-        return ours >= its, [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points"]
-
+    compare = functools.partial(_beside_rival, rows)
     return _verdict(title, _with_rival(rows, methods), ["ours", "SAT-LoRA", "difference"], compare)
+
+
+def _beside_rival(rows: list[Row], row: Row) -> tuple[bool, list[str]]:
+    """Whether a row's score is at least SAT-LoRA's on its data and host, and the cells that say so."""
+    ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
+    return ours >= its, [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points"]
 
 
 def at_equal_cost(rows: list[Row]) -> Verdict:
@@ -268,18 +267,18 @@ def at_equal_cost(rows: list[Row]) -> Verdict:
     """
 
     def compare(row: Row) -> tuple[bool, list[str]]:
-        ours, its = row.mean("eval_f1"), _beside(rows, row, RIVAL).mean("eval_f1")
+        holds, cells = _beside_rival(rows, row)
         same = [other for other in rows if (other.data, other.host) == (row.data, row.host)]
         states = max(second for other in same for second in (0, *other.values("host_cpu_seconds")))
         cost = row.mean("cpu_seconds") - (row.mean("host_cpu_seconds") or 0) + states
         cost /= min(_beside(rows, row, "lora").values("cpu_seconds"))
-        cells = [f"{ours:.4f}", f"{its:.4f}", f"{100 * (ours - its):+.1f} points", f"{cost:.2f}"]
-        return ours >= its and cost <= 1, cells
+        return holds and cost <= 1, [*cells, f"{cost:.2f}"]
 
-    beside_lora = [row for row in _with_rival(rows, (*OWN, *LONG)) if _beside(rows, row, "lora")]
-    costed = [
-        row for row in beside_lora if row.values("cpu_seconds") and _beside(rows, row, "lora").values("cpu_seconds")
-    ]
+    def is_costed(row: Row | None) -> bool:
+        return row is not None and bool(row.values("cpu_seconds"))
+
+    own = _with_rival(rows, (*OWN, *LONG))
+    costed = [row for row in own if is_costed(row) and is_costed(_beside(rows, row, "lora"))]
     title = "A reader of this host at least equal to SAT-LoRA, for no more CPU seconds than LoRA r=8"
     return _verdict(title, costed, ["ours", "SAT-LoRA", "difference", "CPU / LoRA's"], compare)
 

@@ -57,15 +57,9 @@ def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]
 def transfer_summary(matrices: dict[str, dict], records: dict[str, dict]) -> list[str]:
     """A short table of all transfer matrices. LoRA has 500 steps and the best of the rates that were tried."""
     heads = (
-        "data",
-        "trained on",
-        "used on",
-        "F1 there, zero-shot",
-        "own stream",
-        "zero-shot / own",
-        "500 steps of δθ",
+        *("data", "trained on", "used on", "F1 there, zero-shot", "own stream", "zero-shot / own"),
+        *("500 steps of δθ", "LoRA r=8, 500 steps", "probe"),
     )
-    heads += ("LoRA r=8, 500 steps", "probe")
     lines = [
         "Zero-shot: neither a label nor a training step on the host. Own stream: an adapter that was trained on this",
         "host for as many steps. LoRA: the best of the learning rates that were tried.",
