@@ -1,7 +1,8 @@
 """Reads run configurations in the paper's schema and turns them into command-line arguments.
 
 A run configuration is a YAML file, or a name METHOD-iter1-DATASET. The name stands for ``common.yaml``,
-``dataset/DATASET.yaml`` and ``method/METHOD.yaml`` of one folder; later files override earlier ones.
+``dataset/DATASET.yaml`` and ``method/METHOD.yaml`` of one folder; later files override earlier ones. A method may
+begin with the content of another one, which it names under ``defaults``, as in Hydra.
 
 Every key is read or refused. A key with a flag below becomes that argument of ``scripts/run_ner.py`` or
 ``scripts/run_classification.py``. It is placed before the user's own arguments, so that the command line wins.
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 BYTES_A_MEGABYTE = 1_000_000
 RUNS = Path(__file__).parents[1] / "hub_configs" / "runs"  # default folder of names, in a checkout
 SEPARATOR = "-iter1-"  # separates method and data set in the name of a run
+SELF = "_self_"  # Hydra's name for a file's own content
 DELTA_GROUP = "adapter.bias_delta"  # the paper's name for the parameter group of δθ
 
 
@@ -297,8 +299,20 @@ def _content(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: there is no {kind} '{chosen}' in {folder / kind}. Choose one of: {known}.")
     content = _load(folder / "common.yaml")
     for fragment in (folder / "dataset" / f"{dataset}.yaml", folder / "method" / f"{method}.yaml"):
-        content = _merged(content, _load(fragment, {"${dataset.name}": dataset}))
+        content = _merged(content, _fragment(fragment, {"${dataset.name}": dataset}))
     return content
+
+
+def _fragment(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """Content of a fragment, over that of the fragments beside it that it names under ``defaults``."""
+    own = _load(path, names)
+    begins_with = own.pop("defaults", [SELF])
+    if not isinstance(begins_with, list) or begins_with[-1:] != [SELF]:
+        raise ConfigError(f"{path}: 'defaults' must be a list of files of this folder with {SELF} at its end.")
+    content: dict[str, Any] = {}
+    for name in begins_with[:-1]:
+        content = _merged(content, _fragment(path.with_name(f"{name}.yaml"), names))
+    return _merged(content, own)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ DRAWN = {  # method → colour, mark
     "unihyperlora-refined": (COLOURS["refined"], "P"),
     "unihyperlora-task": (COLOURS["delta"], "o"),
     "unihyperlora-task-small": (COLOURS["delta"], "p"),
-    "unihyperlora-task-long": (COLOURS["delta"], "*"),
+    "unihyperlora-cost": (COLOURS["delta"], "*"),
     "sat_lora": (COLOURS["own_stream"], "D"),
     "lora": (COLOURS["lora"], "^"),
     "lora-r1": (COLOURS["lora"], "v"),

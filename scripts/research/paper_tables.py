@@ -12,8 +12,8 @@ METHODS = {  # method of a run config → name in the table, in the order of the
     SOURCE: "unihyperlora, source training",
     "unihyperlora-task": "unihyperlora, medium reader of this host",
     "unihyperlora-task-small": "unihyperlora, small reader of this host",
-    "unihyperlora-task-long": "unihyperlora, medium reader of this host, more steps",
-    "unihyperlora-task-small-long": "unihyperlora, small reader of this host, more steps",
+    "unihyperlora-cost": "unihyperlora, medium reader of this host, LoRA's cost",
+    "unihyperlora-cost-small": "unihyperlora, small reader of this host, LoRA's cost",
     "unihyperlora": "unihyperlora, δθ 500 steps",
     "unihyperlora-refined": "unihyperlora, δθ 500 steps on a refined map",
     "sat_lora": "SAT-LoRA",
@@ -25,7 +25,7 @@ METHODS = {  # method of a run config → name in the table, in the order of the
 OURS = "unihyperlora, "
 TUNED = ("unihyperlora", "unihyperlora-refined")  # methods that tune δθ
 OWN = ("unihyperlora-task", "unihyperlora-task-small")  # readers that are trained on each host
-LONG = tuple(f"{method}-long" for method in OWN)
+COST = ("unihyperlora-cost", "unihyperlora-cost-small")  # the same, with steps for the cost of LoRA's training
 RIVAL = "sat_lora"
 COLUMNS = (
     *("data", "host", "method", "seeds", "steps", "rate", "score", "accuracy", "before tuning"),
@@ -74,7 +74,7 @@ class Row:
         file, head, delta = (self.mean(name) or 0 for name in ("adapter_bytes", "head_bytes", "delta_bytes"))
         if self.method in TUNED:
             return {"for one more host": delta, "whole file": file}
-        if self.method in (*OWN, *LONG):
+        if self.method in (*OWN, *COST):
             return {"for one more task": self.task_bytes(), "whole file": file}
         return {"": file if self.method in (SOURCE, "sat_lora") else file + head}  # these files include the head
 
@@ -86,10 +86,10 @@ class Row:
         """Bytes to store for ``MANY`` tasks on ``MANY`` hosts.
 
         A task that is trained once has one reader and head for all hosts, and δθ for each host if ``with_delta``. The
-        readers of ``OWN`` and ``LONG``, and the other methods' weights, are stored for each task and host.
+        readers of ``OWN`` and ``COST``, and the other methods' weights, are stored for each task and host.
         """
         pairs, file = MANY * MANY, self.mean("adapter_bytes") or 0
-        if self.method in (SOURCE, *TUNED, *OWN, *LONG):
+        if self.method in (SOURCE, *TUNED, *OWN, *COST):
             trained = MANY if self.method in (SOURCE, *TUNED) else pairs
             further = (pairs - trained) * (self.mean("delta_bytes") or 0) if self.method in TUNED and with_delta else 0
             return file + (trained - 1) * self.task_bytes() + further
@@ -202,7 +202,7 @@ def overview(rows: list[Row]) -> list[str]:
         "trained on another host, zero-shot": ("unihyperlora", "zero_shot_f1"),
         "with 500 steps of δθ": ("unihyperlora", "eval_f1"),
         "reader of this host, 500 steps": ("unihyperlora-task", "eval_f1"),
-        "reader of this host, more steps": ("unihyperlora-task-long", "eval_f1"),
+        "reader of this host, LoRA's cost": ("unihyperlora-cost", "eval_f1"),
         **{METHODS[method]: (method, "eval_f1") for method in (RIVAL, "lora", "full", "probe")},
     }
     sources = {(row.data, row.host) for row in rows if row.method == SOURCE}
@@ -261,15 +261,14 @@ def _beside_rival(rows: list[Row], row: Row) -> tuple[bool, list[str]]:
 def at_equal_cost(rows: list[Row]) -> Verdict:
     """A reader that is trained on this host for no more CPU seconds than LoRA r=8: at least equal to SAT-LoRA.
 
-    The time for the host's states counts in every row, though only the first run on a host and data set computes them,
-    which may be a source training or a tuning of δθ. LoRA's is its cheapest run, since some were made on a slower
-    machine.
+    The time for the host's states counts in every row, though only the first of these runs on a host and data set
+    computes them. LoRA's is its cheapest run, since some were made on a slower machine.
     """
 
     def compare(row: Row) -> tuple[bool, list[str]]:
         holds, cells = _beside_rival(rows, row)
-        same = [other for other in rows if (other.data, other.host) == (row.data, row.host)]
-        states = max(second for other in same for second in (0, *other.values("host_cpu_seconds")))
+        same = [_beside(rows, row, method) for method in COST]
+        states = max(second for other in same if other for second in (0, *other.values("host_cpu_seconds")))
         cost = row.mean("cpu_seconds") - (row.mean("host_cpu_seconds") or 0) + states
         cost /= min(_beside(rows, row, "lora").values("cpu_seconds"))
         return holds and cost <= 1, [*cells, f"{cost:.2f}"]
@@ -277,7 +276,7 @@ def at_equal_cost(rows: list[Row]) -> Verdict:
     def is_costed(row: Row | None) -> bool:
         return row is not None and bool(row.values("cpu_seconds"))
 
-    own = _with_rival(rows, (*OWN, *LONG))
+    own = _with_rival(rows, COST)
     costed = [row for row in own if is_costed(row) and is_costed(_beside(rows, row, "lora"))]
     title = "A reader of this host at least equal to SAT-LoRA, for no more CPU seconds than LoRA r=8"
     return _verdict(title, costed, ["ours", "SAT-LoRA", "difference", "CPU / LoRA's"], compare)

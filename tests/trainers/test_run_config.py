@@ -1,5 +1,7 @@
 """Run configurations: the meaning of the shipped files, and that no key is ignored."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,22 @@ def test_a_composed_run():
         "per_device_train_batch_size": 32,
     }
     assert {name: arguments[name] for name in said} == said
+
+
+def test_a_method_that_begins_with_another_one():
+    """Own keys win over those of the method named under ``defaults``; other keys are taken over."""
+    names = ("unihyperlora-task-small-iter1-sst2", "unihyperlora-cost-small-iter1-sst2")
+    small, cost = (read_run_config(name).arguments for name in names)
+    assert (small["reader"], small["copy_share"], small["max_steps"]) == ("small", 0, 500)
+    assert (cost["reader"], cost["copy_share"], cost["max_steps"], cost["bf16"]) == ("small", 0, 1500, True)
+
+
+@pytest.mark.parametrize("defaults", ["probe", ["_self_", "probe"], [], {"probe": 1}, 3])
+def test_defaults_of_another_form(defaults, tmp_path):
+    shutil.copytree(RUNS, tmp_path / "runs")
+    (tmp_path / "runs" / "method" / "own.yaml").write_text(f"defaults: {json.dumps(defaults)}\nmethod: probe\n")
+    with pytest.raises(ConfigError, match="'defaults' must be a list of files of this folder with _self_ at its end"):
+        read_run_config(tmp_path / "runs" / "own-iter1-sst2")
 
 
 @pytest.mark.parametrize(
