@@ -27,7 +27,7 @@ from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import call_host, fingerprint
 from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_read
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.words import WordPlaces, WordReader
+from modeling_unihyperlora.words import NO_WORD, WordReader
 
 from .ner_windows import IGNORED
 from .sampling import TOGETHER
@@ -73,9 +73,8 @@ class WordStates:
         self.bf16 = bf16
         self.layers = layers = layers_read(words.num_layers) if layers is None else layers
         items = [windows[index] for index in range(len(windows))]
-        places = [_places(words, item) for item in items]
-        self.offsets = np.cumsum([0, *(int(at.lengths[0]) for at in places)])
-        self.starts = [at.first[0].tolist() for at in places]
+        self.starts = _starts(words, items)
+        self.offsets = np.cumsum([0, *map(len, self.starts)])
         self.labels = [_labels(item["labels"], at) for item, at in zip(items, self.starts, strict=True)]
         shape = (int(self.offsets[-1]), len(layers), host.config.hidden_size)
         start = time.process_time()
@@ -257,12 +256,22 @@ def read_words(
     return torch.stack([hidden[layer][rows, places.read] for layer in layers], dim=2).half(), places.lengths
 
 
-def _places(words: WordReader, item: dict) -> WordPlaces:
-    """Positions of the words of one window."""
-    ids, index = (
-        None if item.get(name) is None else torch.tensor([item[name]]) for name in ("input_ids", "word_index")
-    )
-    return words.places(ids, None, index)
+def _starts(words: WordReader, items: list[dict], together: int = 256) -> list[list[int]]:
+    """For each window, the positions of its words' first sub-tokens."""
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    starts: list[list[int]] = []
+    for first in range(0, len(items), together):
+        some = items[first : first + together]
+        index = padded([item["word_index"] for item in some], NO_WORD) if "word_index" in some[0] else None
+        mask = padded([[1] * len(item["input_ids"]) for item in some], 0)
+        places = words.places(padded([item["input_ids"] for item in some], 0), mask, index)
+        rows = zip(places.first.tolist(), places.lengths.tolist(), strict=True)
+        starts += [row[:count] for row, count in rows]
+    return starts
 
 
 def _labels(labels, positions: list[int]) -> np.ndarray:
