@@ -40,7 +40,7 @@ def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]
     if matrices:
         name = next(iter(matrices))
         lines += ["", f"![Scores of one adapter file on hosts that it never saw]({name}.png)"]
-    lines += ["", "All columns, controls and costs: [transfer.md](transfer.md).", ""]
+    lines += ["", "All columns, flags, controls and costs: [transfer.md](transfer.md).", ""]
     lines += ["## Ready adapters", "", summary(records), ""]
     if compared := paper_summary([*of_kind(records, "paper").values()]):
         lines += ["## Beside LoRA, SAT-LoRA, full fine-tuning and a probe", "", *compared]
@@ -57,7 +57,7 @@ def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]
 def transfer_summary(matrices: dict[str, dict], records: dict[str, dict]) -> list[str]:
     """A short table of all transfer matrices. LoRA has 500 steps and the best of the rates that were tried."""
     heads = (
-        *("data", "trained on", "used on", "F1 there, zero-shot", "own stream", "zero-shot / own"),
+        *("matrix", "trained on", "F1 there", "used on", "F1, zero-shot", "own stream", "zero-shot / own"),
         *("500 steps of δθ", "LoRA r=8, 500 steps", "probe"),
     )
     lines = [
@@ -65,15 +65,16 @@ def transfer_summary(matrices: dict[str, dict], records: dict[str, dict]) -> lis
         "host for as many steps. LoRA: the best of the learning rates that were tried.",
         *("", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"),
     ]
-    for matrix in matrices.values():
+    for name, matrix in matrices.items():
         data, source = matrix["data"]["name"], ", ".join(host["name"] for host in matrix["source_hosts"])
         delta = f"delta_{matrix['delta_steps']}_f1"
         for target, row in matrix["targets"].items():
-            cells = [_figure(row.get(name)) for name in ("zero_shot_f1", "own_stream_f1")]
+            cells = [name.replace("-transfer", ""), source, _figure(row["source_f1"]), target]
+            cells += [_figure(row.get(figure)) for figure in ("zero_shot_f1", "own_stream_f1")]
             cells += [_figure(row.get("zero_shot_over_own_stream"), 3), _figure(row.get(delta))]
             lora = best_lora(records, data, target)
             cells += ["–" if lora is None else f"{lora:.4f}", _figure(row.get("probe_f1"))]
-            lines.append(f"| {data} | {source} | {target} | " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
