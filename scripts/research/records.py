@@ -15,7 +15,7 @@ SETTINGS = (
     "method lora_r lora_alpha share_across_layers target_modules router train_scope max_steps "
     "per_device_train_batch_size learning_rate num_train_epochs lr_scheduler_type warmup_steps fidelity copy_fidelity "
     "copy_share consistency reader reader_bits delta_learning_rate head_learning_rate weight_decay lambda_f lambda_q "
-    "seed bf16 max_seq_length"
+    "seed bf16 max_seq_length label_smoothing_factor"
 ).split()
 VERSIONS = ("torch", "transformers", "accelerate", "seqeval")
 WITH_PICTURE = ("transfer_matrix", "pruned_hosts")  # files of transfer.py and pruned_hosts.py, without suffixes

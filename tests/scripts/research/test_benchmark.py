@@ -95,11 +95,11 @@ def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
         content = json.loads((run / f"{name}.json").read_text()) | change
         (run / f"{name}.json").write_text(json.dumps(content))
     (run / "config.json").unlink()
-    text = rendered({"0": record_of(run)})
-    assert (
-        "| tweets, 3 | unihyperlora, inject, dimension | host-a | zero-shot from host-a | – | – | – | 0 | 0.6000 |"
-        in text
-    )
+    record = record_of(run)
+    start = "| tweets, 3 | unihyperlora, inject, dimension |"
+    assert f"{start} host-a | trained on this host | – | – | – | 0 | 0.6000 |" in rendered({"0": record})
+    moved = rendered({"0": record | {"host": "host-b"}})
+    assert f"{start} host-b | zero-shot from host-a | – | – | – | 0 | 0.6000 |" in moved
 
 
 def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
