@@ -72,7 +72,7 @@ def read_paper_runs(path: Path) -> dict[str, dict]:
 
 def read_records(folder: Path) -> dict[str, dict]:
     """Name → record, for all records in a folder."""
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
     single = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     return single | read_paper_runs(folder / PAPER)
 
