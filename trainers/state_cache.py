@@ -21,13 +21,13 @@ import torch
 from filelock import FileLock
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction
+from transformers import BatchEncoding, EvalPrediction
 
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import call_host, fingerprint
 from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_read
 from modeling_unihyperlora.storage import write_json
-from modeling_unihyperlora.words import NO_WORD, WordReader
+from modeling_unihyperlora.words import WordReader
 
 from .ner_windows import IGNORED
 from .sampling import TOGETHER
@@ -125,8 +125,7 @@ class WordStates:
         with open(part, "r+b" if done else "w+b") as file:  # no memory map: its pages would count as memory in use
             file.truncate(needed)
             for number, chosen in enumerate(batches[done:], start=done + 1):
-                inputs = [{name: items[index][name] for name in items[index] if name != "labels"} for index in chosen]
-                padded = words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+                padded = _padded(words, [items[index] for index in chosen])
                 with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
                     read, lengths = read_words(host, words, self.layers, padded)
                 for row, index in enumerate(chosen):
@@ -258,20 +257,19 @@ def read_words(
 
 def _starts(words: WordReader, items: list[dict], together: int = 256) -> list[list[int]]:
     """For each window, the positions of its words' first sub-tokens."""
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        longest = max(map(len, rows))
-        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
-
     starts: list[list[int]] = []
     for first in range(0, len(items), together):
-        some = items[first : first + together]
-        index = padded([item["word_index"] for item in some], NO_WORD) if "word_index" in some[0] else None
-        mask = padded([[1] * len(item["input_ids"]) for item in some], 0)
-        places = words.places(padded([item["input_ids"] for item in some], 0), mask, index)
+        batch = _padded(words, items[first : first + together])
+        places = words.places(batch["input_ids"], batch["attention_mask"], batch.get("word_index"))
         rows = zip(places.first.tolist(), places.lengths.tolist(), strict=True)
         starts += [row[:count] for row, count in rows]
     return starts
+
+
+def _padded(words: WordReader, items: list[dict]) -> BatchEncoding:
+    """A batch of windows, without their labels."""
+    inputs = [{name: item[name] for name in item if name != "labels"} for item in items]
+    return words.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
 
 
 def _labels(labels, positions: list[int]) -> np.ndarray:

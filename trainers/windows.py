@@ -1,6 +1,5 @@
 """Splits sentences that are too long for a host into overlapping windows, between words."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 OVERLAP = 0.5  # largest share of a window's sub-tokens that the next window may read again
@@ -27,8 +26,6 @@ def cut(sentence: int, words: list[list[int]], room: int, before: list[int], aft
     at = [0]  # number of sub-tokens before each word; the last entry is the total
     for pieces in words:
         at.append(at[-1] + len(pieces))
-    if words and at[-1] <= room:
-        return [_window(sentence, words, at, 0, range(len(words)), before, after)]
     spans = _spans(at, room)
 
     def context(word: int, first: int, end: int) -> float:
@@ -44,29 +41,16 @@ def cut(sentence: int, words: list[list[int]], room: int, before: list[int], aft
             last += 1
         holding = [number for number in range(last, len(spans)) if spans[number][0] <= word]
         scored[max(holding, key=lambda number: context(word, *spans[number]))].append(word)
-    return [
-        _window(sentence, words[:end], at, first, own, before, after)
-        for (first, end), own in zip(spans, scored, strict=True)
-        if own
-    ]
-
-
-def _window(
-    sentence: int,
-    words: list[list[int]],
-    at: list[int],
-    first: int,
-    own: Sequence[int],
-    before: list[int],
-    after: list[int],
-) -> Window:
-    """The window of the words from ``first`` on, which scores the words ``own``; ``at`` as in ``cut``."""
-    ids = [piece for pieces in words[first:] for piece in pieces]
-    starts = [len(before) + at[word] - at[first] for word in own]
-    sizes = [len(words[word]) for word in own]
-    inner = [word for word in range(first, len(words)) for _ in words[word]]
-    index = [NO_WORD] * len(before) + inner + [NO_WORD] * len(after)
-    return Window(sentence, own[0], before + ids + after, index, starts, sizes)
+    windows = []
+    for (first, end), own in zip(spans, scored, strict=True):
+        if own:
+            ids = [piece for pieces in words[first:end] for piece in pieces]
+            starts = [len(before) + at[word] - at[first] for word in own]
+            sizes = [len(words[word]) for word in own]
+            inner = [word for word in range(first, end) for _ in words[word]]
+            index = [NO_WORD] * len(before) + inner + [NO_WORD] * len(after)
+            windows.append(Window(sentence, own[0], before + ids + after, index, starts, sizes))
+    return windows
 
 
 def _spans(at: list[int], room: int) -> list[tuple[int, int]]:
