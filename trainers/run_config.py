@@ -303,15 +303,20 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _fragment(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
-    """Content of a fragment, over that of the fragments beside it that it names under ``defaults``."""
+def _fragment(path: Path, names: Mapping[str, str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Content of a fragment, over that of the fragments beside it that it names under ``defaults``.
+
+    ``above`` are the fragments that lead to this one.
+    """
+    if path in above:
+        raise ConfigError(f"{path}: its 'defaults' lead back to itself. Name another file.")
     own = _load(path, names)
     begins_with = own.pop("defaults", [SELF])
     if not isinstance(begins_with, list) or begins_with[-1:] != [SELF]:
         raise ConfigError(f"{path}: 'defaults' must be a list of files of this folder with {SELF} at its end.")
     content: dict[str, Any] = {}
     for name in begins_with[:-1]:
-        content = _merged(content, _fragment(path.with_name(f"{name}.yaml"), names))
+        content = _merged(content, _fragment(path.with_name(f"{name}.yaml"), names, (*above, path)))
     return _merged(content, own)
 
 

@@ -155,6 +155,14 @@ def test_defaults_of_another_form(defaults, tmp_path):
         read_run_config(tmp_path / "runs" / "own-iter1-sst2")
 
 
+def test_defaults_that_lead_back(tmp_path):
+    shutil.copytree(RUNS, tmp_path / "runs")
+    for name, other in (("own", "another"), ("another", "own")):
+        (tmp_path / "runs" / "method" / f"{name}.yaml").write_text(f"defaults: [{other}, _self_]\nmethod: probe\n")
+    with pytest.raises(ConfigError, match="own.yaml: its 'defaults' lead back to itself"):
+        read_run_config(tmp_path / "runs" / "own-iter1-sst2")
+
+
 @pytest.mark.parametrize(
     "name,expected",
     [
