@@ -85,6 +85,8 @@ def of_kind(records: dict[str, dict], kind: str | None) -> dict[str, dict]:
 def record_of(folder: Path) -> dict[str, object]:
     """The record of a finished run; it contains no local paths.
 
+    If the run loaded an adapter from a folder, ``adapter`` has the data and the settings of the run that trained it.
+
     Raises:
         ConfigError: the folder holds no finished run.
     """
@@ -93,12 +95,13 @@ def record_of(folder: Path) -> dict[str, object]:
         run = json.loads((folder / "run_arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({error}). Give the --output_dir of a run.") from error
-    config = Path(run.get("adapter") or folder) / "config.json"
-    adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    loaded = Path(run.get("adapter") or folder)
+    adapter, before = (_read_if_there(loaded / name) for name in ("config.json", "run_arguments.json"))
     hosts = [{**host, "name": Path(host["name"] or "").name} for host in adapter.get("source_hosts") or []]
     return {
         "run_config": run.get("run_config") and Path(run["run_config"]).stem,
-        "settings": {name: None if run.get(name) == "None" else run.get(name) for name in SETTINGS},
+        "settings": _settings_of(run),
+        "adapter": {"data": before["data"], "settings": _settings_of(before)} if before and loaded != folder else None,
         "pathway": adapter.get("pathway"),
         "projector": adapter.get("projector"),
         "host": Path(run.get("model_name_or_path") or "").name,
@@ -108,6 +111,14 @@ def record_of(folder: Path) -> dict[str, object]:
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
+
+
+def _read_if_there(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _settings_of(run: dict) -> dict[str, object]:
+    return {name: None if run.get(name) == "None" else run.get(name) for name in SETTINGS}
 
 
 def keep_with_picture(written: Path, name: str, results: Path) -> None:

@@ -92,9 +92,8 @@ def runs_table(records: dict[str, dict]) -> list[str]:
     lines = [
         "",
         "Sentences: how many a run trained on and scored, or only scored. CoNLL's validation split has 3,250, its",
-        "test split 3,453. This test split, and the tweets of btc, were scored with the adapters of",
-        "conll2003-transfer-smoothing in [transfer.md](transfer.md), which were trained on CoNLL's news.",
-        "F1 is the mean ± standard deviation over the seeds: seqeval's micro F1 for tags,",
+        "test split 3,453; btc has tweets. Runs that only score an adapter name the data that it was trained on. F1",
+        "is the mean ± standard deviation over the seeds: seqeval's micro F1 for tags,",
         "macro F1 for classes. CPU is the time of all threads of a run's process, from its start to its last score.",
         "The states' part of it is the time for computing the sources' states of anchors and text; it is near zero if",
         "an earlier run has cached them.",
@@ -249,8 +248,12 @@ def _row_key(record: dict) -> tuple[str, ...]:
     elif settings["method"] in ("lora", "sat_lora"):
         kind.append(f"r={settings['lora_r']}")
     if record["results"]["train_runtime"] is None:
-        sources = [host["name"] for host in record["source_hosts"]]
+        sources, adapter = [host["name"] for host in record["source_hosts"]], record.get("adapter")
         scope = "trained on this host" if record["host"] in sources else f"zero-shot from {', '.join(sources)}"
+        if adapter is not None:
+            smoothing = adapter["settings"]["label_smoothing_factor"]
+            scope += f": {adapter['data']['name']}, {_length(adapter['settings'])}"
+            scope += f", label smoothing {smoothing:g}" if smoothing else ""
     elif settings["method"] in BASELINE_SCOPES:
         scope = BASELINE_SCOPES[settings["method"]]
     told = ("seed", "lora_r")

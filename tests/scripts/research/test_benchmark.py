@@ -97,9 +97,16 @@ def test_a_run_that_only_scores_says_where_its_adapter_is_from(tmp_path):
     (run / "config.json").unlink()
     record = record_of(run)
     start = "| tweets, 3 | unihyperlora, inject, dimension |"
-    assert f"{start} host-a | trained on this host | – | – | – | 0 | 0.6000 |" in rendered({"0": record})
+    assert f"{start} host-a | trained on this host: tweets, 5 × 2 | – | – | – | 0 | 0.6000 |" in rendered(
+        {"0": record}
+    )
     moved = rendered({"0": record | {"host": "host-b"}})
-    assert f"{start} host-b | zero-shot from host-a | – | – | – | 0 | 0.6000 |" in moved
+    assert f"{start} host-b | zero-shot from host-a: tweets, 5 × 2 | – | – | – | 0 | 0.6000 |" in moved
+    content = json.loads((adapter / "run_arguments.json").read_text()) | {"label_smoothing_factor": 0.05}
+    (adapter / "run_arguments.json").write_text(json.dumps(content))
+    assert "trained on this host: tweets, 5 × 2, label smoothing 0.05 | –" in rendered({"0": record_of(run)})
+    (adapter / "run_arguments.json").unlink()  # an adapter from elsewhere
+    assert f"{start} host-a | trained on this host | – | – | – | 0 | 0.6000 |" in rendered({"0": record_of(run)})
 
 
 def test_render_writes_both_pages_from_the_records(tmp_path, monkeypatch):
