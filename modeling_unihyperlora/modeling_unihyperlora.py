@@ -34,7 +34,7 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_config, reader_shape
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import Hold, NoHost, call_host, describe_host, encoder_of, explain_ids, load_host
-from .reader import Adapter, StreamAdapter, TaskValues, Words, sentences_by_task, unpack
+from .reader import Adapter, StreamAdapter, TaskValues, Words, joined, sentences_by_task, unpack
 from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
 from .storage import (
     WEIGHTS_NAME,
@@ -45,7 +45,7 @@ from .storage import (
     save_adapter,
     take_over,
 )
-from .words import Continuation, WordPlaces, WordReader, load_tokenizer, warn_of_scheme
+from .words import WordPlaces, WordReader, load_tokenizer, warn_of_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Stream:
         widest = len(self.fit.landmarks.at) if self.fit.landmarks else to_knots.offsets.numel()
         several = cells.split(max(1, AT_ONCE // widest))
         made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        return joined(made)
 
     @torch.no_grad()
     def read(self, attention_mask: torch.Tensor | None, inputs: dict) -> "StreamRun":
@@ -163,12 +163,12 @@ class Stream:
             raise ConfigError(f"input_ids and word_index must be (B, T); given: {tuple(ids.shape)}{given}.")
         if ids.shape[1] == 0:
             raise ConfigError("The text is empty: it has no tokens. Leave empty texts out.")
+        places = self.words.places(ids, attention_mask, word_index)  # before the host, so that a GPU does not wait
         try:
             out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
         except (IndexError, RuntimeError) as error:
             explain_ids(self.host, ids, error)
             raise
-        places = self.words.places(ids, attention_mask, word_index)
         z = self.canonical_states(out.hidden_states, places.read)
         return StreamRun(self.adapter, z, places.lengths, places, out.hidden_states)
 
@@ -219,7 +219,7 @@ class StreamRun(NamedTuple):
         if self.places is None:
             return logits
         index = self.places.word_of.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        return Continuation.of(own["labels"])(logits.gather(1, index), self.places.begins)
+        return values.continuation(logits.gather(1, index), self.places.begins)
 
     def mixed_logits(self, names: list[str], rows: torch.Tensor) -> torch.Tensor:
         """Logits of each sentence for its own task, ``names[rows]``; -inf for labels that the task does not have."""

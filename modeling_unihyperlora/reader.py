@@ -13,7 +13,7 @@ Nothing here depends on the host's width, depth or tokenizer.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from .errors import ConfigError
 from .space import KNOTS, CanonicalSpace
 from .storage import Grid, Half, RowInteger, StoredTensor
+from .words import Continuation
 
 HEAD_BITS = 8
 DELTA_ROWS = 8  # rows of δθ: one for all knots, one for their depth, one for each of up to six knots
@@ -114,9 +115,7 @@ class Reader(nn.Module):
         lengths = words.lengths
         if words.is_full:  # both directions read the same rows
             rows = x.view(len(lengths), -1, x.shape[1])
-            return self.dropout(
-                torch.cat([self._read(some, values, (0, 1)) for some in rows.split(_together(lengths))])
-            )
+            return self.dropout(joined([self._read(some, values, (0, 1)) for some in rows.split(_together(lengths))]))
         starts, (sentence, place) = words.starts(), words.of_rows(len(x))
         onward, back = [], []
         rows = torch.zeros_like(lengths)  # first row of each sentence among the outputs of all groups
@@ -133,7 +132,7 @@ class Reader(nn.Module):
             rows[chosen] = done + torch.arange(len(chosen), device=x.device) * longest
             done += inside.numel()
         at, mirrored = rows[sentence], lengths[sentence] - 1 - place
-        ends = [torch.cat(onward)[at + place], torch.cat(back)[at + torch.where(mirrored >= 0, mirrored, place)]]
+        ends = [joined(onward)[at + place], joined(back)[at + torch.where(mirrored >= 0, mirrored, place)]]
         return self.dropout(torch.cat(ends, dim=-1))
 
     @staticmethod
@@ -194,7 +193,7 @@ def _packed_lstm(
     """One direction: steps (w, b, width) and the first state (b, hidden) → (w, b, hidden)."""
     lstm, layers = 2, 1  # 2 is torch's number for an LSTM among the kinds of recurrent layers
     how = ([], lstm, state.shape[1], layers, True, False, False, False)
-    return torch.ops.aten.mkldnn_rnn_layer(steps, *weights, state, state, backwards, *how)[0]
+    return torch.ops.aten.mkldnn_rnn_layer.default(steps, *weights, state, state, backwards, *how)[0]
 
 
 class StreamTask(nn.Module):
@@ -215,14 +214,19 @@ class StreamTask(nn.Module):
         self.head_bias = StoredTensor(torch.zeros(labels), Half())
         self.delta = StoredTensor(torch.zeros(DELTA_ROWS, atoms), Grid(delta_step))
 
-    def values(self, space: nn.Module) -> "TaskValues":
-        """Values of the task's parameters for a forward pass."""
-        delta, amended = self.delta(), None
-        if torch.compiler.is_compiling() or delta.requires_grad or bool(delta.any()):
-            places = knot_features(torch.tensor(KNOTS, device=delta.device))
-            atoms_in, atoms_out = space.atoms_in(), space.atoms_out()
-            amended = torch.einsum("md,km,me->kde", atoms_in, places @ delta, atoms_out)
-        return TaskValues(amended, self.reader.values(), self.head_weight(), self.head_bias())
+    def values(self, space: nn.Module, labels: list[str]) -> "TaskValues":
+        """Values of the task's parameters for a forward pass; ``labels`` are the task's own."""
+        own = self.amended(space), self.reader.values(), self.head_weight(), self.head_bias()
+        return TaskValues(*own, Continuation.of(labels, self.delta.latent.device))
+
+    def amended(self, space: nn.Module) -> torch.Tensor | None:
+        """Matrices (K, D, D) by which δθ changes z to z + z @ amended; None if δθ is zero."""
+        delta = self.delta()
+        if not torch.compiler.is_compiling() and not delta.requires_grad and not delta.any():
+            return None
+        places = knot_features(torch.tensor(KNOTS, device=delta.device))
+        atoms_in, atoms_out = space.atoms_in(), space.atoms_out()
+        return torch.einsum("md,km,me->kde", atoms_in, places @ delta, atoms_out)
 
     def forward(self, z: torch.Tensor, words: Words, values: "TaskValues") -> torch.Tensor:
         """Words (N, K, D) → features (N, F)."""
@@ -239,6 +243,7 @@ class TaskValues(NamedTuple):
     reader: ReaderValues
     head_weight: torch.Tensor  # (C, F)
     head_bias: torch.Tensor  # (C,)
+    continuation: Continuation
 
 
 def knot_features(knots: torch.Tensor) -> torch.Tensor:
@@ -269,7 +274,7 @@ class Adapter(nn.Module):
         if torch.compiler.is_compiling():  # a compiled graph cannot use the cache
             return self._make(make)
         parts = [part for part_name, part in self._modules.items() if part_name != "tasks"]
-        tensors = [tensor for part in (*parts, self.tasks[task]) for tensor in _tensors_of(part)]
+        tensors = _tensors_of([*parts, self.tasks[task]])
         if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # inference tensors have no version
             self._kept = {}
             return self._make(make)
@@ -286,13 +291,15 @@ class Adapter(nn.Module):
             return make()
 
 
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers; several times as fast as a module's own iterators, since every pass needs them."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            yield tensor
-    for child in module._modules.values():
-        yield from _tensors_of(child)
+def _tensors_of(modules: list[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers; much faster than a module's own iterators, since every pass needs them."""
+    found = []
+    while modules:
+        module = modules.pop()
+        found.extend(module._parameters.values())
+        found.extend(module._buffers.values())
+        modules.extend(module._modules.values())
+    return [tensor for tensor in found if tensor is not None]
 
 
 class StreamAdapter(Adapter):
@@ -313,7 +320,8 @@ class StreamAdapter(Adapter):
         self.tasks[name] = own.to(self.space.text.device).train(self.training)
 
     def values(self, task: str) -> TaskValues:
-        return self.keep(task, "values", lambda: self.tasks[task].values(self.space))
+        labels = self.config.tasks[task]["labels"]
+        return self.keep(task, ("values", *labels), lambda: self.tasks[task].values(self.space, labels))
 
 
 def sentences_by_task(
@@ -343,6 +351,11 @@ def sentences_by_task(
         rows[value] = len(rows)
     names = [known[value] if isinstance(value, int) else value for value in rows]
     return names, torch.tensor([rows[value] for value in ids], device=device)
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts one after the other; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unpack(words: torch.Tensor, cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

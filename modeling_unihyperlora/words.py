@@ -22,6 +22,7 @@ import unicodedata
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
@@ -430,15 +431,16 @@ def begins_of(
             number = number.masked_fill(attention_mask <= 0, len(rules) - 1)
         own, for_next = rules[number].unbind(dim=-1)
         begins, inside = own + _before(for_next, 2) >= 2, own >= 0
-    without = ~begins.any(dim=1)
-    begins[:, 0].logical_or_(without)
-    inside[:, 0].logical_or_(without)
+    found = begins.any(dim=1)
+    if torch.compiler.is_compiling() or not all(found.tolist()):
+        begins[:, 0].logical_or_(~found)
+        inside[:, 0].logical_or_(~found)
     return begins, inside
 
 
 def _before(values: torch.Tensor, start: int) -> torch.Tensor:
     """Values (B, T) shifted one position to the right; the first column is ``start``."""
-    return torch.cat([torch.full_like(values[:, :1], start), values[:, :-1]], dim=1)
+    return F.pad(values[:, :-1], (1, 0), value=start)
 
 
 def word_places(
@@ -446,12 +448,13 @@ def word_places(
 ) -> WordPlaces:
     """Positions of words from the result of ``begins_of``; W is ``width``, by default the largest number of words."""
     tokens, lengths = begins.shape[1], begins.sum(dim=1)
-    most = width or (tokens if torch.compiler.is_compiling() else max(lengths.tolist()))
+    counts = [] if torch.compiler.is_compiling() or width else lengths.tolist()
+    most = max(counts, default=width or tokens)
     number = torch.arange(tokens, device=begins.device)
 
     def positions(marked: torch.Tensor) -> torch.Tensor:
         found = torch.where(marked, number, LAST).sort(dim=1).values[:, :most]
-        return found.masked_fill(found == LAST, 0)
+        return found if counts and min(counts) == most else found.masked_fill(found == LAST, 0)
 
     first = read = positions(begins)
     if causal:
@@ -473,7 +476,7 @@ class Continuation(NamedTuple):
     inner: torch.Tensor
 
     @classmethod
-    def of(cls, labels: list[str]) -> "Continuation":
+    def of(cls, labels: list[str], device: torch.device | str = "cpu") -> "Continuation":
         """Make it for the labels of one task."""
         ids = {label: number for number, label in enumerate(labels)}
         partner, inner = [*range(len(labels))], [False] * len(labels)
@@ -481,7 +484,7 @@ class Continuation(NamedTuple):
             if (label == "B" or label.startswith("B-")) and "I" + label[1:] in ids:
                 within = ids["I" + label[1:]]
                 partner[begin], partner[within], inner[within] = within, begin, True
-        return cls(torch.tensor(partner), torch.tensor(inner))
+        return cls(torch.tensor(partner, device=device), torch.tensor(inner, device=device))
 
     def __call__(self, logits: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
         """Change the logits (B, T, C) of tokens that have their word's scores; ``begins`` (B, T) marks first tokens.
@@ -489,9 +492,8 @@ class Continuation(NamedTuple):
         On other tokens, I-X gets the higher score of B-X and I-X, and B-X the lower one. So the word keeps its type
         and its probability, and a pipeline of transformers joins its tokens.
         """
-        partner, inner = (part.to(logits.device).expand(logits.shape) for part in self)
-        other = logits.gather(-1, partner)
-        moved = torch.where(inner, torch.maximum(logits, other), torch.minimum(logits, other))
+        other = logits.index_select(-1, self.partner)
+        moved = torch.where(self.inner, torch.maximum(logits, other), torch.minimum(logits, other))
         return torch.where(begins.unsqueeze(-1), logits, moved)
 
 

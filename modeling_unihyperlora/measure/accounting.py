@@ -113,7 +113,7 @@ def held_tensors(model) -> list[torch.Tensor]:
     stream = model.bound_stream
     made = stream.map_on(stream.words.rules.device)
     by_knot = [tensor for part in stream.fit.parts for tensor in part if isinstance(tensor, torch.Tensor)]
-    amended, reader, *head = model.adapter.values(task)
+    amended, reader, *head, _ = model.adapter.values(task)
     directions = [tensor for direction in (*reader.directions, *(reader.packed or [])) for tensor in direction]
     return [
         *by_knot,

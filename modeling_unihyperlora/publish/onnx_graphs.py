@@ -183,7 +183,7 @@ def _array(value: torch.Tensor) -> np.ndarray:
 def _amended(task: StreamTask, space: nn.Module) -> torch.Tensor | None:
     """Matrices (K, D, D) that δθ multiplies z by; None if δθ is zero."""
     with torch.no_grad():
-        amended = task.values(space).amended
+        amended = task.amended(space)
     return None if amended is None else amended + torch.eye(amended.shape[-1])
 
 

@@ -138,7 +138,7 @@ class TestDelta:
         words, z = Words(torch.tensor([4, 3])), torch.randn(7, K, D)
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
-        task(z, words, task.values(space))
+        task(z, words, task.values(space, LABELS))
         delta, into, out = (x().detach().double() for x in (task.delta, space.atoms_in, space.atoms_out))
         for k, knot in enumerate(KNOTS):
             place = torch.tensor([1.0, knot, *(float(k == i) for i in range(6))], dtype=torch.float64)
@@ -154,14 +154,14 @@ class TestDelta:
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
         with torch.no_grad():
-            assert task.values(space).amended is None, "nothing is computed for it either"
-            task(z, words, task.values(space))
+            assert task.amended(space) is None, "nothing is computed for it either"
+            task(z, words, task.values(space, LABELS))
             assert torch.equal(seen["z"], z.flatten(1))
-        assert task.values(space).amended is not None, "it may get a gradient"
-        task(z, words, task.values(space))
+        assert task.amended(space) is not None, "it may get a gradient"
+        task(z, words, task.values(space, LABELS))
         assert torch.equal(seen["z"], z.flatten(1))
         task.delta.requires_grad_(False)
-        assert task.values(space).amended is None, "the reader is trained alone"
+        assert task.amended(space) is None, "the reader is trained alone"
 
     def test_its_gradient_is_that_of_the_formula(self):
         task, space = self.task()
@@ -169,7 +169,7 @@ class TestDelta:
         way = torch.randn(4, K * D)
         seen = {}
         task.reader.register_forward_pre_hook(lambda _, args: seen.update(z=args[0]))
-        task(z, words, task.values(space))
+        task(z, words, task.values(space, LABELS))
         (seen["z"] * way).sum().backward()
         into, out, expected = space.atoms_in().double(), space.atoms_out().double(), torch.zeros(8, 16).double()
         for k, knot in enumerate(KNOTS):
