@@ -48,7 +48,8 @@ class WordStates:
             ``word_index`` where the words were given.
         layers: which of the L+1 states; those that a map reads by default.
         bf16: read the host under autocast to bfloat16, which takes about 0.6 of the time on a CPU that has it.
-        batch_size: windows that the host reads at a time.
+        batch_size: different texts that the host reads at a time. Windows with the same ids are one text, such as a
+            sentence with the words of its data set, and the same sentence with the words of raw text.
 
     Attributes:
         layers: indices of the kept hidden states.
@@ -118,23 +119,25 @@ class WordStates:
                 f"{free / 1e9:.1f} GB left. Free some, set UNIHYPERLORA_CACHE to another disk, or use fewer sentences."
             )
         done = _progress(part, progress, needed, batch_size)
-        order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        texts: dict[tuple, list[int]] = {}  # text → its windows
+        for index, item in enumerate(items):
+            texts.setdefault(_text(item), []).append(index)
+        order = sorted(texts.values(), key=lambda windows: len(items[windows[0]]["input_ids"]))
+        batches = [sum(order[start : start + batch_size], []) for start in range(0, len(order), batch_size)]
         logger.info("Computing the host's states of %d windows once, %.2f GB, in %s", len(items), needed / 1e9, path)
         host.eval()
         with open(part, "r+b" if done else "w+b") as file:  # no memory map: its pages would count as memory in use
             file.truncate(needed)
             for number, chosen in enumerate(batches[done:], start=done + 1):
-                padded = _padded(words, [items[index] for index in chosen])
                 with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
-                    read, lengths = read_words(host, words, self.layers, padded)
+                    read, lengths = read_words(host, words, self.layers, [items[index] for index in chosen])
                 for row, index in enumerate(chosen):
                     file.seek(int(self.offsets[index]) * needed // max(1, shape[0]))
                     file.write(read[row, : lengths[row]].cpu().numpy().tobytes())
                 if number % SAVE_EVERY == 0 or number == len(batches):
                     file.flush()
                     os.fsync(file.fileno())
-                    write_json(progress, {"batches": number, "batch_size": batch_size})
+                    write_json(progress, {"text_batches": number, "batch_size": batch_size})
                     logger.info("%d of %d batches", number, len(batches))
         os.replace(part, path)
         progress.unlink()
@@ -190,7 +193,7 @@ class CanonicalStates(Dataset):
     def _make(self, view: int, windows: range) -> dict[int, torch.Tensor]:
         """Key → canonical states (W, K, D) float16, for one view of some windows."""
         offsets, to_knots = self.words.offsets[windows.start : windows.stop + 1], self._maps[view]
-        states = torch.from_numpy(self.words.states(offsets[0], offsets[-1]).astype(np.float32))
+        states = torch.from_numpy(self.words.states(offsets[0], offsets[-1])).float()
         z = to_knots(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
         parts = z.unflatten(1, (len(to_knots.fit.knots), -1)).split(np.diff(offsets).tolist())
         return {view * len(self) + index: part for index, part in zip(windows, parts, strict=True)}
@@ -242,17 +245,28 @@ class StreamCollator:
 
 @torch.no_grad()
 def read_words(
-    host: nn.Module, words: WordReader, layers: list[int], batch: dict
+    host: nn.Module, words: WordReader, layers: list[int], items: list[dict]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (B, W, layers, d) float16 of a batch's words, and the number of words per window (B,)."""
+    """States (N, W, layers, d) float16 of the words of N windows, and the number of words per window (N,).
+
+    The host reads windows with the same text once.
+    """
     known = inspect.signature(host.forward).parameters
-    inputs = {name: value.to(host.device) for name, value in batch.items()}
+    inputs = {name: value.to(host.device) for name, value in _padded(words, items).items()}
     mask = inputs.pop("attention_mask")
     places = words.places(inputs["input_ids"], mask, inputs.get("word_index"))
-    given = {name: value for name, value in inputs.items() if name in known}
-    hidden = call_host(host, mask, output_hidden_states=True, **given).hidden_states
-    rows = torch.arange(len(places.read), device=places.read.device)[:, None]
-    return torch.stack([hidden[layer][rows, places.read] for layer in layers], dim=2).half(), places.lengths
+    texts: dict[tuple, int] = {}
+    rows = [texts.setdefault(_text(item), len(texts)) for item in items]
+    one = [rows.index(row) for row in range(len(texts))]  # a window of each text
+    given = {name: value[one] for name, value in inputs.items() if name in known}
+    hidden = call_host(host, mask[one], output_hidden_states=True, **given).hidden_states
+    row = torch.tensor(rows, device=mask.device)[:, None]
+    return torch.stack([hidden[layer][row, places.read] for layer in layers], dim=2).half(), places.lengths
+
+
+def _text(item: dict) -> tuple:
+    """All that a host reads of a window."""
+    return tuple(tuple(item[name]) for name in sorted(item) if name not in ("labels", "word_index"))
 
 
 def _starts(words: WordReader, items: list[dict], together: int = 256) -> list[list[int]]:
@@ -282,7 +296,7 @@ def _progress(part: Path, progress: Path, size: int, batch_size: int) -> int:
     try:
         kept = json.loads(progress.read_text(encoding="utf-8"))
         usable = part.stat().st_size == size and kept["batch_size"] == batch_size
-        return int(kept["batches"]) if usable else 0
+        return int(kept["text_batches"]) if usable else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

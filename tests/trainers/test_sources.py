@@ -12,10 +12,11 @@ from modeling_unihyperlora.space import KNOTS, LANDMARKS, fit_host, knot_layers,
 from modeling_unihyperlora.words import WordReader
 from tests.conftest import WORDS, mapped
 from tests.modeling_unihyperlora.families import tiny_host
-from tests.tokenizer_kinds import make_tokenizer
+from tests.tokenizer_kinds import KINDS, make_tokenizer
 from trainers import UniHyperLoraTrainer, UniHyperLoraTrainingArguments
 from trainers.ner_data import Sentence
 from trainers.ner_windows import IGNORED, SentenceWindows
+from trainers.raw_text import words_of_raw_text
 from trainers.sources import COPIES, Source, SourceStates, causal_copy_of, disturb, sources_of
 from trainers.state_cache import StreamCollator, WordStates, scores_of_words
 
@@ -71,6 +72,28 @@ class TestWordStates:
             for layer in range(3):
                 np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
             assert words.labels[index].tolist() == [item["labels"][at] for at in starts]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_text_with_other_words_is_read_once(self, kind):
+        """A sentence in the words of its data set, and in those of raw text: often the same ids, and other words."""
+        tokenizer = make_tokenizer(kind)
+        host, labels = bert(tokenizer), ["O", "B-LOC", "I-LOC"]
+        own = [Sentence(["the", "U.S.", "win"], ["O", "B-LOC", "O"], "1"), Sentence(["the", "win"], ["O", "O"], "2")]
+        windows = SentenceWindows(own + words_of_raw_text(own, labels, None) + own[1:], tokenizer, labels, 32)
+        reader, read = WordReader(host, tokenizer), []
+        watch = host.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(len(out)))
+        words = WordStates(host, reader, windows)
+        watch.remove()
+        different = {tuple(windows[index]["input_ids"]) for index in range(4)}
+        assert read == [len(different)] and len(different) < 4
+        assert [len(starts) for starts in words.starts] == [3, 2, 6, 2]
+        for index in range(4):
+            item = windows[index]
+            with torch.no_grad():
+                hidden = host(torch.tensor([item["input_ids"]]), output_hidden_states=True).hidden_states
+            kept, starts = words.states(*words.offsets[index : index + 2]), windows.windows[index].starts
+            for layer in range(3):
+                np.testing.assert_allclose(kept[:, layer], hidden[layer][0, starts].numpy(), atol=2e-3)
 
     def test_are_read_in_bfloat16_if_asked_for_and_kept_apart(self, tokenizer, windows, cache):
         host = bert(tokenizer)
