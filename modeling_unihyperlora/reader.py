@@ -291,11 +291,10 @@ class Adapter(nn.Module):
             return make()
 
 
-def _tensors_of(modules: list[nn.Module]) -> list[torch.Tensor]:
+def _tensors_of(parts: list[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers; much faster than a module's own iterators, since every pass needs them."""
-    found = []
-    while modules:
-        module = modules.pop()
+    found, modules = [], list(parts)
+    for module in modules:  # the loop also reaches the modules that it appends
         found.extend(module._parameters.values())
         found.extend(module._buffers.values())
         modules.extend(module._modules.values())
