@@ -47,7 +47,7 @@ class WordStates:
         windows: the data set; items have ``input_ids`` and ``labels``, one a sub-token or one a window, and
             ``word_index`` where the words were given.
         layers: which of the L+1 states; those that a map reads by default.
-        bf16: read the host under autocast to bfloat16, which takes about 0.6 of the time on a CPU that has it.
+        bf16: read the host under autocast to bfloat16, which is faster on a CPU that has it.
         batch_size: different texts that the host reads at a time. Windows with the same ids are one text, such as a
             sentence with the words of its data set, and the same sentence with the words of raw text.
 
