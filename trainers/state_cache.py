@@ -8,6 +8,7 @@ computation is resumed; a second process waits for the first.
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -123,15 +124,16 @@ class WordStates:
         for index, item in enumerate(items):
             texts.setdefault(_text(item), []).append(index)
         order = sorted(texts.values(), key=lambda windows: len(items[windows[0]]["input_ids"]))
-        batches = [sum(order[start : start + batch_size], []) for start in range(0, len(order), batch_size)]
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         logger.info("Computing the host's states of %d windows once, %.2f GB, in %s", len(items), needed / 1e9, path)
         host.eval()
         with open(part, "r+b" if done else "w+b") as file:  # no memory map: its pages would count as memory in use
             file.truncate(needed)
             for number, chosen in enumerate(batches[done:], start=done + 1):
                 with torch.autocast(host.device.type, torch.bfloat16, enabled=self.bf16):
-                    read, lengths = read_words(host, words, self.layers, [items[index] for index in chosen])
-                for row, index in enumerate(chosen):
+                    windows_of_texts = [[items[index] for index in windows] for windows in chosen]
+                    read, lengths = read_words(host, words, self.layers, windows_of_texts)
+                for row, index in enumerate(itertools.chain.from_iterable(chosen)):
                     file.seek(int(self.offsets[index]) * needed // max(1, shape[0]))
                     file.write(read[row, : lengths[row]].cpu().numpy().tobytes())
                 if number % SAVE_EVERY == 0 or number == len(batches):
@@ -245,21 +247,21 @@ class StreamCollator:
 
 @torch.no_grad()
 def read_words(
-    host: nn.Module, words: WordReader, layers: list[int], items: list[dict]
+    host: nn.Module, words: WordReader, layers: list[int], texts: list[list[dict]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States (N, W, layers, d) float16 of the words of N windows, and the number of words per window (N,).
 
-    The host reads windows with the same text once.
+    ``texts`` has the windows of each text; the host reads a text once.
     """
     known = inspect.signature(host.forward).parameters
+    items = [item for windows in texts for item in windows]
     inputs = {name: value.to(host.device) for name, value in _padded(words, items).items()}
     mask = inputs.pop("attention_mask")
     places = words.places(inputs["input_ids"], mask, inputs.get("word_index"))
-    texts: dict[tuple, int] = {}
-    rows = [texts.setdefault(_text(item), len(texts)) for item in items]
-    one = [rows.index(row) for row in range(len(texts))]  # a window of each text
-    given = {name: value[one] for name, value in inputs.items() if name in known}
-    hidden = call_host(host, mask[one], output_hidden_states=True, **given).hidden_states
+    first = [*itertools.accumulate(map(len, texts[:-1]), initial=0)]  # a window of each text
+    given = {name: value[first] for name, value in inputs.items() if name in known}
+    hidden = call_host(host, mask[first], output_hidden_states=True, **given).hidden_states
+    rows = [row for row, windows in enumerate(texts) for _ in windows]
     row = torch.tensor(rows, device=mask.device)[:, None]
     return torch.stack([hidden[layer][row, places.read] for layer in layers], dim=2).half(), places.lengths
 
