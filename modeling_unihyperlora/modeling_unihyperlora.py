@@ -35,7 +35,7 @@ from .configuration_unihyperlora import UniHyperLoraConfig, check_task, read_con
 from .errors import ConfigError, HostError, MergeError, UniHyperLoraError
 from .hosts import Hold, NoHost, call_host, describe_host, encoder_of, explain_ids, load_host
 from .reader import Adapter, StreamAdapter, TaskValues, Words, joined, sentences_by_task, unpack
-from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostToKnots, line_up
+from .space import AT_ONCE, KNOTS, LOW_FIT, CanonicalSpace, HostFit, fit_on, line_up
 from .storage import (
     WEIGHTS_NAME,
     adapter_file,
@@ -120,13 +120,13 @@ class Stream:
         self.fit = line_up(adapter.space, host, self.words, states)
         self.seconds, self.cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         self.refined: dict[str, int | str] | None = None
-        self._map: HostToKnots | None = None
+        self._on_device: tuple[HostFit, HostFit] | None = None  # ``fit``, and the same on the model's device
 
-    def map_on(self, device: torch.device) -> HostToKnots:
+    def map_on(self, device: torch.device) -> HostFit:
         """The host's map, with its tensors on a device."""
-        if self._map is None or self._map.fit is not self.fit or self._map.offsets.device != device:
-            self._map = HostToKnots.of(self.fit, device)
-        return self._map
+        if self._on_device is None or self._on_device[0] is not self.fit or self._on_device[1].device != device:
+            self._on_device = self.fit, fit_on(device, self.fit)
+        return self._on_device[1]
 
     def canonical_states(
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
@@ -140,11 +140,10 @@ class Stream:
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], cells: torch.Tensor
     ) -> torch.Tensor:
         """Coordinates (N, K·D) float32 of some tokens, which are given by their numbers among all B·T tokens, (N,)."""
-        to_knots = self.map_on(cells.device)
-        flat = {layer: hidden_states[layer].flatten(0, 1) for layer in to_knots.layers}
-        widest = len(self.fit.landmarks.at) if self.fit.landmarks else to_knots.offsets.numel()
-        several = cells.split(max(1, AT_ONCE // widest))
-        made = [to_knots({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
+        fit = self.map_on(cells.device)
+        flat = {layer: hidden_states[layer].flatten(0, 1) for layer in fit.layers}
+        several = cells.split(max(1, AT_ONCE // fit.widest))
+        made = [fit({layer: every.index_select(0, some) for layer, every in flat.items()}) for some in several]
         return joined(made)
 
     @torch.no_grad()

@@ -24,11 +24,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from transformers.utils import logging as hf_logging
@@ -295,6 +296,13 @@ class Landmarks(NamedTuple):
     at: torch.Tensor  # (R, Q) float32
     weights: torch.Tensor  # (K·D, R) float32
 
+    def query(self, states: Collection[torch.Tensor]) -> torch.Tensor:
+        """States (N, d) float32 of words, for each layer that the map reads → (N, Q)."""
+        query = self.offset
+        for of_layer, matrix in zip(states, self.matrix.chunk(len(states), dim=1), strict=True):
+            query = torch.addmm(query, of_layer, matrix.T)  # adds up layers, which is faster than joining them
+        return query
+
 
 class HostFit(NamedTuple):
     """A host's map into the canonical space."""
@@ -308,6 +316,15 @@ class HostFit(NamedTuple):
         return sorted({knot.layer for knot in self.knots})
 
     @property
+    def device(self) -> torch.device:
+        return self.knots[0].offset.device
+
+    @property
+    def widest(self) -> int:
+        """The most numbers that the map makes of one word: R, or K·D without landmarks."""
+        return len(self.landmarks.at) if self.landmarks else len(self.knots) * len(self.knots[0].offset)
+
+    @property
     def parts(self) -> list["KnotFit | Landmarks"]:
         """All parts that have tensors."""
         return [*self.knots, *([] if self.landmarks is None else [self.landmarks])]
@@ -317,50 +334,22 @@ class HostFit(NamedTuple):
         """Share of variance explained on held-out anchors, for each knot."""
         return [knot.r2 for knot in self.knots]
 
+    def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
+        read = {layer: states[layer].float() for layer in self.layers}
+        with full_precision(self.device):
+            of_knots = [F.linear(read[knot.layer], knot.matrix, knot.offset) for knot in self.knots]
+            linear = torch.cat(of_knots, dim=1)
+            if self.landmarks is None:
+                return linear
+            near = nearness(self.landmarks.query(read.values()), self.landmarks.at)
+            return torch.addmm(linear, near, self.landmarks.weights.T)
+
 
 def nearness(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
     """exp(-|q - q_r|²): (N, Q), (R, Q) → (N, R)."""
     doubled = torch.addmm(-landmarks.square().sum(dim=-1), query, landmarks.T, alpha=2)  # 2 q·q_r - |q_r|²
     return doubled.sub_(query.square().sum(dim=-1, keepdim=True)).exp_()
-
-
-class HostToKnots(NamedTuple):
-    """A host's map, rearranged as one product for all knots and one for the query.
-
-    ``layers`` are the L' layers that are read, and ``of_knot`` says which of them each knot reads. ``matrices``
-    (K, d, D) and ``offsets`` (K, 1, D) give the linear part of the coordinates, ``queries`` (L', d, Q) the query, if
-    there are landmarks.
-    """
-
-    fit: HostFit  # the original map
-    layers: list[int]
-    of_knot: list[int]
-    matrices: torch.Tensor
-    offsets: torch.Tensor
-    queries: torch.Tensor | None
-    landmarks: Landmarks | None
-
-    @classmethod
-    def of(cls, fit: HostFit, device: torch.device | str = "cpu") -> "HostToKnots":
-        knots, landmarks = fit_on(device, fit)
-        layers = fit.layers
-        of_knot = [layers.index(knot.layer) for knot in knots]
-        matrices = torch.stack([knot.matrix.T for knot in knots])
-        offsets = torch.stack([knot.offset for knot in knots])[:, None]
-        queries = landmarks and landmarks.matrix.T.unflatten(0, (len(layers), -1)).contiguous()
-        return cls(fit, layers, of_knot, matrices, offsets, queries, landmarks)
-
-    def __call__(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Layer → states (N, d) of words; returns their canonical coordinates (N, K·D) float32."""
-        read = torch.stack([states[layer] for layer in self.layers]).float()  # (L', N, d)
-        with full_precision(read.device):
-            of_knots = read[self.of_knot] if len(self.of_knot) > len(self.layers) else read  # of a host of few blocks
-            linear = torch.baddbmm(self.offsets, of_knots, self.matrices).transpose(0, 1).flatten(1)
-            if self.landmarks is None:
-                return linear
-            query = torch.bmm(read, self.queries).sum(dim=0) + self.landmarks.offset
-            near = nearness(query, self.landmarks.at)
-            return torch.addmm(linear, near, self.landmarks.weights.T)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -371,7 +360,9 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def fit_on(device: torch.device | str, fit: HostFit) -> HostFit:
-    """Copy of a map with its tensors on a device."""
+    """A map with its tensors on a device; the same one if they are there already."""
+    if fit.device == torch.device(device):
+        return fit
     moved = [part._replace(**_tensors_of(part, lambda x: x.to(device))) for part in fit.parts]
     return HostFit(moved[: len(fit.knots)], moved[-1] if fit.landmarks else None)
 

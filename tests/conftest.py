@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from modeling_unihyperlora.space import HostFit, HostToKnots
+from modeling_unihyperlora.space import HostFit
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "anna ben carla david paris rome oslo lima lives works in at near the a and from to flew .".split()
@@ -102,4 +102,4 @@ def write_jsonl(tmp_path):
 
 def mapped(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Canonical coordinates of words, (N, layers, d) states of the named layers → (N, K, D)."""
-    return HostToKnots.of(fit)(dict(zip(layers, states.unbind(1), strict=True))).unflatten(1, (len(fit.knots), -1))
+    return fit(dict(zip(layers, states.unbind(1), strict=True))).unflatten(1, (len(fit.knots), -1))

@@ -26,7 +26,7 @@ from transformers import BatchEncoding, EvalPrediction
 
 from modeling_unihyperlora.errors import DataError
 from modeling_unihyperlora.hosts import call_host, fingerprint
-from modeling_unihyperlora.space import HostFit, HostToKnots, cache_folder, layers_read
+from modeling_unihyperlora.space import HostFit, cache_folder, fit_on, layers_read
 from modeling_unihyperlora.storage import write_json
 from modeling_unihyperlora.words import WordReader
 
@@ -159,7 +159,7 @@ class CanonicalStates(Dataset):
     def __init__(self, words: WordStates, fits: Callable[[], list[HostFit]]):
         self.words = words
         self.fits = fits
-        self._maps: list[HostToKnots] = []  # the maps of the kept results
+        self._maps: list[HostFit] = []  # the maps of the kept results, as ``fits`` gave them
         self._made: dict[int, torch.Tensor] = {}
         self._room = 0.0
 
@@ -179,8 +179,8 @@ class CanonicalStates(Dataset):
         """
         view, index = divmod(key, len(self))
         fits = self.fits()
-        if [*map(id, fits)] != [id(made_by.fit) for made_by in self._maps]:
-            self._maps = [HostToKnots.of(fit) for fit in fits]
+        if [*map(id, fits)] != [*map(id, self._maps)]:
+            self._maps = fits
             self._made, self._room = {}, KEPT_BYTES
         made = self._made
         if key not in made:
@@ -194,10 +194,10 @@ class CanonicalStates(Dataset):
 
     def _make(self, view: int, windows: range) -> dict[int, torch.Tensor]:
         """Key → canonical states (W, K, D) float16, for one view of some windows."""
-        offsets, to_knots = self.words.offsets[windows.start : windows.stop + 1], self._maps[view]
+        offsets, fit = self.words.offsets[windows.start : windows.stop + 1], fit_on("cpu", self._maps[view])
         states = torch.from_numpy(self.words.states(offsets[0], offsets[-1])).float()
-        z = to_knots(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
-        parts = z.unflatten(1, (len(to_knots.fit.knots), -1)).split(np.diff(offsets).tolist())
+        z = fit(dict(zip(self.words.layers, states.unbind(1), strict=True))).half()
+        parts = z.unflatten(1, (len(fit.knots), -1)).split(np.diff(offsets).tolist())
         return {view * len(self) + index: part for index, part in zip(windows, parts, strict=True)}
 
 

@@ -111,15 +111,11 @@ def held_tensors(model) -> list[torch.Tensor]:
         atoms = model.injection.project(task)
         return [*atoms.read.values(), *atoms.write.values(), *atoms.router_rows.values(), atoms.coefficients]
     stream = model.bound_stream
-    made = stream.map_on(stream.words.rules.device)
     by_knot = [tensor for part in stream.fit.parts for tensor in part if isinstance(tensor, torch.Tensor)]
     amended, reader, *head, _ = model.adapter.values(task)
     directions = [tensor for direction in (*reader.directions, *(reader.packed or [])) for tensor in direction]
     return [
         *by_knot,
-        made.matrices,
-        made.offsets,
-        *([] if made.queries is None else [made.queries]),
         stream.words.rules,
         *([] if amended is None else [amended]),
         reader.inward,

@@ -9,7 +9,7 @@ import torch
 
 from ..modeling_unihyperlora import StreamRun
 from ..reader import StreamAdapter
-from ..space import KNOTS, CanonicalSpace, HostToKnots, anchor_states, fit_host, knot_layers, layers_read
+from ..space import KNOTS, CanonicalSpace, anchor_states, fit_host, knot_layers, layers_read
 
 BLOCK = 8  # neighbouring sentences that are held out together
 BATCH = 64  # sentences
@@ -70,7 +70,7 @@ def held_out_coordinates(space: CanonicalSpace, states: torch.Tensor, num_layers
         held_out = half == number
         fit = fit_host(states.masked_fill(held_out[None, :, None], torch.nan), knot_layers(num_layers), canonical)
         of_layer = dict(zip(layers, there[:, held_out], strict=True))
-        found[held_out] = HostToKnots.of(fit)(of_layer).unflatten(1, (len(KNOTS), -1))
+        found[held_out] = fit(of_layer).unflatten(1, (len(KNOTS), -1))
     return found.masked_fill(~torch.isfinite(states).all(dim=-1).all(dim=0)[:, None, None], 0)
 
 

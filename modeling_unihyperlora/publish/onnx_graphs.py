@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..reader import StreamTask
-from ..space import nearness
+from ..space import fit_on
 from ..storage import StoredTensor
 from ..words import Continuation, begins_of, word_places
 
@@ -68,17 +67,8 @@ class HostGraph(_Graph):
     def __init__(self, model):
         super().__init__(model)
         stream = model.bound_stream
-        landmarks, knots = stream.fit.landmarks, stream.fit.knots
-        self.layers, self.asked = [knot.layer for knot in knots], stream.fit.layers
-        self.is_linear, values = landmarks is None, {"rules": stream.words.rules}
-        if landmarks is not None:
-            values |= {"query": landmarks.matrix, "query_offset": landmarks.offset}
-            values |= {"landmarks": landmarks.at, "weights": landmarks.weights}
-        for k, knot in enumerate(knots):
-            values[f"matrix_{k}"], values[f"offset_{k}"] = knot.matrix, knot.offset
-        for name, value in values.items():
-            self.register_buffer(name, value.detach().cpu().clone())
-        self.causal = stream.words.causal
+        self.register_buffer("rules", stream.words.rules.cpu())
+        self.fit, self.causal = fit_on("cpu", stream.fit), stream.words.causal
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         states = self.states(input_ids, attention_mask)
@@ -86,17 +76,10 @@ class HostGraph(_Graph):
         places = word_places(begins, inside, self.causal, input_ids.shape[1])
         at = places.read[:, :, None]  # (B, W, 1), 0 after a sentence's last word
         of_words = {
-            layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])) for layer in self.asked
-        }  # (B, W, d) each
-        z = [
-            F.linear(of_words[layer], getattr(self, f"matrix_{k}"), getattr(self, f"offset_{k}"))
-            for k, layer in enumerate(self.layers)
-        ]
-        z = torch.stack(z, dim=2)
-        if not self.is_linear:
-            query = F.linear(torch.cat([*of_words.values()], dim=-1), self.query, self.query_offset)
-            near = nearness(query.flatten(0, 1), self.landmarks).view(*query.shape[:2], -1)  # (B, W, R)
-            z = z + F.linear(near, self.weights).unflatten(2, (z.shape[2], -1))
+            layer: states[layer].gather(1, at.expand(-1, -1, states[layer].shape[2])).flatten(0, 1)
+            for layer in self.fit.layers
+        }  # (B·W, d) each
+        z = self.fit(of_words).view(*input_ids.shape, len(self.fit.knots), -1)
         return z, places.lengths, places.word_of, begins
 
 

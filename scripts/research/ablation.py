@@ -24,7 +24,7 @@ import torch
 
 from modeling_unihyperlora import CanonicalSpace, UniHyperLoraError, space
 from modeling_unihyperlora.reader import Reader, Words
-from modeling_unihyperlora.space import KNOTS, HostToKnots, join_anchors, read_anchors
+from modeling_unihyperlora.space import KNOTS, HostFit, join_anchors, read_anchors
 from modeling_unihyperlora.space_making.make import PACKAGE_ANCHORS
 from modeling_unihyperlora.storage import Grid, write_json
 from scripts.research.runner import without
@@ -107,14 +107,14 @@ def four_bits() -> mock._patch:
 
 def only_knots(*kept: int) -> Change:
     """All other knots are zero."""
-    to_knots = HostToKnots.__call__
+    call = HostFit.__call__
     mask = torch.tensor([float(knot in kept) for knot in range(len(KNOTS))])[:, None]
 
     def masked(*args) -> torch.Tensor:
-        z = to_knots(*args)
+        z = call(*args)
         return (z.unflatten(1, (len(mask), -1)) * mask.to(z.device)).flatten(1)
 
-    return lambda: mock.patch.object(HostToKnots, "__call__", masked)
+    return lambda: mock.patch.object(HostFit, "__call__", masked)
 
 
 def rows(folder: Path, source: str, space_hosts: list[str]) -> list[Row]:

@@ -23,7 +23,7 @@ from modeling_unihyperlora.hosts import call_host
 from modeling_unihyperlora.measure.accounting import host_multiply_adds
 from modeling_unihyperlora.reader import Words
 from modeling_unihyperlora.sites import HostMap
-from modeling_unihyperlora.space import nearness
+from modeling_unihyperlora.space import HostFit, nearness
 from scripts.research.race import race, rounded
 from scripts.research.speed_contenders import LABELS, LORA_RANK, Ground
 from trainers.baselines import require_peft
@@ -60,15 +60,15 @@ def parts(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
 def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Callable]:
     """The parts as functions without arguments, on what the parts before them gave."""
     stream, task = model.bound_stream, model.config.active_task
-    to_knots, values = stream.map_on(input_ids.device), model.adapter.values(task)
+    fit, values = stream.map_on(input_ids.device), model.adapter.values(task)
     run = stream.read(attention_mask, {"input_ids": input_ids})
     hidden, at = run.hidden_states, run.places.read
     rows = torch.arange(len(at), device=at.device)[:, None]
-    states = torch.stack([hidden[layer][rows, at].flatten(0, 1) for layer in to_knots.layers])
-    landmarks, by_nearness = to_knots.landmarks, {}
+    states = {layer: hidden[layer][rows, at].flatten(0, 1) for layer in fit.layers}
+    linear, landmarks, by_nearness = HostFit(fit.knots, None), fit.landmarks, {}
     if landmarks is not None:
-        query = torch.bmm(states, to_knots.queries).sum(dim=0) + landmarks.offset
-        by_nearness["query"] = lambda: torch.bmm(states, to_knots.queries).sum(dim=0)
+        query = landmarks.query(states.values())
+        by_nearness["query"] = lambda: landmarks.query(states.values())
         by_nearness["landmarks"] = lambda: nearness(query, landmarks.at) @ landmarks.weights.T
     cells = (torch.arange(at.shape[1], device=at.device) < run.lengths[:, None]).flatten().nonzero().squeeze(1)
     z = run.z.flatten(0, 1)[cells]
@@ -83,7 +83,7 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
             model.host, attention_mask, output_hidden_states=True, input_ids=input_ids
         ),
         "places": lambda: stream.words.places(input_ids, attention_mask),
-        "linear_map": lambda: torch.baddbmm(to_knots.offsets, states[to_knots.of_knot], to_knots.matrices),
+        "linear_map": lambda: linear(states),
         **by_nearness,
         "reader": lambda: model.adapter.tasks[task](z, words, values),
         "head": head,
@@ -92,18 +92,18 @@ def contenders_of_parts(model, input_ids: torch.Tensor, attention_mask: torch.Te
 
 def multiply_adds_of_parts(model) -> dict[str, int]:
     """Multiply-adds for each word, by part."""
-    to_knots = model.bound_stream.map_on(model.bound_stream.words.rules.device)
-    landmarks, by_nearness = to_knots.landmarks, {}
+    fit = model.bound_stream.fit
+    landmarks, by_nearness = fit.landmarks, {}
     if landmarks is not None:
         by_nearness = {
-            "query": to_knots.queries.numel(),
+            "query": landmarks.matrix.numel(),
             "landmarks": landmarks.at.numel() + landmarks.weights.numel(),
         }
     own = model.config.tasks[model.config.active_task]
-    shape, coordinates = own["reader"], to_knots.offsets.numel()
+    shape, coordinates = own["reader"], sum(knot.offset.numel() for knot in fit.knots)
     recurrent = 8 * shape["hidden"] * (shape["width"] + shape["hidden"])
     return {
-        "linear_map": to_knots.matrices.numel(),
+        "linear_map": sum(knot.matrix.numel() for knot in fit.knots),
         **by_nearness,
         "reader": coordinates * shape["width"] + recurrent,
         "head": 2 * shape["hidden"] * len(own["labels"]),

@@ -102,7 +102,7 @@ class TestStream:
         hidden = [torch.randn(2, 6, 8).to(dtype) for _ in range(5)]
         cells = torch.tensor([0, 3, 2, 7, 11, 6])  # those of ``at`` below
         bound = object.__new__(Stream)
-        bound.fit, bound._map = fit, None
+        bound.fit, bound._on_device = fit, None
         at = torch.tensor([[0, 3, 2], [1, 5, 0]])  # tokens of three words in each of two sentences
         found = bound.canonical_states(hidden, at)
         states = torch.stack([state.flatten(0, 1)[cells] for state in hidden], dim=1).double()

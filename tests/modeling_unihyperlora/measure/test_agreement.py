@@ -5,7 +5,7 @@ import torch
 
 from modeling_unihyperlora import UniHyperLoraForSequenceClassification
 from modeling_unihyperlora.measure.agreement import agreement, held_out_coordinates, predictions
-from modeling_unihyperlora.space import HostToKnots, anchor_states, fit_host, knot_layers, layers_read
+from modeling_unihyperlora.space import anchor_states, fit_host, knot_layers, layers_read
 from tests.modeling_unihyperlora.small_streams import LABELS, MOODS, bert, small_space, small_stream
 
 
@@ -40,7 +40,7 @@ def test_each_half_of_the_text_is_mapped_by_the_other():
         held_out = sentence // 8 % 2 == half
         fit = fit_host(states[:, ~held_out], knot_layers(2), space.canonical()[:, ~held_out])
         of_layer = dict(zip(layers_read(2), states[:, held_out], strict=True))
-        expected = HostToKnots.of(fit)(of_layer).unflatten(1, (5, -1))
+        expected = fit(of_layer).unflatten(1, (5, -1))
         assert torch.allclose(found[held_out], expected, atol=1e-4)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from modeling_unihyperlora import CanonicalSpace, space
 from modeling_unihyperlora.reader import Reader, Words
-from modeling_unihyperlora.space import HostFit, HostToKnots, KnotFit, Landmarks, fit_host
+from modeling_unihyperlora.space import HostFit, KnotFit, Landmarks, fit_host
 from modeling_unihyperlora.storage import RowInteger
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 from scripts.research import ablation
@@ -31,7 +31,7 @@ def text(tmp_path):
 
 def mapped(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """(N, layers, d) states of the named layers → (N, K, D)."""
-    return HostToKnots.of(fit)(dict(zip(layers, states.unbind(1), strict=True))).unflatten(1, (len(fit.knots), -1))
+    return fit(dict(zip(layers, states.unbind(1), strict=True))).unflatten(1, (len(fit.knots), -1))
 
 
 def test_rows_have_names_of_their_own_and_flags_that_are_flags(tmp_path):
