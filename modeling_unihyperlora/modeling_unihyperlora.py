@@ -10,6 +10,7 @@ With pathway "inject", an update inside the host takes the place of the stream (
 only with such adapters.
 """
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -17,7 +18,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -1004,9 +1005,24 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
         out = kind(loss=loss, **{name: run.get(name) for name in names})
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
-    def _only(self, tasks: list[str]):
+    @contextlib.contextmanager
+    def _only(self, tasks: list[str]) -> Iterator[None]:
         """Context in which the adapter has only these tasks."""
-        return _OnlyTasks(self, tasks)
+        config, adapter = self.config, self.adapter
+        unknown = [name for name in tasks if name not in config.tasks]
+        if unknown or not tasks:
+            asked = f"No task {unknown[0]!r} in this adapter" if unknown else "tasks=[] names no task of this adapter"
+            raise ConfigError(f"{asked}; it has {sorted(config.tasks)}.")
+        all_tasks, active, parameters = config.tasks, config.active_task, adapter.tasks
+        config.tasks = {name: config.tasks[name] for name in tasks}
+        adapter.tasks = nn.ModuleDict({name: adapter.tasks[name] for name in tasks})
+        try:
+            config.activate(active if active in tasks else tasks[0])
+            yield
+        finally:
+            config.tasks, config.active_task, adapter.tasks = all_tasks, active, parameters
+            if active is not None:
+                config.activate(active)
 
 
 class UniHyperLoraModel(UniHyperLoraPreTrainedModel):
@@ -1136,27 +1152,6 @@ def loss_of(logits, labels: torch.Tensor | None, num_items: torch.Tensor | int |
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     items = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=logits.device)
     return total / items.clamp_min(1)
-
-
-class _OnlyTasks:
-    """Context in which a model has only some of its tasks."""
-
-    def __init__(self, model: UniHyperLoraPreTrainedModel, tasks: list[str]):
-        self.model, self.tasks = model, tasks
-
-    def __enter__(self) -> None:
-        config, adapter = self.model.config, self.model.adapter
-        if unknown := [name for name in self.tasks if name not in config.tasks] or not self.tasks:
-            raise ConfigError(f"No task {unknown} in this adapter; it has {sorted(config.tasks)}.")
-        self.before = config.tasks, config.active_task, adapter.tasks
-        config.tasks = {name: config.tasks[name] for name in self.tasks}
-        adapter.tasks = nn.ModuleDict({name: adapter.tasks[name] for name in self.tasks})
-        config.activate(config.active_task if config.active_task in self.tasks else self.tasks[0])
-
-    def __exit__(self, *_) -> None:
-        self.model.config.tasks, active, self.model.adapter.tasks = self.before
-        if active is not None:
-            self.model.config.activate(active)
 
 
 def _rename_labels(config: UniHyperLoraConfig, num_labels=None, id2label=None, label2id=None) -> None:
