@@ -38,7 +38,7 @@ def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]
     lines = ["# Results", "", WRITTEN, "", "## One file, on hosts that it never saw", ""]
     lines += transfer_summary(matrices, records)
     if matrices:
-        name = next(iter(matrices))
+        name = max(matrices, key=lambda name: figures_in(matrices[name]))
         lines += ["", f"![Scores of one adapter file on hosts that it never saw]({name}.png)"]
     lines += ["", "All columns, flags, controls and costs: [transfer.md](transfer.md).", ""]
     lines += ["## Ready adapters", "", summary(records), ""]
@@ -52,6 +52,12 @@ def front_page(records: dict[str, dict], matrices: dict[str, dict]) -> list[str]
         "- [Speed and memory](speed.md)",
         "- [Single runs, bytes by part, searches](runs.md)",
     ]
+
+
+def figures_in(matrix: dict) -> int:
+    """How many scores a matrix has."""
+    rows = matrix["targets"].values()
+    return sum(value is not None for row in rows for name, value in row.items() if name.endswith("_f1"))
 
 
 def transfer_summary(matrices: dict[str, dict], records: dict[str, dict]) -> list[str]:

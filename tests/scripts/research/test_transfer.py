@@ -19,7 +19,7 @@ from modeling_unihyperlora import BudgetError, CanonicalSpace, ConfigError, Data
 from modeling_unihyperlora.space import PACKAGE_SPACE
 from scripts.research import benchmark, runner, transfer, transfer_plan
 from scripts.research.records import SETTINGS
-from scripts.research.results_tables import transfer_table
+from scripts.research.results_tables import front_page, transfer_table
 from scripts.research.transfer_picture import draw
 from trainers.tasks import CLASSIFICATION
 
@@ -394,6 +394,11 @@ class TestMatrix:
         assert "–" in cells and cells[-3:] == ["0.50", "2.5 ± 0.7", "0.50 0.75"]
         assert "Space: english 1 abc." in "".join(lines)
         assert "tweets" not in (tmp_path / "README.md").read_text()  # the short table is of runs
+
+    def test_the_front_page_shows_the_picture_with_the_most_scores(self, go):
+        few, many = go("--only", "zero_shot"), go()
+        lines = front_page({}, {"few": few, "many": many, "few-again": few})
+        assert "(many.png)" in "".join(lines)
 
     def test_columns_without_a_figure_are_not_shown(self, go):
         lines = transfer_table("tweets", go("--seeds", 0, "--only", "zero_shot"))
