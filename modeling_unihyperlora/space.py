@@ -140,7 +140,7 @@ class CanonicalSpace(nn.Module):
             space.text = tensors["text"]
             for name in ("coordinates", "atoms_in", "atoms_out"):
                 stored = getattr(space, name)
-                stored.decode({suffix: tensors[name + suffix] for suffix in stored.encode()})
+                stored.decode({suffix: tensors[name + suffix] for suffix in stored.layout()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise AdapterFileError(
                 f"{path} holds no canonical space ({type(error).__name__}: {error}). Give a file that "

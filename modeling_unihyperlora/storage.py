@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,11 +56,11 @@ class RowInteger:
         scale = (value.abs().amax(dim=-1, keepdim=True) / self.largest).bfloat16().float()
         scale = torch.where(scale < torch.finfo(torch.bfloat16).tiny, 0.0, scale)
         divisor = torch.where(scale > 0, scale, 1.0)
-        return (value / divisor).round().clamp(-self.largest, self.largest), scale
+        return (value / divisor).round_().clamp_(-self.largest, self.largest), scale
 
     def round(self, value: torch.Tensor) -> torch.Tensor:
         codes, scale = self.codes(value)
-        return codes * scale
+        return codes.mul_(scale)
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         codes, scale = self.codes(value)
@@ -84,16 +85,16 @@ class Grid:
         return [self.step]
 
     def codes(self, value: torch.Tensor) -> torch.Tensor:
-        return (value / self.step).round().clamp(-8, 7)
+        return (value / self.step).round_().clamp_(-8, 7)
 
     def round(self, value: torch.Tensor) -> torch.Tensor:
-        return self.codes(value) * self.step
+        return self.codes(value).mul_(self.step)
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"": pack(self.codes(value), self.bits)}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return unpack(stored[""], shape, self.bits) * self.step
+        return unpack(stored[""], shape, self.bits).mul_(self.step)
 
 
 class TwoBit:
@@ -109,16 +110,16 @@ class TwoBit:
         return [self.step]
 
     def codes(self, value: torch.Tensor) -> torch.Tensor:
-        return (value / self.step).floor().clamp(-2, 1)
+        return (value / self.step).floor_().clamp_(-2, 1)
 
     def round(self, value: torch.Tensor) -> torch.Tensor:
-        return (self.codes(value) + 0.5) * self.step
+        return self.codes(value).add_(0.5).mul_(self.step)
 
     def encode(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"": pack(self.codes(value), self.bits)}
 
     def decode(self, stored: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return (unpack(stored[""], shape, self.bits) + 0.5) * self.step
+        return unpack(stored[""], shape, self.bits).add_(0.5).mul_(self.step)
 
 
 class Half:
@@ -176,11 +177,18 @@ class StoredTensor(nn.Module):
         self.latent = nn.Parameter(initial.float())
 
     def forward(self) -> torch.Tensor:
-        return _StraightThrough.apply(self.latent, as_stored(self.latent, self.codec))
+        rounded = as_stored(self.latent, self.codec)
+        if self.latent.requires_grad and torch.is_grad_enabled():
+            return _StraightThrough.apply(self.latent, rounded)
+        return rounded
 
     def encode(self) -> dict[str, torch.Tensor]:
         """File tensors by suffix ("" for the codes, ".scale" for the row scales), on the CPU, contiguous."""
         return {k: v.contiguous() for k, v in self.codec.encode(self.latent.detach().float().cpu()).items()}
+
+    def layout(self) -> dict[str, torch.Tensor]:
+        """What ``encode`` returns, on the device "meta": names, dtypes and shapes without values."""
+        return self.codec.encode(torch.empty_like(self.latent, device="meta"))
 
     def decode(self, stored: dict[str, torch.Tensor]) -> None:
         """Set the latent from tensors as ``encode`` returns them; the caller has checked dtypes and shapes."""
@@ -204,23 +212,30 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack signed codes of 2 or 4 ``bits``, of any shape, into uint8: 8/bits codes per byte, the first one lowest."""
     flat, each = codes.reshape(-1).to(torch.int16), 8 // bits
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each) + 2 ** (bits - 1)
-    return (flat << torch.arange(0, 8, bits, device=flat.device)).sum(dim=1).to(torch.uint8)
+    places = torch.arange(0, 8, bits, dtype=flat.dtype, device=flat.device)
+    return (flat << places).sum(dim=1, dtype=flat.dtype).to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, shape: torch.Size, bits: int) -> torch.Tensor:
     """Inverse of ``pack``: float32 codes of ``shape``."""
-    codes = packed[:, None] >> torch.arange(0, 8, bits, device=packed.device) & 2**bits - 1
-    return (codes.float() - 2 ** (bits - 1)).reshape(-1)[: torch.Size(shape).numel()].reshape(shape)
+    places = torch.arange(0, 8, bits, dtype=packed.dtype, device=packed.device)
+    codes = (packed[:, None] >> places & 2**bits - 1).float().sub_(2 ** (bits - 1))
+    return codes.reshape(-1)[: torch.Size(shape).numel()].reshape(shape)
 
 
 # ---- the file ----
 
 
-def adapter_tensors(adapter: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensor name → tensor, for all tensors of the file; includes no tensor of a host."""
+def adapter_tensors(
+    adapter: nn.Module, made: Callable[[StoredTensor], dict[str, torch.Tensor]] = StoredTensor.encode
+) -> dict[str, torch.Tensor]:
+    """Tensor name → tensor, for all tensors of the file; includes no tensor of a host.
+
+    With ``StoredTensor.layout`` as ``made``, the stored tensors have no values.
+    """
     tensors = {}
     for name, module in _stored(adapter).items():
-        tensors.update({name + suffix: tensor for suffix, tensor in module.encode().items()})
+        tensors.update({name + suffix: tensor for suffix, tensor in made(module).items()})
     for name, buffer in adapter.named_buffers():
         buffer = buffer.detach().cpu()
         tensors[name] = (buffer.half() if buffer.is_floating_point() else buffer).contiguous()
@@ -321,7 +336,7 @@ def take_over(adapter: nn.Module, tensors: dict[str, torch.Tensor], origin: str)
         AdapterFileError: the tensors do not fit the adapter, or hold values that are not finite; the adapter is
             unchanged.
     """
-    expected = adapter_tensors(adapter)
+    expected = adapter_tensors(adapter, StoredTensor.layout)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise AdapterFileError(
@@ -337,8 +352,7 @@ def take_over(adapter: nn.Module, tensors: dict[str, torch.Tensor], origin: str)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{origin}: '{name}' holds NaN or infinite values; download or train it again.")
     for name, module in _stored(adapter).items():
-        suffixes = module.encode().keys()
-        module.decode({suffix: tensors[name + suffix] for suffix in suffixes})
+        module.decode({suffix: tensors[name + suffix] for suffix in module.layout()})
     for name, buffer in adapter.named_buffers():
         buffer.copy_(tensors[name].float())
 

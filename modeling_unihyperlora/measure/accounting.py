@@ -195,4 +195,4 @@ def _stored_in(module: torch.nn.Module) -> list[StoredTensor]:
 
 
 def _file_bytes(*stored: StoredTensor) -> int:
-    return sum(t.numel() * t.element_size() for module in stored for t in module.encode().values())
+    return sum(t.numel() * t.element_size() for module in stored for t in module.layout().values())

@@ -41,7 +41,7 @@ def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, objec
             "name": tensor,
             "shape": tuple(module.latent.shape),
             "bits": module.codec.bits,
-            "bytes": sum(t.numel() * t.element_size() for t in module.encode().values()),
+            "bytes": sum(t.numel() * t.element_size() for t in module.layout().values()),
         }
         for tensor, module in adapter.named_modules()
         if isinstance(module, StoredTensor)

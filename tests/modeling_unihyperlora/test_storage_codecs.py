@@ -161,6 +161,28 @@ def test_stored_tensor_takes_over_what_it_gave(name):
 
 
 @pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layout_is_what_is_encoded_without_the_values(name, shape):
+    tensor = StoredTensor(sample(shape, 1.0), CODECS[name])
+    encoded, layout = (
+        {key: (x.dtype, x.shape) for key, x in made.items()} for made in (tensor.encode(), tensor.layout())
+    )
+    assert layout == encoded and all(x.is_meta for x in tensor.layout().values())
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_rounding_leaves_the_latent_as_it_is(name, wants_gradient):
+    value = sample((5, 8), 1.0)
+    tensor = StoredTensor(value.clone(), CODECS[name]).requires_grad_(wants_gradient)
+    with torch.no_grad():
+        plain = tensor()
+    assert torch.equal(tensor(), plain) and torch.equal(tensor.latent, value)
+    tensor.encode()
+    assert torch.equal(tensor.latent, value)
+
+
+@pytest.mark.parametrize("name", CODECS)
 def test_latent_of_lower_precision_still_gives_float32(name):
     stored = StoredTensor(sample((6, 9), 0.5), CODECS[name]).bfloat16()
     value = stored()
