@@ -180,7 +180,7 @@ class CanonicalStates(Dataset):
         view, index = divmod(key, len(self))
         fits = self.fits()
         if [*map(id, fits)] != [*map(id, self._maps)]:
-            self._maps = fits
+            self._maps = [*fits]
             self._made, self._room = {}, KEPT_BYTES
         made = self._made
         if key not in made:

@@ -28,9 +28,9 @@ def part_of(name: str) -> str:
 def bytes_of_parts(adapter: torch.nn.Module) -> dict[str, int]:
     """Part → bytes of its tensors in the file; "mean_gate" of a task counts as router."""
     parts: dict[str, int] = {}
-    for name, tensor in adapter_tensors(adapter).items():
+    for name, tensor in adapter_tensors(adapter, StoredTensor.layout).items():
         part = part_of(name)
-        parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
+        parts[part] = parts.get(part, 0) + tensor.nbytes
     return parts
 
 
@@ -155,9 +155,9 @@ def measure(model, folder: str | Path | None = None) -> dict[str, object]:
     space = model.adapter.space if stream else None
     return {
         "adapter_bytes": size,
-        "head_bytes": _file_bytes(own.head_weight, own.head_bias),
-        "reader_bytes": _file_bytes(*_stored_in(own.reader)) if stream else None,
-        "delta_bytes": None if model.config.projector == "host" else _file_bytes(own.delta),
+        "head_bytes": stored_bytes(own.head_weight, own.head_bias),
+        "reader_bytes": stored_bytes(*_stored_in(own.reader)) if stream else None,
+        "delta_bytes": None if model.config.projector == "host" else stored_bytes(own.delta),
         "extra_ram_mb": round(held_megabytes(model), 3) if has_host else None,
         "flops_overhead_pct": round(overhead, 4) if has_host else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -194,5 +194,6 @@ def _stored_in(module: torch.nn.Module) -> list[StoredTensor]:
     return [part for part in module.modules() if isinstance(part, StoredTensor)]
 
 
-def _file_bytes(*stored: StoredTensor) -> int:
-    return sum(t.numel() * t.element_size() for module in stored for t in module.layout().values())
+def stored_bytes(*stored: StoredTensor) -> int:
+    """Bytes of stored tensors in the file."""
+    return sum(tensor.nbytes for one in stored for tensor in one.layout().values())

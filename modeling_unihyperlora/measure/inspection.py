@@ -10,7 +10,7 @@ from ..modeling_unihyperlora import UniHyperLoraModel, make_adapter
 from ..sites import is_among
 from ..space import KNOTS
 from ..storage import WEIGHTS_NAME, StoredTensor, adapter_file, load_adapter
-from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct, part_of
+from .accounting import MAX_ADAPTER_BYTES, MAX_FLOPS_OVERHEAD_PCT, flops_overhead_pct, part_of, stored_bytes
 from .agreement import agreement
 
 FAIR_AGREEMENT = 0.7  # of a task, under which a host is warned of; hosts of one or two narrow blocks have less
@@ -41,7 +41,7 @@ def inspect_adapter(name: str | Path, revision: str = "main") -> dict[str, objec
             "name": tensor,
             "shape": tuple(module.latent.shape),
             "bits": module.codec.bits,
-            "bytes": sum(t.numel() * t.element_size() for t in module.layout().values()),
+            "bytes": stored_bytes(module),
         }
         for tensor, module in adapter.named_modules()
         if isinstance(module, StoredTensor)

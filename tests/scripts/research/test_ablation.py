@@ -13,7 +13,7 @@ from modeling_unihyperlora.space import HostFit, KnotFit, Landmarks, fit_host
 from modeling_unihyperlora.storage import RowInteger
 from modeling_unihyperlora.words import WordReader, load_tokenizer
 from scripts.research import ablation
-from tests.conftest import tiny_tokenizer
+from tests.conftest import mapped, tiny_tokenizer
 from trainers.arguments import NerArguments, parse
 from trainers.ner_data import Sentence
 
@@ -27,11 +27,6 @@ def text(tmp_path):
     rows = np.random.default_rng(0).choice(words, (60, 10)).tolist()
     (tmp_path / "anchors.txt").write_text("\n".join(map(" ".join, rows)))
     return tmp_path / "anchors.txt"
-
-
-def mapped(fit: HostFit, states: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """(N, layers, d) states of the named layers → (N, K, D)."""
-    return fit(dict(zip(layers, states.unbind(1), strict=True))).unflatten(1, (len(fit.knots), -1))
 
 
 def test_rows_have_names_of_their_own_and_flags_that_are_flags(tmp_path):
