@@ -133,8 +133,10 @@ class Stream:
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
     ) -> torch.Tensor:
         """Coordinates (B, W, K, D) float32 of words; from layer → states (B, T, d), and the words' tokens (B, W)."""
-        tokens = hidden_states[self.fit.knots[0].layer].shape[1]
-        cells = (at + torch.arange(len(at), device=at.device)[:, None] * tokens).flatten()
+        tokens, cells = hidden_states[self.fit.knots[0].layer].shape[1], at
+        if len(at) > 1:
+            cells = at + torch.arange(len(at), device=at.device)[:, None] * tokens
+        cells = cells.flatten()
         return self.states_at(hidden_states, cells).reshape(*at.shape, len(KNOTS), -1)
 
     def states_at(

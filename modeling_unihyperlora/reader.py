@@ -193,7 +193,7 @@ def _packed_lstm(
     """One direction: steps (w, b, width) and the first state (b, hidden) → (w, b, hidden)."""
     lstm, layers = 2, 1  # 2 is torch's number for an LSTM among the kinds of recurrent layers
     how = ([], lstm, state.shape[1], layers, True, False, False, False)
-    return torch.ops.aten.mkldnn_rnn_layer.default(steps, *weights, state, state, backwards, *how)[0]
+    return torch.mkldnn_rnn_layer(steps, *weights, state, state, backwards, *how)[0]
 
 
 class StreamTask(nn.Module):
@@ -260,7 +260,7 @@ class Adapter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self._kept: dict[str, tuple[object, dict[Hashable, Any]]] = {}  # task → state of the tensors, what was made
+        self._kept: dict[str, tuple[Watch, dict[Hashable, Any]]] = {}  # task → watch on its tensors, what was made
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # packed weights cannot be copied
@@ -273,14 +273,15 @@ class Adapter(nn.Module):
         """
         if torch.compiler.is_compiling():  # a compiled graph cannot use the cache
             return self._make(make)
-        parts = [part for part_name, part in self._modules.items() if part_name != "tasks"]
-        tensors = _tensors_of([*parts, self.tasks[task]])
-        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # inference tensors have no version
+        if torch.is_grad_enabled():
             self._kept = {}
             return self._make(make)
-        state = [(t._version, t.device, id(t)) for t in tensors]
-        if task not in self._kept or self._kept[task][0] != state:
-            self._kept[task] = (state, {})
+        if task not in self._kept or self._kept[task][0].has_changed():
+            shared = [(self._modules, part) for part in self._modules if part != "tasks"]
+            watch = Watch([*shared, (self.tasks._modules, task)], besides=(self._modules, "tasks"))
+            if watch.is_blind:
+                return self._make(make)
+            self._kept[task] = (watch, {})
         kept = self._kept[task][1]
         if name not in kept:
             kept[name] = self._make(make)
@@ -291,14 +292,38 @@ class Adapter(nn.Module):
             return make()
 
 
-def _tensors_of(parts: list[nn.Module]) -> list[torch.Tensor]:
-    """Parameters and buffers; much faster than a module's own iterators, since every pass needs them."""
-    found, modules = [], list(parts)
-    for module in modules:  # the loop also reaches the modules that it appends
-        found.extend(module._parameters.values())
-        found.extend(module._buffers.values())
-        modules.extend(module._modules.values())
-    return [tensor for tensor in found if tensor is not None]
+class Watch:
+    """Notices that a tensor of some modules was changed, moved or replaced; every pass asks, so it has to be fast.
+
+    Args:
+        roots: the modules, each as the dictionary that holds it and its name there.
+        besides: one more module that must stay in its place, though its tensors are not watched.
+
+    Attributes:
+        is_blind: whether there is an inference tensor, whose changes cannot be noticed.
+    """
+
+    def __init__(self, roots: list[tuple[dict, str]], besides: tuple[dict, str]):
+        self._places = [(owner, name, owner[name]) for owner, name in roots]
+        self._tensors = []
+        for _, _, thing in self._places:  # the loop also reaches the things that it appends
+            if isinstance(thing, nn.Module):
+                for owner in (thing._parameters, thing._buffers, thing._modules):
+                    self._places.extend((owner, name, value) for name, value in owner.items())
+            elif thing is not None:
+                self._tensors.append(thing)
+        self._places.append((*besides, besides[0][besides[1]]))
+        self.is_blind = any(tensor.is_inference() for tensor in self._tensors)
+        self._state = None if self.is_blind else self._read()
+
+    def has_changed(self) -> bool:
+        for owner, name, thing in self._places:
+            if owner.get(name) is not thing:
+                return True
+        return self._read() != self._state
+
+    def _read(self) -> list[tuple[int, int]]:
+        return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
 
 
 class StreamAdapter(Adapter):

@@ -301,6 +301,7 @@ class HostTokenizer:
 BLANK, MARK, ENDS, BARE, SPECIAL = 1, 2, 4, 8, 16  # flags of a vocabulary's entry, see ``vocabulary_flags``
 LAST = 2**31  # beyond all positions of tokens, so that it is sorted behind them
 OUTSIDE = -4  # own number of a token outside words, see ``word_rules``
+FEW = 128  # tokens of a batch up to which ``few_places`` takes less time than twenty small operations of torch
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's form of one byte of an unknown character
 
@@ -352,6 +353,12 @@ def word_rules(flags: torch.Tensor) -> torch.Tensor:
     own = torch.where(special > 0, OUTSIDE, torch.maximum(2 * blank, mark))
     rules = torch.stack([own, (1 + over) * (1 - bare)], dim=1)
     return torch.cat([rules, rules.new_tensor([[OUTSIDE, 2]])])
+
+
+def rule_bytes(rules: torch.Tensor) -> tuple[bytes, bytes]:
+    """The two columns of ``word_rules`` as bytes; ``OUTSIDE`` is subtracted from the first one, so that all fit."""
+    own, for_next = rules.cpu().unbind(dim=1)
+    return (own - OUTSIDE).numpy().tobytes(), for_next.numpy().tobytes()
 
 
 def _flags(text: str) -> int:
@@ -464,6 +471,39 @@ def word_places(
     return WordPlaces(first, read, lengths, word_of, begins)
 
 
+def few_places(
+    rules: tuple[bytes, bytes], input_ids: torch.Tensor, attention_mask: torch.Tensor | None, causal: bool
+) -> WordPlaces:
+    """``word_places(*begins_of(…))`` in plain Python, for few tokens on the CPU; ``rules`` are ``rule_bytes``."""
+    own_of, for_next_of = rules
+    padding = len(own_of) - 1
+    ids = input_ids.tolist()
+    masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.tolist()
+    first, last, word_of, begins = [], [], [], []
+    for row, mask in zip(ids, masks, strict=True):
+        firsts, lasts, numbers, starts, before = [], [], [], [], 2
+        for at, (token, real) in enumerate(zip(row, mask, strict=True)):
+            token = min(token, padding - 1) if real > 0 else padding
+            own = own_of[token] + OUTSIDE
+            starts.append(own + before >= 2)
+            if starts[-1]:
+                firsts.append(at)
+                lasts.append(at)
+            elif own >= 0:
+                lasts[-1] = at
+            numbers.append(max(len(firsts) - 1, 0))
+            before = for_next_of[token]
+        if not firsts:
+            firsts, lasts, starts[0] = [0], [0], True
+        for of_batch, of_row in zip((first, last, word_of, begins), (firsts, lasts, numbers, starts), strict=True):
+            of_batch.append(of_row)
+    lengths = [len(firsts) for firsts in first]
+    for row in (*first, *last):
+        row.extend([0] * (max(lengths) - len(row)))
+    first, last, lengths, word_of, begins = map(torch.tensor, (first, last, lengths, word_of, begins))
+    return WordPlaces(first, last if causal else first, lengths, word_of, begins)
+
+
 class Continuation(NamedTuple):
     """Changes B-X to I-X on the further tokens of a word, if the label I-X exists.
 
@@ -522,12 +562,17 @@ class WordReader:
         self.tokenizer = prepare_tokenizer(tokenizer)
         check_vocabulary(host, self.tokenizer)
         self.rules = word_rules(vocabulary_flags(self.tokenizer))
+        self._rule_bytes = rule_bytes(self.rules)
         self.causal, self.num_layers = probe(host, self.rules)
 
     def places(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
     ) -> WordPlaces:
         """Positions of the words among ids (B, T); arguments as for ``begins_of``."""
+        is_few = word_index is None and 0 < input_ids.numel() <= FEW and input_ids.device.type == "cpu"
+        if is_few and (attention_mask is None or attention_mask.shape == input_ids.shape):
+            if not torch.compiler.is_compiling():
+                return few_places(self._rule_bytes, input_ids, attention_mask, self.causal)
         if self.rules.device != input_ids.device:
             self.rules = self.rules.to(input_ids.device)
         return word_places(*begins_of(self.rules, input_ids, attention_mask, word_index), self.causal)

@@ -313,6 +313,30 @@ class TestKept:
                         assert not torch.equal(now, last), name
                         last = now
 
+    def test_a_part_that_was_replaced_is_noticed(self):
+        """A parameter's data, a parameter, a module, a task, all tasks."""
+        model, other = stirred(small_stream(), "people").eval(), stirred(small_stream(), "people", seed=9).eval()
+        own, theirs = model.adapter, other.adapter
+        with torch.no_grad():
+            last = model(**batch()).logits
+
+            def changed() -> bool:
+                nonlocal last
+                before, last = last, model(**batch()).logits
+                return not torch.equal(before, last)
+
+            assert not changed()
+            own.tasks["people"].head_bias.latent.data = theirs.tasks["people"].head_bias.latent.data + 1
+            assert changed()
+            own.tasks["people"].head_bias.latent = torch.nn.Parameter(theirs.tasks["people"].head_bias.latent - 1)
+            assert changed()
+            own.tasks["people"].reader = theirs.tasks["people"].reader
+            assert changed()
+            own.tasks["people"] = theirs.tasks["people"]
+            assert changed()
+            own.tasks = stirred(small_stream(), "people", seed=7).adapter.tasks
+            assert changed() and not changed()
+
     def test_other_tasks_are_not_computed_again(self):
         model = small_stream()
         model.add_task("later", LABELS, reader={"width": 8, "hidden": 4})

@@ -31,10 +31,12 @@ from modeling_unihyperlora.words import (
     Continuation,
     WordReader,
     begins_of,
+    few_places,
     is_mark,
     load_tokenizer,
     prepare_tokenizer,
     probe,
+    rule_bytes,
     vocabulary_flags,
     word_places,
     word_rules,
@@ -469,6 +471,31 @@ class TestRules:
         assert torch.equal(inside, mask > 0)
         begins, inside = begins_of(rules, ids, torch.zeros_like(mask))  # a sentence without words has one
         assert begins.tolist() == inside.tolist() == [[True, False, False, False]] * 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_python_finds_the_words_of_few_tokens(masked, causal):
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([0, BLANK, BLANK | MARK, MARK | ENDS, ENDS, BARE | BLANK, SPECIAL], dtype=torch.uint8)
+    for sentences, tokens in [(1, 1), (1, 16), (3, 9), (8, 5)] * 20:
+        rules = word_rules(kinds[torch.randint(0, len(kinds), (11,), generator=generator)])
+        ids = torch.randint(0, 14, (sentences, tokens), generator=generator)  # some are beyond the vocabulary
+        mask = (torch.rand(sentences, tokens, generator=generator) < 0.7).long() if masked else None
+        found = few_places(rule_bytes(rules), ids, mask, causal)
+        expected = word_places(*begins_of(rules, ids, mask), causal)
+        for name, own, wanted in zip(found._fields, found, expected, strict=True):
+            assert torch.equal(own, wanted) and own.dtype == wanted.dtype, name
+
+
+@pytest.mark.parametrize("family", HOSTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_tokens_changes_no_logits(kind, family, make_tagger, monkeypatch):
+    model = make_tagger(kind, family)
+    batch = model.stream.words.tokenizer(["Paris, in 2024 (maybe)!", "Rome"], padding=True, return_tensors="pt")
+    few = model(**batch).logits
+    monkeypatch.setattr("modeling_unihyperlora.words.FEW", 0)
+    assert torch.equal(model(**batch).logits, few) and few.std() > 0
 
 
 class _Places(torch.nn.Module):
