@@ -63,6 +63,7 @@ _SAVE_ARGUMENTS += ("save_peft_format", "save_original_format")
 _ONE_VALUE = {"safe_serialization": True, "variant": None}
 _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
+_LOADING_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation")  # of a host, besides those of the Hub
 _IGNORED_ARGUMENTS = (
     "trust_remote_code",
     "code_revision",
@@ -313,17 +314,25 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             tokenizer: the host's tokenizer, for a stream; loaded by the host's name when None.
             layout: of an injected update, where the host's family keeps its linear layers if the package does not
                 know it (``HostLayout``); it is saved with the adapter.
-            **host_kwargs: ``dtype``, ``cache_dir``, ``token``, ``local_files_only`` for loading the host.
+            **host_kwargs: ``dtype``, ``attn_implementation``, ``cache_dir``, ``token``, ``local_files_only`` for
+                loading the host.
 
         Raises:
             HostError: the host cannot be loaded, or cannot carry the adapter.
-            ConfigError: labels, reader or layout are not usable, or space and anchor_file were both given.
+            ConfigError: labels, reader or layout are not usable, space and anchor_file were both given, or an argument
+                is unknown.
             DataError: the anchor file cannot be used.
         """
         config = UniHyperLoraConfig() if config is None else config
         if space is not None and anchor_file is not None:
             raise ConfigError("Give space, or anchor_file to make a new space; not both.")
+        if unknown := sorted(host_kwargs.keys() - {*_HUB_ARGUMENTS, *_LOADING_ARGUMENTS}):
+            raise ConfigError(
+                f"from_host has no argument {unknown[0]!r}; see its docstring. Choices of the adapter, such as "
+                "pathway, go into config=UniHyperLoraConfig(…)."
+            )
         if isinstance(host, nn.Module):
+            _check_not_loading(host_kwargs)
             name = encoder_of(host).config.name_or_path
         else:
             name, host = str(host), load_host(str(host), revision=revision, **host_kwargs)
@@ -445,10 +454,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             host = load_host(name, **loading, **own)
             if config.pathway == "stream" and tokenizer is None:
                 tokenizer = load_tokenizer(name, **own)
-        elif loading:
-            raise ConfigError(
-                f"{sorted(loading)[0]} is for a host that is loaded here, but a loaded host was given. Leave it out."
-            )
+        else:
+            _check_not_loading(loading)
         if config.pathway == "inject":
             _part("injection").describe_target(config, host, layout, binds=False)
         adapter = make_adapter(config)  # before the host is touched, so that a bad file does not change it
@@ -1226,6 +1233,14 @@ def _one_device(device_map) -> torch.device | str | None:
     if device.type == "meta":
         raise ConfigError("device_map='meta' keeps no values, but the host's are needed. Give 'auto' or 'cpu'.")
     return device
+
+
+def _check_not_loading(arguments: dict) -> None:
+    """Refuse arguments for loading a host where the caller gave a loaded host."""
+    if arguments:
+        raise ConfigError(
+            f"{sorted(arguments)[0]} is for a host that is loaded here, but a loaded host was given. Leave it out."
+        )
 
 
 def _given(**kwargs) -> dict:

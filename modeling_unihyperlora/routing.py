@@ -163,10 +163,11 @@ def add_atoms(
     """
     rows, weighted = rows.to(dots.dtype), dots * weights.to(dots.dtype)
     if routing.atoms is None:
-        out += F.linear(weighted, rows.T)
+        out.addmm_(weighted, rows)
         return
-    step = max(1, AT_ONCE // out.shape[-1])
-    starts = routing.bags[0]
-    for first in range(0, len(out), step):
-        chosen = routing.atoms[first : first + step]
-        out[first : first + step] += _sum_atoms(weighted[first : first + step], rows, chosen, starts[: len(chosen)])
+    step, starts = max(1, AT_ONCE // out.shape[-1]), routing.bags[0]
+    if len(out) <= step:
+        out.add_(_sum_atoms(weighted, rows, routing.atoms, starts))
+        return
+    for some, own, chosen in zip(*(every.split(step) for every in (out, weighted, routing.atoms)), strict=True):
+        some.add_(_sum_atoms(own, rows, chosen, starts[: len(chosen)]))

@@ -164,9 +164,15 @@ class TestArguments:
             with pytest.raises(ConfigError, match="is for a host that is loaded here"):
                 load(folders, host=bert(), tokenizer=TOKENIZER, **given)
 
+            with pytest.raises(ConfigError, match="is for a host that is loaded here"):
+                UniHyperLoraForTokenClassification.from_host(bert(), LABELS, tokenizer=TOKENIZER, **given)
+
     def test_unknown_arguments_are_refused(self, folders):
         with pytest.raises(ConfigError, match="no argument 'fidelity'"):
             load(folders, fidelity=0.5)
+        for host in (bert(), "no/host"):
+            with pytest.raises(ConfigError, match="'pathway'; .* go into config=UniHyperLoraConfig"):
+                UniHyperLoraForTokenClassification.from_host(host, LABELS, tokenizer=TOKENIZER, pathway="inject")
 
     def test_a_host_that_is_not_there(self, folders, tmp_path):
         with pytest.raises(HostError, match="cannot be loaded"):
