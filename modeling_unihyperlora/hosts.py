@@ -194,17 +194,18 @@ def call_host(host: nn.Module, attention_mask: torch.Tensor | None, **inputs):
 
 
 def explain_ids(host: nn.Module, input_ids: torch.Tensor, error: Exception) -> None:
-    """Raise ``HostError`` if a host failed on ids (B, T) because they are too many or exceed its embeddings."""
+    """Raise ``HostError`` if a host failed on ids (B, T) because they are too many or have no embedding."""
     window, rows = window_of(host), host.get_input_embeddings().weight.shape[0]
     if window is not None and input_ids.shape[1] > window:
         raise HostError(
             f"A text has {input_ids.shape[1]} tokens, but the host '{host.config.name_or_path}' reads at most "
             f"{window}. Give the tokenizer truncation=True, or cut the text. A pipeline with stride=16 reads windows."
         ) from error
-    if int(input_ids.max()) >= rows:
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= rows:
         raise HostError(
-            f"input_ids go up to {int(input_ids.max())}, but the host '{host.config.name_or_path}' embeds {rows}: "
-            "the ids are from another tokenizer. Use the host's tokenizer."
+            f"input_ids go from {lowest} to {highest}, but the host '{host.config.name_or_path}' embeds 0 to "
+            f"{rows - 1}: the ids are from another tokenizer. Use the host's tokenizer."
         ) from error
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
@@ -161,11 +161,16 @@ class Stream:
                 "input_ids, or canonical_states."
             )
         ids = inputs["input_ids"]
-        if ids.dim() != 2 or (word_index is not None and word_index.shape != ids.shape):
-            given = "" if word_index is None else f", word_index {tuple(word_index.shape)}"
-            raise ConfigError(f"input_ids and word_index must be (B, T); given: {tuple(ids.shape)}{given}.")
-        if ids.shape[1] == 0:
-            raise ConfigError("The text is empty: it has no tokens. Leave empty texts out.")
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+            given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ConfigError(f"input_ids must be a tensor of integers; given: {given}. Use return_tensors='pt'.")
+        beside = {"attention_mask": attention_mask, "word_index": word_index}
+        shapes = {"input_ids": ids.shape} | {name: of.shape for name, of in beside.items() if of is not None}
+        if ids.dim() != 2 or len({*shapes.values()}) > 1:
+            given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+            raise ConfigError(f"input_ids, attention_mask and word_index must be (B, T); given: {given}.")
+        if ids.numel() == 0:
+            raise ConfigError(f"The batch {tuple(ids.shape)} has no tokens. Leave empty texts out.")
         places = self.words.places(ids, attention_mask, word_index)  # before the host, so that a GPU does not wait
         try:
             out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
@@ -324,6 +329,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             DataError: the anchor file cannot be used.
         """
         config = UniHyperLoraConfig() if config is None else config
+        if not isinstance(config, PreTrainedConfig):
+            raise ConfigError(f"config must be a UniHyperLoraConfig; got {type(config).__name__}.")
         if space is not None and anchor_file is not None:
             raise ConfigError("Give space, or anchor_file to make a new space; not both.")
         if unknown := sorted(host_kwargs.keys() - {*_HUB_ARGUMENTS, *_LOADING_ARGUMENTS}):
@@ -418,6 +425,8 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             raise ConfigError(
                 "ignore_mismatched_sizes=True is not supported: an adapter's file must fit. Leave it out."
             )
+        if isinstance(host, str | Path):
+            raise ConfigError(f"host must be a loaded model; give the name as base_model_name_or_path='{host}'.")
         if kwargs:
             raise ConfigError(f"from_pretrained has no argument {sorted(kwargs)[0]!r}; see its docstring.")
         config_file = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision, hub)
@@ -958,6 +967,9 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
                     f"given: {tuple(z.shape)}, with {sorted(inputs.keys() - {'canonical_states'}) or 'nothing else'}."
                 )
             mask = torch.ones(z.shape[:2], device=z.device) if attention_mask is None else attention_mask
+            if mask.shape != z.shape[:2]:
+                wanted, given = tuple(z.shape[:2]), tuple(mask.shape)
+                raise ConfigError(f"With canonical_states, attention_mask must be (B, W) = {wanted}; given: {given}.")
             run = StreamRun(self.adapter, z, (mask > 0).sum(dim=1))
         else:
             run = self.bound_stream.read(attention_mask, inputs)

@@ -133,6 +133,8 @@ class CanonicalSpace(nn.Module):
         Raises:
             AdapterFileError: the file is missing, is damaged, or holds no space.
         """
+        if not Path(path).is_file():
+            raise AdapterFileError(f"No canonical space '{path}'. Give a file that CanonicalSpace.save wrote.")
         tensors = read_checked(Path(path))
         try:
             shape = json.loads(metadata_of(Path(path))["space"])

@@ -117,10 +117,15 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     text.
 
     Raises:
-        HostError: the tokenizer is slow, or has no token to pad with.
+        HostError: it is no tokenizer of transformers, it is slow, or it has no token to pad with.
     """
     if isinstance(tokenizer, _WordTokenizer):
         return tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise HostError(
+            f"A tokenizer must be a loaded one; got {type(tokenizer).__name__}. Load it with "
+            "AutoTokenizer.from_pretrained."
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise HostError(
             f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell the word of a sub-token. Use a host "
@@ -569,8 +574,7 @@ class WordReader:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, word_index: torch.Tensor | None = None
     ) -> WordPlaces:
         """Positions of the words among ids (B, T); arguments as for ``begins_of``."""
-        is_few = word_index is None and 0 < input_ids.numel() <= FEW and input_ids.device.type == "cpu"
-        if is_few and (attention_mask is None or attention_mask.shape == input_ids.shape):
+        if word_index is None and input_ids.numel() <= FEW and input_ids.device.type == "cpu":
             if not torch.compiler.is_compiling():
                 return few_places(self._rule_bytes, input_ids, attention_mask, self.causal)
         if self.rules.device != input_ids.device:

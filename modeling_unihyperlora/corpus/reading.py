@@ -4,6 +4,7 @@ Letters: W words of a text, K knots, D coordinates per knot.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +34,11 @@ def read(
 
     Raises:
         ConfigError: the column does not exist, or no word fits into ``max_seq_length``.
-        DataError: a row is neither a text nor a list of words.
+        DataError: a row is neither a text nor a list of words, or one text was given in place of a list.
         HostError: the model is not a stream that is aligned with a host.
     """
+    if isinstance(texts, str):
+        raise DataError("read takes a list of texts, but one text was given. Put it into a list: read([text]).")
     if isinstance(texts, Mapping):
         texts = texts[text_column(texts, column)]
     sentences = [words_of(row, f"row {number}") for number, row in enumerate(texts)]
@@ -183,7 +186,7 @@ def windows_of(
 def _runs(sample: list[int], count: int) -> list[tuple[int, int]]:
     """Range of rows (first, end) of each text; ``sample`` has the text of each row."""
     ends = np.searchsorted(sample, np.arange(count), side="right").tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(pairwise([0, *ends]))
 
 
 def _places(word_index: list[int], causal: bool) -> tuple[np.ndarray, np.ndarray, tuple]:

@@ -173,6 +173,10 @@ class TestArguments:
         for host in (bert(), "no/host"):
             with pytest.raises(ConfigError, match="'pathway'; .* go into config=UniHyperLoraConfig"):
                 UniHyperLoraForTokenClassification.from_host(host, LABELS, tokenizer=TOKENIZER, pathway="inject")
+        with pytest.raises(ConfigError, match="config must be a UniHyperLoraConfig; got dict"):
+            UniHyperLoraForTokenClassification.from_host(bert(), LABELS, config={}, tokenizer=TOKENIZER)
+        with pytest.raises(ConfigError, match="base_model_name_or_path='no/host'"):
+            load(folders, host="no/host")
 
     def test_a_host_that_is_not_there(self, folders, tmp_path):
         with pytest.raises(HostError, match="cannot be loaded"):
@@ -238,19 +242,38 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("given", "error", "message"),
         [
-            ({"input_ids": torch.tensor([2, 5, 3])}, ConfigError, "must be .B, T.; given: .3,."),
-            ({"input_ids": torch.ones(1, 3).long(), "word_index": torch.ones(1, 2).long()}, ConfigError, "word_index"),
+            ({"input_ids": [[2, 5, 3]]}, ConfigError, "tensor of integers; given: list"),
+            ({"input_ids": torch.ones(1, 3)}, ConfigError, "tensor of integers; given: torch.float32"),
+            ({"input_ids": torch.tensor([2, 5, 3])}, ConfigError, r"be \(B, T\); given: input_ids \(3,\)\."),
+            (
+                {"input_ids": torch.ones(1, 3).long(), "word_index": torch.ones(1, 2).long()},
+                ConfigError,
+                r"input_ids \(1, 3\), word_index \(1, 2\)",
+            ),
+            (
+                {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(2, 3)},
+                ConfigError,
+                r"input_ids \(1, 3\), attention_mask \(2, 3\)",
+            ),
+            ({"input_ids": torch.ones(1, 0).long()}, ConfigError, r"\(1, 0\) has no tokens"),
+            ({"input_ids": torch.ones(0, 2).long()}, ConfigError, r"\(0, 2\) has no tokens"),
             ({"input_ids": torch.full((1, 100), 5)}, HostError, "100 tokens, but the host .* reads at most 64"),
             (
                 {"input_ids": torch.tensor([[2, 999, 3]])},
                 HostError,
-                "go up to 999, but the host .* embeds 50",
+                "from 2 to 999, but the host .* embeds 0 to 4[0-9]",
             ),
+            ({"input_ids": torch.tensor([[2, -5, 3]])}, HostError, "from -5 to 3, but the host .* embeds 0 to 4[0-9]"),
             ({"canonical_states": torch.zeros(1, 2, 5, 7)}, ConfigError, r"\(B, W, 5, 12\) .*given: \(1, 2, 5, 7\)"),
             (
                 {"canonical_states": torch.zeros(1, 2, 5, 12), "input_ids": torch.ones(1, 3).long()},
                 ConfigError,
                 "replace all other inputs; .*input_ids",
+            ),
+            (
+                {"canonical_states": torch.zeros(1, 2, 5, 12), "attention_mask": torch.ones(1, 3)},
+                ConfigError,
+                r"attention_mask must be \(B, W\) = \(1, 2\); given: \(1, 3\)",
             ),
             ({**batch(), "tasks": "people"}, ConfigError, "tasks='people' must be a list"),
             ({**batch(), "tasks": []}, ConfigError, r"tasks=\[\] must be a list"),

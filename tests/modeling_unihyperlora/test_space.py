@@ -144,6 +144,10 @@ class TestFile:
         with pytest.raises(AdapterFileError, match="holds no canonical space"):
             CanonicalSpace.load(tmp_path / "space.safetensors")
 
+    def test_a_missing_file_is_refused(self, tmp_path):
+        with pytest.raises(AdapterFileError, match="No canonical space '.*none'"):
+            CanonicalSpace.load(tmp_path / "none")
+
     def test_an_adapters_file_is_no_space(self, tmp_path):
         small_stream().save_pretrained(tmp_path)
         with pytest.raises(AdapterFileError, match="holds no canonical space"):

@@ -445,6 +445,10 @@ class TestBadInput:
         with pytest.raises(ConfigError, match="without input_ids"):
             make_tagger("unigram")(inputs_embeds=torch.randn(1, 3, 32))
 
+    def test_a_tokenizer_is_a_loaded_one(self):
+        with pytest.raises(HostError, match="must be a loaded one; got str"):
+            prepare_tokenizer("bert-base-cased")
+
 
 class TestRules:
     def test_two_numbers_say_what_the_flags_say(self):

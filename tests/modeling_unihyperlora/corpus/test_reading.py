@@ -78,6 +78,12 @@ def test_text_of_no_words(model, text):
     assert found["words"][1] == ["word1"]
 
 
+def test_no_text_and_one_text(model):
+    assert read(model, []) == {"words": [], "states": []}
+    with pytest.raises(DataError, match="one text was given"):
+        read(model, "Rome is old")
+
+
 def test_long_text_is_read_in_windows_that_overlap(model):
     words = np.random.default_rng(0).choice(WORDS, 150).tolist()
     [states] = model.read([words], max_seq_length=34)["states"]
