@@ -61,8 +61,8 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
     """
     if not name_or_path:
         raise HostError(
-            "The adapter does not name a host. Pass base_model_name_or_path='a Hub id or a folder' "
-            "or host=a_loaded_encoder."
+            "The adapter does not name a host. Pass base_model_name_or_path='a Hub id or a folder' (on the command "
+            "line --host) or host=a_loaded_encoder."
         )
     try:
         with _unsharded(), _without_report():
@@ -75,9 +75,9 @@ def load_host(name_or_path: str | None, **kwargs) -> nn.Module:
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise HostError(
-            f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Pass "
-            "base_model_name_or_path='a Hub id or a folder' or host=a_loaded_encoder. If the host's repository needs "
-            "its own code or has no safetensors file, load the host yourself and pass it as host=."
+            f"The host '{name_or_path}' cannot be loaded ({first_line(error)}). Give the Hub id "
+            "or the folder of an encoder or a decoder. If its repository needs its own code or has no safetensors "
+            "file, load the host yourself and pass it as host=."
         ) from error
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # states do not need it
     if missing:

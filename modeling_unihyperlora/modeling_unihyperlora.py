@@ -705,9 +705,13 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(config.tasks)}.")
         if cls.task_type not in (None, config.tasks[name]["type"]):
             fitting = sorted(other for other, task in config.tasks.items() if task["type"] == cls.task_type)
+            is_tags = config.tasks[name]["type"] == "token_classification"
+            kind, command = ("TokenClassification", "tag") if is_tags else ("SequenceClassification", "classify")
+            wanted = f"For this one use UniHyperLoraFor{kind}, or on the command line `unihyperlora {command}`."
+            if fitting:
+                wanted = f"The adapter's tasks of that type are {fitting}: choose one with task=."
             raise ConfigError(
-                f"Task {name!r} is {config.tasks[name]['type']}, but {cls.__name__} does {cls.task_type}; the "
-                f"adapter's tasks of that type are {fitting}. Choose one with task=."
+                f"Task {name!r} is {config.tasks[name]['type']}, but {cls.__name__} does {cls.task_type}. {wanted}"
             )
 
     # ---- alignment, detaching ----

@@ -190,7 +190,7 @@ def start(ground: Ground, args: argparse.Namespace) -> dict[str, object]:
         raise ConfigError("start needs a trained adapter: --adapter DIR")
     with tempfile.TemporaryDirectory() as folder:
         reader, host = (str(Path(folder) / name) for name in ("reader.onnx", "host.onnx"))
-        given = ["--model_name_or_path", args.model_name_or_path, "--host_file", host]
+        given = ["--host", args.model_name_or_path, "--host_file", host]
         process_cost(["export-onnx", args.adapter, reader, *given])
         commands = {
             "torch": ["tag", args.adapter, SENTENCE, "--json", "--host", args.model_name_or_path],

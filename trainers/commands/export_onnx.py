@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("path", help="The ONNX file to write.")
     add("--host_file", metavar="FILE", help="Separate file for the host; its tokenizer is written beside it.")
     add("--task", metavar="NAME", help="Task to export; default: the active task.")
-    add("--model_name_or_path", metavar="HOST", help="Host; default: the adapter's own.")
+    add("--host", help="Folder or Hub id; default: the adapter's own host.")
     add("--router", choices=("static",), help="For an injected update: use the fixed mask.")
     add("--validation_file", metavar="FILE", help="Tagged sentences to score both on.")
     add("--max_eval_samples", type=int, metavar="N", help="Score the first N sentences only.")
@@ -92,9 +92,7 @@ def load(arguments: argparse.Namespace) -> UniHyperLoraPreTrainedModel:
         raise ConfigError(f"--validation_file is for tags of words, but task {task!r} classifies texts. Leave it out.")
     kind = UniHyperLoraForTokenClassification if tags else UniHyperLoraForSequenceClassification
     changes = {"router": arguments.router} if arguments.router else {}
-    return kind.from_pretrained(
-        arguments.adapter, base_model_name_or_path=arguments.model_name_or_path, task=task, **changes
-    )
+    return kind.from_pretrained(arguments.adapter, base_model_name_or_path=arguments.host, task=task, **changes)
 
 
 def scores_of(path: str, host_path: str | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
