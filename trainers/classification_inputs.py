@@ -1,12 +1,11 @@
-"""Examples as model inputs, and predictions as labels: token ids, accuracy and macro F1, one label per line."""
+"""Examples as model inputs, and predictions as labels: token ids, one label per line."""
 
 import logging
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora.errors import ConfigError
 
@@ -78,15 +77,3 @@ class EncodedTexts(Dataset):
 def best_class(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
     """``preprocess_logits_for_metrics``: logits (B, C) → id of the highest logit (B,)."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
-
-
-def classification_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """``compute_metrics``: accuracy, and F1 averaged over the classes that occur in the data or are predicted.
-
-    Needs ``preprocess_logits_for_metrics=best_class``.
-    """
-    gold, found = prediction.label_ids, prediction.predictions
-    return {
-        "accuracy": float(accuracy_score(gold, found)),
-        "f1": float(f1_score(gold, found, average="macro", zero_division=0)),
-    }

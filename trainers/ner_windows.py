@@ -1,4 +1,4 @@
-"""Sentences as model inputs, and predictions as tags: windows of sub-tokens, entity scores, lines of tags.
+"""Sentences as model inputs, and predictions as tags: windows of sub-tokens, lines of tags.
 
 Each word is scored once, at its first sub-token; all other positions have the label -100, which losses ignore. A
 sentence that is too long is split between words into overlapping windows. Each word is scored in the window that gives
@@ -6,19 +6,18 @@ it the most context. The scores of all windows are joined before the sentence is
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from seqeval.metrics import accuracy_score, classification_report, f1_score, precision_score, recall_score
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_unihyperlora.errors import ConfigError, DataError
 
 from .decoding import decode, rules_of
 from .ner_data import Sentence
-from .tag_schemes import default_scheme, reader_of_tags, tags_of_labels
+from .tag_schemes import default_scheme, tags_of_labels
 from .windows import Window, cut
 
 logger = logging.getLogger(__name__)
@@ -139,57 +138,6 @@ class SentenceWindows(Dataset):
 def token_scores(logits: torch.Tensor | tuple, labels: torch.Tensor | None = None) -> torch.Tensor:
     """``preprocess_logits_for_metrics``: keep the logits (B, T, C); decoding follows when all windows are scored."""
     return (logits[0] if isinstance(logits, tuple) else logits).float()
-
-
-def entity_scores(windows: SentenceWindows, by_type: bool = False) -> Callable[[EvalPrediction], dict[str, float]]:
-    """``compute_metrics`` for one data set: micro precision, recall and F1 over entities, accuracy over words.
-
-    Tags are rewritten from the data set's scheme to the tags that seqeval reads. seqeval then finds the entities of
-    whole sentences in its default mode. If tags are bare types, each unbroken run of a tag is one entity. Needs
-    ``preprocess_logits_for_metrics=token_scores``.
-
-    Args:
-        windows: the data set to evaluate, in its own order.
-        by_type: also return precision, recall, F1 and the number of entities of every type (``PER_f1`` and so on).
-    """
-    read = reader_of_tags(windows.labels, windows.scheme)
-    gold = [[read(tag) for tag in sentence.tags or []] for sentence in windows.sentences]
-    if any(label != "O" and read(label)[2:] == label for label in windows.labels):
-        logger.warning("Some labels have no B- or I- prefix: an unbroken run of such a tag counts as one entity.")
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        _require_own_order(windows, prediction.label_ids)
-        found = [[read(tag) for tag in tags] for tags in windows.tags_of(prediction.predictions)]
-        scores = {
-            "precision": precision_score(gold, found, zero_division=0),
-            "recall": recall_score(gold, found, zero_division=0),
-            "f1": f1_score(gold, found, zero_division=0),
-            "accuracy": accuracy_score(gold, found),
-        }
-        if by_type and any(tag != "O" for row in gold + found for tag in row):
-            report = classification_report(gold, found, output_dict=True, zero_division=0)
-            for name, row in report.items():
-                if name not in _AVERAGES:
-                    scores |= {f"{name}_{short}": row[key] for short, key in _REPORTED.items()}
-        return {name: float(value) for name, value in scores.items()}
-
-    return compute
-
-
-_AVERAGES = ("micro avg", "macro avg", "weighted avg")
-_REPORTED = {"precision": "precision", "recall": "recall", "f1": "f1-score", "number": "support"}
-
-
-def _require_own_order(windows: SentenceWindows, label_ids: np.ndarray) -> None:
-    """Raise ``DataError`` if predictions are not in the order of the windows: sentences would get wrong tags."""
-    in_order = len(label_ids) == len(windows) and all(
-        [label for label in row if label != IGNORED] == windows.label_ids(index) for index, row in enumerate(label_ids)
-    )
-    if not in_order:
-        raise DataError(
-            "The evaluation returned the data in another order. Evaluate without --train_sampling_strategy "
-            "group_by_length."
-        )
 
 
 def _word_pieces(sentences: list[Sentence], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:

@@ -6,8 +6,9 @@ from modeling_unihyperlora import UniHyperLoraForSequenceClassification, UniHype
 
 from . import classification_data, ner_data, stored_data
 from .arguments import ClassificationArguments, NerArguments
-from .classification_inputs import EncodedTexts, best_class, classification_scores
-from .ner_windows import SentenceWindows, entity_scores, token_scores
+from .classification_inputs import EncodedTexts, best_class
+from .metrics import classification_scores, entity_scores
+from .ner_windows import SentenceWindows, token_scores
 from .raw_text import words_of_raw_text
 from .running import Task
 

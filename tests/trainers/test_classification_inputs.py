@@ -7,7 +7,8 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 
 from modeling_unihyperlora.errors import ConfigError
 from trainers.classification_data import Example
-from trainers.classification_inputs import EncodedTexts, best_class, classification_scores
+from trainers.classification_inputs import EncodedTexts, best_class
+from trainers.metrics import classification_scores
 
 LABELS = ["no", "yes"]
 

@@ -8,8 +8,9 @@ from transformers import EvalPrediction
 from modeling_unihyperlora.errors import ConfigError, DataError
 from modeling_unihyperlora.words import NO_WORD
 from trainers.decoding import rules_of
+from trainers.metrics import entity_scores
 from trainers.ner_data import Sentence
-from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
+from trainers.ner_windows import IGNORED, SentenceWindows
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 LONG_WORD = "supercalifragilistic"  # four pieces

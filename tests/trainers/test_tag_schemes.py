@@ -12,8 +12,9 @@ from transformers import EvalPrediction
 
 from modeling_unihyperlora.errors import DataError
 from trainers.decoding import rules_of
+from trainers.metrics import entity_scores
 from trainers.ner_data import Sentence
-from trainers.ner_windows import IGNORED, SentenceWindows, entity_scores
+from trainers.ner_windows import IGNORED, SentenceWindows
 from trainers.scheme_inference import count_broken, infer_scheme
 from trainers.tag_schemes import OUTSIDE, Tag, default_scheme, entity_spans, split_tag
 

@@ -115,3 +115,10 @@ def test_the_other_kind_of_adapter_is_refused(saved, capsys):
 def test_the_command_itself_needs_no_torch():
     code = "import sys, trainers.commands.tag as t; sys.exit('torch' in sys.modules or t.__name__ == '')"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tagging_imports_nothing_for_training():
+    code = "import sys, trainers.tagging, trainers.commands.inspect; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {*run.stdout.split()}
+    assert "torch" in loaded and not loaded & {"sklearn", "pandas", "datasets", "peft", "seqeval"}

@@ -30,8 +30,9 @@ from modeling_unihyperlora.modeling_unihyperlora import UniHyperLoraPreTrainedMo
 from modeling_unihyperlora.storage import adapter_file, write_json
 from modeling_unihyperlora.words import load_tokenizer
 
+from ..metrics import entity_scores
 from ..ner_data import read_file
-from ..ner_windows import IGNORED, SentenceWindows, entity_scores, token_scores
+from ..ner_windows import IGNORED, SentenceWindows, token_scores
 from ..onnx_runtime import OnnxReader
 from . import new_parser
 
