@@ -171,8 +171,8 @@ class Stream:
             raise ConfigError(f"input_ids, attention_mask and word_index must be (B, T); given: {given}.")
         if ids.numel() == 0:
             raise ConfigError(f"The batch {tuple(ids.shape)} has no tokens. Leave empty texts out.")
-        places = self.words.places(ids, attention_mask, word_index)  # before the host, so that a GPU does not wait
         try:
+            places = self.words.places(ids, attention_mask, word_index)  # before the host, so that a GPU does not wait
             out = call_host(self.host, attention_mask, output_hidden_states=True, **inputs)
         except (IndexError, RuntimeError) as error:
             explain_ids(self.host, ids, error)

@@ -263,6 +263,8 @@ class TestInputs:
                 HostError,
                 "from 2 to 999, but the host .* embeds 0 to 4[0-9]",
             ),
+            ({"input_ids": torch.tensor([[2, -100, 3]])}, HostError, "from -100 to 3, but the host"),
+            ({"input_ids": torch.full((2, 200), -100)}, HostError, "200 tokens, but the host"),
             ({"input_ids": torch.tensor([[2, -5, 3]])}, HostError, "from -5 to 3, but the host .* embeds 0 to 4[0-9]"),
             ({"canonical_states": torch.zeros(1, 2, 5, 7)}, ConfigError, r"\(B, W, 5, 12\) .*given: \(1, 2, 5, 7\)"),
             (
