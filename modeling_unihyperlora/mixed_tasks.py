@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .reader import Watch
+
 
 class OwnValues(NamedTuple):
     """Values of one task's parameters, as the file holds them."""
@@ -81,12 +83,11 @@ class StackedTasks:
 
 def _values_of(task: nn.Module) -> OwnValues:
     """Values of a task; without gradients they are cached at the task until one of its parameters changes."""
-    stored = (task.delta, task.embedding, task.head_weight, task.head_bias)
-    latents = [tensor.latent for tensor in stored]
-    if torch.is_grad_enabled() or any(latent.is_inference() for latent in latents):
-        return OwnValues(*(tensor() for tensor in stored))
-    state = [(latent._version, latent.data_ptr(), latent.device) for latent in latents]
-    kept = task.__dict__.get("_kept_values")
-    if kept is None or kept[0] != state:
-        kept = task.__dict__["_kept_values"] = (state, OwnValues(*(tensor() for tensor in stored)))
+    stored = [task.delta, task.embedding, task.head_weight, task.head_bias]
+    kept = None if torch.is_grad_enabled() else task.__dict__.get("_kept_values")
+    if kept is None or not kept[0].holds(stored):
+        values = OwnValues(*(tensor() for tensor in stored))
+        if torch.is_grad_enabled() or (watch := Watch(stored)).is_blind:
+            return values
+        kept = task.__dict__["_kept_values"] = (watch, values)
     return kept[1]

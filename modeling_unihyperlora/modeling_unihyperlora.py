@@ -134,11 +134,9 @@ class Stream:
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], at: torch.Tensor
     ) -> torch.Tensor:
         """Coordinates (B, W, K, D) float32 of words; from layer → states (B, T, d), and the words' tokens (B, W)."""
-        tokens, cells = hidden_states[self.fit.knots[0].layer].shape[1], at
-        if len(at) > 1:
-            cells = at + torch.arange(len(at), device=at.device)[:, None] * tokens
-        cells = cells.flatten()
-        return self.states_at(hidden_states, cells).reshape(*at.shape, len(KNOTS), -1)
+        tokens = hidden_states[self.fit.knots[0].layer].shape[1]
+        cells = at if len(at) == 1 else at + torch.arange(len(at), device=at.device)[:, None] * tokens
+        return self.states_at(hidden_states, cells.flatten()).reshape(*at.shape, len(KNOTS), -1)
 
     def states_at(
         self, hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor], cells: torch.Tensor
@@ -164,10 +162,10 @@ class Stream:
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
             given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ConfigError(f"input_ids must be a tensor of integers; given: {given}. Use return_tensors='pt'.")
-        beside = {"attention_mask": attention_mask, "word_index": word_index}
-        shapes = {"input_ids": ids.shape} | {name: of.shape for name, of in beside.items() if of is not None}
-        if ids.dim() != 2 or len({*shapes.values()}) > 1:
-            given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        named = (("input_ids", ids), ("attention_mask", attention_mask), ("word_index", word_index))
+        shapes = [(name, tensor.shape) for name, tensor in named if tensor is not None]
+        if ids.dim() != 2 or any(shape != ids.shape for _, shape in shapes):
+            given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes)
             raise ConfigError(f"input_ids, attention_mask and word_index must be (B, T); given: {given}.")
         if ids.numel() == 0:
             raise ConfigError(f"The batch {tuple(ids.shape)} has no tokens. Leave empty texts out.")
@@ -705,11 +703,12 @@ class UniHyperLoraPreTrainedModel(PreTrainedModel):
             raise ConfigError(f"No task {name!r} in this adapter; it has {sorted(config.tasks)}.")
         if cls.task_type not in (None, config.tasks[name]["type"]):
             fitting = sorted(other for other, task in config.tasks.items() if task["type"] == cls.task_type)
-            is_tags = config.tasks[name]["type"] == "token_classification"
-            kind, command = ("TokenClassification", "tag") if is_tags else ("SequenceClassification", "classify")
-            wanted = f"For this one use UniHyperLoraFor{kind}, or on the command line `unihyperlora {command}`."
             if fitting:
                 wanted = f"The adapter's tasks of that type are {fitting}: choose one with task=."
+            else:
+                is_tags = config.tasks[name]["type"] == "token_classification"
+                kind, command = ("TokenClassification", "tag") if is_tags else ("SequenceClassification", "classify")
+                wanted = f"For this one use UniHyperLoraFor{kind}, or on the command line `unihyperlora {command}`."
             raise ConfigError(
                 f"Task {name!r} is {config.tasks[name]['type']}, but {cls.__name__} does {cls.task_type}. {wanted}"
             )

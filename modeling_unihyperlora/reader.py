@@ -276,9 +276,9 @@ class Adapter(nn.Module):
         if torch.is_grad_enabled():
             self._kept = {}
             return self._make(make)
-        if task not in self._kept or self._kept[task][0].has_changed():
-            shared = [(self._modules, part) for part in self._modules if part != "tasks"]
-            watch = Watch([*shared, (self.tasks._modules, task)], besides=(self._modules, "tasks"))
+        modules = [self.tasks[task], *(part for part_name, part in self._modules.items() if part_name != "tasks")]
+        if task not in self._kept or not self._kept[task][0].holds(modules):
+            watch = Watch(modules)
             if watch.is_blind:
                 return self._make(make)
             self._kept[task] = (watch, {})
@@ -295,32 +295,30 @@ class Adapter(nn.Module):
 class Watch:
     """Notices that a tensor of some modules was changed, moved or replaced; every pass asks, so it has to be fast.
 
-    Args:
-        roots: the modules, each as the dictionary that holds it and its name there.
-        besides: one more module that must stay in its place, though its tensors are not watched.
-
     Attributes:
         is_blind: whether there is an inference tensor, whose changes cannot be noticed.
     """
 
-    def __init__(self, roots: list[tuple[dict, str]], besides: tuple[dict, str]):
-        self._places = [(owner, name, owner[name]) for owner, name in roots]
-        self._tensors = []
-        for _, _, thing in self._places:  # the loop also reaches the things that it appends
-            if isinstance(thing, nn.Module):
-                for owner in (thing._parameters, thing._buffers, thing._modules):
-                    self._places.extend((owner, name, value) for name, value in owner.items())
-            elif thing is not None:
-                self._tensors.append(thing)
-        self._places.append((*besides, besides[0][besides[1]]))
+    def __init__(self, modules: list[nn.Module]):
+        self._modules = modules
+        self._places: list[tuple[dict, str, nn.Module | torch.Tensor | None]] = []
+        below = list(modules)
+        for module in below:  # the loop also reaches the modules that it appends
+            for owner in (module._parameters, module._buffers, module._modules):
+                self._places.extend((owner, name, value) for name, value in owner.items())
+            below.extend(part for part in module._modules.values() if part is not None)
+        self._tensors = [value for _, _, value in self._places if isinstance(value, torch.Tensor)]
         self.is_blind = any(tensor.is_inference() for tensor in self._tensors)
         self._state = None if self.is_blind else self._read()
 
-    def has_changed(self) -> bool:
-        for owner, name, thing in self._places:
-            if owner.get(name) is not thing:
-                return True
-        return self._read() != self._state
+    def holds(self, modules: list[nn.Module]) -> bool:
+        """Whether these are the watched modules, with the tensors and values that they had."""
+        if modules != self._modules:
+            return False
+        for owner, name, value in self._places:
+            if owner.get(name) is not value:
+                return False
+        return self._read() == self._state
 
     def _read(self) -> list[tuple[int, int]]:
         return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
